@@ -1,0 +1,41 @@
+# make train    from nothing to a trained, evaluated T6 in minutes (no GPU, no data download)
+# make test     the tests
+# make setup    only .venv; PYTHON=python3.12 chooses the Python (3.11 to 3.13)
+
+PYTHON ?= python3
+RUN ?= first
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: train test setup lint clean
+
+train: .venv/.installed
+	$(BIN)/python train.py run.name=$(RUN) $(ARGS)
+	$(BIN)/python -m eval.run run=runs/$(RUN)
+	$(BIN)/python -m eval.sample run=runs/$(RUN) prompt="The"
+	@echo "The loss plot is runs/$(RUN)/loss.png"
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+setup: .venv/.installed
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,486 @@
+"""The typed configuration, and every check that needs nothing but the configuration.
+
+Hydra composes YAML files into one tree; `load` merges each block onto its dataclass here, derives what is left open
+(head counts, the run's name) and reports every mistake it finds at once as a `ConfigError`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model.attention.base import AttentionConfig
+from model.cores.base import AttentionCore
+from model.counting import fill_by_size, fill_heads
+
+# DeepSpeed's keys that would contradict a key of ours, and ours.
+REFUSED_DEEPSPEED_KEYS = {
+    "train_batch_size": "trainer.global_batch_size",
+    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
+    "gradient_accumulation_steps": "trainer.global_batch_size (the accumulation steps follow from the batch sizes)",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "fp16": "trainer.dtype",
+    "bf16": "trainer.dtype",
+    "torch_autocast": "trainer.dtype",
+}
+
+
+class ConfigError(Exception):
+    """One or more mistakes in the configuration or the input; each names the key or file, the value and the remedy."""
+
+    def __init__(self, *errors: str):
+        self.errors = list(errors)
+        super().__init__("\n".join(self.errors))
+
+
+@dataclass
+class RunConfig:
+    name: str | None = None  # default: {model}_{size}_{8 hex digits of the identity}
+    dir: str | None = None  # default: runs/<run.name>
+    seed: int = 0
+
+    def errors(self):
+        if self.name is not None and (not self.name or "/" in self.name):
+            yield f"run.name={self.name!r}: must be a plain folder name (use run.dir for a path)"
+        if not 0 <= self.seed < 2**32:
+            yield f"run.seed={self.seed}: must be between 0 and 2^32 - 1"
+
+
+@dataclass
+class SizeConfig:
+    """The transformer around the attention: `n_layers` blocks of width `d_model`, feed-forward width `d_ff`."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    head_dim: int
+    d_ff: int | None = None  # default: floor(8/3 d_model), as the TPA paper has it
+    norm_eps: float = 1e-6
+
+    def errors(self):
+        yield from _at_least(1, "size", self, "n_layers", "d_model", "head_dim", "d_ff")
+        if not 0 <= self.norm_eps < 1:
+            yield f"size.norm_eps={self.norm_eps}: must lie in [0, 1)"
+
+
+@dataclass
+class TokenizerConfig:
+    """`kind` says which library: sentencepiece (trained on the train split) or tiktoken (`encoding` by name)."""
+
+    name: str
+    kind: str
+    vocab_size: int
+    encoding: str | None = None
+    byte_fallback: bool = True
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The model's vocabulary: padded to a multiple of 128 for the matrix units (50257 becomes 50304)."""
+        return -(-self.vocab_size // 128) * 128
+
+    def errors(self):
+        if self.kind not in ("sentencepiece", "tiktoken"):
+            yield f"tokenizer.kind={self.kind!r}: must be sentencepiece or tiktoken"
+        if self.kind == "tiktoken" and not self.encoding:
+            yield "tokenizer.encoding is not set: tiktoken needs the name of an encoding, for example gpt2"
+        low = 260 if self.kind == "sentencepiece" else 1  # 256 bytes and the control tokens
+        if self.vocab_size < low:
+            yield f"tokenizer.vocab_size={self.vocab_size}: must be at least {low}"
+        if self.vocab_size > 2**16:
+            yield f"tokenizer.vocab_size={self.vocab_size}: shards store tokens as uint16, so at most {2**16}"
+
+
+@dataclass
+class DataConfig:
+    """Where documents come from (`source`: builtin or files) and where their shards are (`dir`)."""
+
+    name: str
+    source: str
+    dir: str
+    files: list[str] = field(default_factory=list)  # globs of parquet, jsonl or text files
+    column: str = "text"
+    val_fraction: float = 0.05  # of the documents, chosen by a hash of their name or text
+    shard_tokens: int = 100_000_000
+    workers: int | None = None  # default: all cores
+
+    def errors(self):
+        if self.source not in ("builtin", "files"):
+            yield f"data.source={self.source!r}: must be builtin or files"
+        if not 0 < self.val_fraction < 1:
+            yield f"data.val_fraction={self.val_fraction}: must lie between 0 and 1"
+        yield from _at_least(1, "data", self, "shard_tokens", "workers")
+
+
+@dataclass
+class OptimConfig:
+    name: str
+    lr: float  # the peak of the schedule
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0  # on the norm of the mean gradient; 0 turns clipping off
+    decay_all: bool = False  # decay 1-D parameters too, as the TPA authors' code does
+    max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run gives up
+
+    def errors(self):
+        if self.name != "adamw":
+            yield f"optim.name={self.name!r}: must be adamw"
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            yield f"optim.lr={self.lr}: must be a positive number"
+        for key in ("weight_decay", "grad_clip"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value >= 0):
+                yield f"optim.{key}={value}: must be zero or a positive number"
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                yield f"optim.{key}={getattr(self, key)}: must lie in [0, 1)"
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            yield f"optim.eps={self.eps}: must be a positive number"
+        yield from _at_least(1, "optim", self, "max_skipped")
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over a run: warm-up, then `cosine` or `wsd` (warm-up, stable, decay)."""
+
+    name: str
+    warmup_steps: int
+    min_lr_ratio: float = 0.1  # the last learning rate over the peak
+    decay_fraction: float = 0.2  # wsd: the share of the run that decays
+
+    def errors(self):
+        if self.name not in ("cosine", "wsd"):
+            yield f"schedule.name={self.name!r}: must be cosine or wsd"
+        yield from _at_least(0, "schedule", self, "warmup_steps")
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield f"schedule.min_lr_ratio={self.min_lr_ratio}: must lie in [0, 1]"
+        if not 0 <= self.decay_fraction <= 1:
+            yield f"schedule.decay_fraction={self.decay_fraction}: must lie in [0, 1]"
+
+
+@dataclass
+class DeepSpeedConfig:
+    """`config` is DeepSpeed's own; any key of it can be set with `++deepspeed.config.KEY=`."""
+
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def stage(self) -> int:
+        return self.config.get("zero_optimization", {}).get("stage", 0)
+
+    def errors(self):
+        for key in self.config:
+            if key in REFUSED_DEEPSPEED_KEYS:
+                yield f"deepspeed.config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead"
+        if self.stage not in (0, 1, 2, 3):
+            yield f"deepspeed.config.zero_optimization.stage={self.stage!r}: must be 0, 1, 2 or 3"
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "auto"  # auto: online where somebody is logged in, else offline
+    project: str = "t6"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def errors(self):
+        if self.mode not in ("auto", "online", "offline", "disabled"):
+            yield f"wandb.mode={self.mode!r}: must be auto, online, offline or disabled"
+
+
+@dataclass
+class TrainerConfig:
+    """Batch sizes count sequences; `*_every` count steps, and null or 0 means never (the last step always counts)."""
+
+    max_steps: int | None
+    seq_len: int
+    micro_batch_size: int
+    global_batch_size: int
+    max_tokens: int | None = None  # whichever of max_steps and max_tokens comes first ends the run
+    eval_every: int | None = None
+    eval_batches: int | None = 8  # global batches of validation data; null: all of it
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    resume: str = "auto"  # auto: go on where the run folder stopped; never: refuse a folder that holds a run
+    init_from: str | None = None  # a run folder or a checkpoint whose weights this run starts from
+    compile: bool = False
+    dtype: str = "auto"  # auto: bf16 on a GPU, fp32 on a CPU. bf16 is autocast over fp32 master weights
+    activation_checkpointing: bool = False
+    samples: int = 3  # texts sampled at the end of the run
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+    @property
+    def horizon(self) -> int:
+        """The run's last step, and the schedule's."""
+        by_tokens = None if self.max_tokens is None else -(-self.max_tokens // self.tokens_per_step)
+        return min(steps for steps in (self.max_steps, by_tokens) if steps is not None)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches a rank adds up for one step. ConfigError where the batch sizes don't multiply out."""
+        micro, total = self.micro_batch_size, self.global_batch_size
+        if total % (micro * world_size):
+            fits = [n for n in range(1, total + 1) if total % (n * world_size) == 0 and n <= micro]
+            remedy = f"trainer.micro_batch_size={fits[-1]} fits" if fits else (
+                f"trainer.global_batch_size must be a multiple of the {world_size} processes")
+            raise ConfigError(
+                f"trainer.global_batch_size={total} is not a multiple of trainer.micro_batch_size={micro} x "
+                f"{world_size} process{'es' * (world_size > 1)}: {remedy}")
+        return total // (micro * world_size)
+
+    def errors(self):
+        sizes = ("seq_len", "micro_batch_size", "global_batch_size")
+        yield from _at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
+        yield from _at_least(0, "trainer", self, "eval_every", "checkpoint_every", "samples")
+        yield from _at_least(1, "trainer", self, "keep_checkpoints")
+        if self.max_steps is None and self.max_tokens is None:
+            yield "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"
+        if self.resume not in ("auto", "never"):
+            yield f"trainer.resume={self.resume!r}: must be auto or never"
+        if self.dtype not in ("auto", "fp32", "bf16"):
+            yield f"trainer.dtype={self.dtype!r}: must be auto, fp32 or bf16"
+
+
+@dataclass
+class Config:
+    run: RunConfig
+    model: AttentionConfig
+    size: SizeConfig
+    core: AttentionCore
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    deepspeed: DeepSpeedConfig
+    wandb: WandbConfig
+    trainer: TrainerConfig
+    device: str = "auto"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run that run, as flat `key: value` pairs: the rest may change between starts."""
+        tree = to_dict(self)
+        tree["data"] = {key: tree["data"][key] for key in ("name", "source", "files", "column", "val_fraction")}
+        tree["optim"].pop("max_skipped")
+        tree["model"].pop("by_size")  # what it gave is in the other keys
+        blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
+        trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
+        trainer["horizon"] = self.trainer.horizon
+        return flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
+
+
+@dataclass
+class SuiteConfig:
+    name: str
+    kind: str
+
+    def errors(self):
+        if self.kind != "perplexity":
+            yield f"suite.kind={self.kind!r}: must be perplexity"
+
+
+@dataclass
+class EvalConfig:
+    """`python -m eval.run`."""
+
+    run: str
+    suite: SuiteConfig
+    limit: int | None = None
+    batch_size: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def errors(self):
+        yield from _at_least(1, "", self, "limit", "batch_size")
+        yield from _known_machine(self)
+
+
+@dataclass
+class SampleConfig:
+    """`python -m eval.sample`."""
+
+    run: str
+    prompt: str = ""
+    count: int = 1
+    max_new_tokens: int = 160
+    temperature: float = 0.8
+    top_k: int | None = 50
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def errors(self):
+        yield from _at_least(1, "", self, "count", "max_new_tokens", "top_k")
+        yield from _at_least(0, "", self, "temperature")
+        yield from _known_machine(self)
+
+
+def _known_machine(config):
+    if config.device not in ("auto", "cpu", "cuda"):
+        yield f"device={config.device}: must be auto, cpu or cuda"
+    elif config.device == "cuda" and not torch.cuda.is_available():
+        yield "device=cuda: PyTorch sees no CUDA GPU here; use device=cpu or device=auto"
+    dtype = getattr(config, "dtype", "auto")
+    if dtype not in ("auto", "fp32", "bf16"):
+        yield f"dtype={dtype}: must be auto, fp32 or bf16"
+
+
+def _at_least(low: int, block: str, config, *keys: str):
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value < low:
+            yield f"{block}{'.' * bool(block)}{key}={value}: must be at least {low}"
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def to_dict(config) -> dict[str, Any]:
+    """The configuration as plain values, from which `load` makes it again (`_target_` names the chosen classes)."""
+    tree = dataclasses.asdict(config)
+    for key in ("model", "core"):
+        if key in tree:
+            cls = type(getattr(config, key))
+            tree[key] = {"_target_": f"{cls.__module__}.{cls.__qualname__}"} | tree[key]
+    return tree
+
+
+def _type_name(hint) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    origin = typing.get_origin(hint)
+    return "a list" if origin is list else "a mapping" if origin is dict else names.get(hint, str(hint))
+
+
+def did_you_mean(key: str, known) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+
+
+def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
+    """An instance of the dataclass `cls` from `node`; every unknown key, wrong type and failed check goes to `errors`."""
+    unusable = False
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    values = {}
+    for key in node:
+        if key == "_target_":
+            continue
+        if key not in known:
+            errors.append(f"{prefix}{key}: unknown key; " + did_you_mean(f"{prefix}{key}", [f"{prefix}{k}" for k in known]))
+            continue
+        try:
+            if dataclasses.is_dataclass(hints[key]):
+                values[key] = load_block(node, key, hints[key], errors)
+                if values[key]:
+                    errors.extend(values[key].errors())
+                else:
+                    unusable = True
+                continue
+            raw = node[key]
+            if raw is None and types.NoneType not in (*typing.get_args(hints[key]), hints[key]):
+                errors.append(f"{prefix}{key} is not set: give it as {prefix}{key}=...")
+                unusable = True
+                continue
+            value = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else raw
+            typed = OmegaConf.structured(dataclasses.make_dataclass("Typed", [(key, hints[key])]))
+            typed[key] = value
+            values[key] = OmegaConf.to_container(typed)[key]
+        except OmegaConfBaseException as error:
+            unusable |= key in required  # where there is a default, go on with it to find more mistakes
+            text = str(OmegaConf.to_container(node, resolve=False)[key])
+            if "${" in text:  # an interpolation that leads nowhere
+                errors.append(f"{prefix}{key}={text}: {str(error).splitlines()[0]}")
+            else:
+                errors.append(f"{prefix}{key}={text}: must be {_type_name(hints[key])}")
+    missing = sorted(required - {str(key) for key in node})
+    errors.extend(f"{prefix}{key} is not set" for key in missing)
+    if unusable or missing:
+        return None
+    return cls(**values)
+
+
+def load_block(tree: DictConfig, key: str, cls: type, errors: list[str]):
+    """One block of the tree as its dataclass; a block with `_target_` becomes that subclass of `cls`."""
+    node = tree.get(key)
+    if not isinstance(node, DictConfig):
+        errors.append(f"{key}={node!r}: must be a group of keys, as in {key}.KEY=VALUE" if node else f"{key} is not set")
+        return None
+    if "_target_" in node:
+        try:
+            target = get_class(node._target_)
+        except Exception as error:
+            errors.append(f"{key}._target_={node._target_}: cannot be imported ({error})")
+            return None
+        if not (dataclasses.is_dataclass(target) and issubclass(target, cls)):
+            errors.append(f"{key}._target_={node._target_}: must be a dataclass derived from {cls.__name__}")
+            return None
+        cls = target
+    return _merge(cls, node, f"{key}.", errors)
+
+
+def load(tree: DictConfig, world_size: int | None = None) -> Config:
+    """The typed configuration of a run on `world_size` processes (default: torchrun's). ConfigError has every mistake."""
+    errors: list[str] = []
+    hints = typing.get_type_hints(Config)
+    blocks = {key: load_block(tree, key, cls, errors) for key, cls in hints.items() if dataclasses.is_dataclass(cls)}
+    for key in tree:
+        if key not in hints:
+            errors.append(f"{key}: unknown key; " + did_you_mean(key, list(hints)))
+    device = tree.get("device", "auto")
+    errors.extend(_known_machine(types.SimpleNamespace(device=device)))
+    model, size, trainer = blocks["model"], blocks["size"], blocks["trainer"]
+    if model and size:
+        blocks["model"] = model = fill_by_size(model, size.name)
+        size.d_ff = size.d_ff if size.d_ff is not None else 8 * size.d_model // 3
+    found = {key: list(block.errors()) for key, block in blocks.items() if block}
+    errors.extend(error for block_errors in found.values() for error in block_errors)
+    if model and size and not found["model"] + found["size"]:
+        blocks["model"] = fill_heads(model, size.name, size.d_model)
+    if trainer and not found["trainer"]:
+        try:
+            trainer.accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))
+        except ConfigError as error:
+            errors.extend(error.errors)
+    if errors:
+        raise ConfigError(*errors)
+    config = Config(**blocks, device=device)
+    digest = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()
+    config.run.name = config.run.name or f"{config.model.name}_{config.size.name}_{digest[:8]}"
+    config.run.dir = config.run.dir or str(Path("runs") / config.run.name)
+    return config
+
+
+def load_flat(tree: DictConfig, cls: type):
+    """The small configuration of an evaluation command, as `load` does it for a run."""
+    errors: list[str] = []
+    config = _merge(cls, tree, "", errors)
+    if config:
+        errors.extend(config.errors())
+    if errors:
+        raise ConfigError(*errors)
+    return config

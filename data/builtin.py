@@ -1,0 +1,149 @@
+"""The built-in corpus: the English that comes with every Python.
+
+Docstrings and comments of the standard library, pydoc's topics, and the docstrings of the installed torch and numpy,
+read from their source with `ast`. Nothing is imported, and the same versions give the same documents.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+import sysconfig
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.parallel import ordered_map, progress_bar
+
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+MIN_PARAGRAPH = 40  # characters that are not blanks
+MIN_DOCUMENT = 200  # characters
+DOC_CALLS = ("docstr", "newdoc")  # torch's add_docstr(..., "text") and numpy's add_newdoc(..., "text")
+NOT_PROSE = re.compile(r"#!|#.*coding[:=]")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder of Python source; its documents are called `name/<path in the folder>`."""
+
+    name: str
+    root: Path
+    comments: bool = False  # take full-line comments too
+
+
+def installed() -> list[Tree]:
+    """The standard library, and torch and numpy where they are installed."""
+    trees = [Tree("stdlib", Path(sysconfig.get_path("stdlib")), comments=True)]
+    for package in ("torch", "numpy"):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.submodule_search_locations:
+            trees.append(Tree(package, Path(spec.submodule_search_locations[0])))
+    return trees
+
+
+def documents(workers: int | None = None, progress: bool = False) -> list[dict[str, str]]:
+    """The corpus as [{"name", "text"}], sorted by name; the same for every number of workers."""
+    return collect(installed(), workers, progress)
+
+
+def collect(trees: list[Tree], workers: int | None = None, progress: bool = False) -> list[dict[str, str]]:
+    """The documents of `trees`: one a module, paragraphs in source order, each paragraph once in the corpus."""
+    files = sorted((name, path, tree.comments) for tree in trees for name, path in python_files(tree))
+    found = []
+    with progress_bar("Reading the built-in corpus", len(files), "modules", progress) as advance:
+        for module in ordered_map(extract, files, workers):
+            found.extend(module)
+            advance(1)
+    seen = set()
+    result = []
+    for name, paragraphs in sorted(found):
+        fresh = []
+        for paragraph in paragraphs:
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        text = "\n\n".join(fresh)
+        if len(text) >= MIN_DOCUMENT:
+            result.append({"name": name, "text": text})
+    return result
+
+
+def python_files(tree: Tree) -> Iterator[tuple[str, Path]]:
+    for path in tree.root.rglob("*.py"):
+        inside = path.relative_to(tree.root)
+        if not SKIPPED_FOLDERS.intersection(inside.parts):
+            yield f"{tree.name}/{inside.as_posix()}", path
+
+
+def extract(file: tuple[str, Path, bool]) -> list[tuple[str, list[str]]]:
+    """(document name, paragraphs) of a module; nothing where the file cannot be read or parsed."""
+    name, path, comments = file
+    try:
+        with tokenize.open(path) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            source = stream.read()
+            module = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    if name.endswith("pydoc_data/topics.py"):
+        return [(f"pydoc/topics/{topic}", list(paragraphs_of(text))) for topic, text in topics(module)]
+    passages = list(prose_strings(module))
+    if comments:
+        passages += comment_blocks(source, module)
+    return [(name, [paragraph for _, text in sorted(passages) for paragraph in paragraphs_of(text)])]
+
+
+def topics(module: ast.Module) -> Iterator[tuple[str, str]]:
+    """The entries of pydoc's `topics = {name: text}`."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield key.value, value.value
+
+
+def prose_strings(module: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of every docstring, and of the strings in calls that attach documentation."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if text := ast.get_docstring(node, clean=False):
+                yield node.body[0].lineno, text
+        elif isinstance(node, ast.Call) and any(part in called(node) for part in DOC_CALLS):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.lineno, part.value
+
+
+def called(call: ast.Call) -> str:
+    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+
+
+def comment_blocks(source: str, module: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of each run of full-line comments; lines inside a string that look like comments are none."""
+    in_string = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            in_string.update(range(node.lineno + 1, node.end_lineno + 1))
+    block: list[str] = []
+    for number, line in enumerate([*source.split("\n"), ""], start=1):
+        comment = line.strip()
+        if comment.startswith("#") and number not in in_string:
+            if not NOT_PROSE.match(comment):
+                block.append(re.sub(r"^#+ ?", "", comment))
+        elif block:
+            yield number, "\n".join(block)
+            block = []
+
+
+def paragraphs_of(text: str) -> Iterator[str]:
+    """The paragraphs of a docstring that hold words: dedented, with no blanks at line ends."""
+    text = text.encode("utf-8", "replace").decode()  # a "\ud800" in a docstring is no character
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        paragraph = "\n".join(line.rstrip() for line in textwrap.dedent(paragraph).strip("\n").split("\n"))
+        characters = "".join(paragraph.split())
+        if len(characters) >= MIN_PARAGRAPH and 2 * sum(map(str.isalpha, characters)) >= len(characters):
+            yield paragraph

@@ -1,0 +1,190 @@
+"""The order of samples, and batches of them.
+
+A sample is `seq_len + 1` consecutive tokens of one shard: a shard of n tokens holds (n - 1) // seq_len of them, sample
+i starting at token i * seq_len. Which samples a step sees is a pure function of the seed and the step; the number of
+processes, the micro-batch size and restarts only decide who reads them.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from configs.schema import ConfigError
+from data.shards import TokenShards
+
+ROUNDS = 6
+EVAL_KEY = 0
+IGNORED = -100  # the target that cross_entropy ignores
+PREFETCH = 4  # micro-batches
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer: every bit of uint64 `x` changes about half of the result's."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """The images of `index` (integers in [0, n)) under the pseudo-random permutation of range(n) that `key` picks.
+
+    A Feistel network permutes the smallest range 4^k that holds n; what lands outside [0, n) walks on along its cycle.
+    Needs no memory beyond `index`.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = mix(np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key))
+    result = np.atleast_1d(np.asarray(index)).astype(np.uint64)
+    walking = np.ones(result.shape, dtype=bool)
+    while walking.any():
+        x = result[walking]
+        left, right = x >> half, x & low
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right + round_key) & low)
+        result[walking] = (left << half) | right
+        walking = result >= n
+    return result.astype(np.int64)
+
+
+def epoch_key(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "little")
+
+
+class Samples:
+    """The samples of one split by number, shard after shard.
+
+    ConfigError where no shard is as long as one sample.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int):
+        self.arrays, self.seq_len = shards.arrays, seq_len
+        self.ends = np.cumsum([max(0, len(array) - 1) // seq_len for array in self.arrays], dtype=np.int64)
+        self.count = int(self.ends[-1]) if len(self.ends) else 0
+        if not self.count:
+            longest = max(map(len, self.arrays), default=0)
+            raise ConfigError(f"trainer.seq_len={seq_len}: the longest {shards.split} shard has {longest} tokens in "
+                              f"{shards.dir}, and a sample needs one more than seq_len: at most {longest - 1}")
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """Samples `numbers` [B] as int64 [B, seq_len + 1]."""
+        rows = np.empty((len(numbers), self.seq_len + 1), dtype=np.int64)
+        which = np.searchsorted(self.ends, numbers, side="right")
+        for row, number, shard in zip(rows, numbers, which, strict=True):
+            start = (number - (self.ends[shard - 1] if shard else 0)) * self.seq_len
+            row[:] = self.arrays[shard][start:start + self.seq_len + 1]
+        return rows
+
+
+def split_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class TrainLoader:
+    """Training batches: step s (from 0) sees the global samples [s * global_batch_size, (s + 1) * global_batch_size).
+
+    Global sample g is the one that epoch g // n_samples has at place g % n_samples of its own permutation.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, seed: int, micro_batch_size: int, global_batch_size: int,
+                 rank: int = 0, world_size: int = 1):
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ConfigError(f"trainer.global_batch_size={global_batch_size}: must be a multiple of "
+                              f"trainer.micro_batch_size={micro_batch_size} x {world_size} processes")
+        self.samples = Samples(shards, seq_len)
+        self.n_samples = self.samples.count  # in one epoch
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.n_samples / self.global_batch_size
+
+    def epochs(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def numbers(self, step: int, micro: int) -> np.ndarray:
+        """The numbers in `samples` of this rank's micro-batch `micro` of step `step`: [micro_batch_size]."""
+        first = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
+        epochs, places = np.divmod(np.arange(first, first + self.micro_batch_size), self.n_samples)
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            numbers[here] = permute(places[here], self.n_samples, epoch_key(self.seed, int(epoch)))
+        return numbers
+
+    def micro_batch(self, step: int, micro: int) -> np.ndarray:
+        """This rank's micro-batch `micro` of step `step`: int64 [micro_batch_size, seq_len + 1]."""
+        return self.samples.read(self.numbers(step, micro))
+
+    def batches(self, start_step: int, last_step: int,
+                device: torch.device | str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (tokens [B, T], targets [B, T]): `accumulation_steps` micro-batches for each step in
+        range(start_step, last_step), read ahead by a thread that ends with the iterator."""
+        device = torch.device(device)
+        ready: queue.Queue = queue.Queue(PREFETCH)
+        stopped = threading.Event()
+
+        def put(item) -> None:
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    pass
+
+        def read_ahead() -> None:
+            try:
+                for step in range(start_step, last_step):
+                    for micro in range(self.accumulation_steps):
+                        rows = torch.from_numpy(self.micro_batch(step, micro))
+                        put(rows.pin_memory() if device.type == "cuda" else rows)
+                        if stopped.is_set():
+                            return
+                put(None)
+            except BaseException as error:  # it belongs to whoever waits for the batch
+                put(error)
+
+        thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield split_targets(item, device)
+        finally:
+            stopped.set()
+            thread.join()
+
+
+class EvalLoader:
+    """A fixed set of samples, each read once by one of the ranks: the same for every seed, world size and batch size.
+
+    `max_samples` takes that many, spread over the data (None: all); `n_samples` is the size of the whole set. Iterating
+    yields (tokens [B, T], targets [B, T]), the last batch perhaps smaller. Every rank yields `len` batches, so that all
+    can take part in every forward pass: one that has run out of samples yields targets that are all IGNORED.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, micro_batch_size: int, rank: int = 0, world_size: int = 1,
+                 max_samples: int | None = None, device: torch.device | str = "cpu"):
+        self.samples = Samples(shards, seq_len)
+        self.micro_batch_size, self.device = micro_batch_size, torch.device(device)
+        self.n_samples = self.samples.count if max_samples is None else min(max_samples, self.samples.count)
+        numbers = permute(np.arange(self.n_samples), self.samples.count, EVAL_KEY)
+        self.numbers = numbers[rank::world_size]
+        self.n_batches = -(-self.n_samples // (world_size * micro_batch_size))
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, self.n_batches * self.micro_batch_size, self.micro_batch_size):
+            numbers = self.numbers[start:start + self.micro_batch_size]
+            rows = self.samples.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
+            tokens, targets = split_targets(torch.from_numpy(rows), self.device)
+            yield tokens, targets if len(numbers) else torch.full_like(targets, IGNORED)

@@ -1,0 +1,106 @@
+"""The T6 transformer and its baselines: the LLaMA block with a choice of attention mechanism and core."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention.base import AttentionConfig
+from model.cores.base import AttentionCore, AttentionMask
+from model.layers import Block, RMSNorm
+
+
+@dataclass
+class TransformerConfig:
+    """Everything that defines the network. Vocabulary as padded for the model."""
+
+    attention: AttentionConfig
+    core: AttentionCore
+    n_layers: int
+    d_model: int
+    d_ff: int
+    vocab_size: int
+    norm_eps: float = 1e-6
+
+    @classmethod
+    def from_config(cls, config) -> "TransformerConfig":
+        """From a `configs.schema.Config`."""
+        size = config.size
+        return cls(
+            config.model, config.core, size.n_layers, size.d_model, size.d_ff, config.tokenizer.padded_vocab_size,
+            size.norm_eps,
+        )  # fmt: skip
+
+
+class Transformer(nn.Module):
+    """Token embedding, blocks, a final norm and a head tied to the embedding.
+
+    `autocast_dtype` runs the forward pass under torch.autocast with fp32 parameters, whatever wraps the model.
+    """
+
+    def __init__(self, config: TransformerConfig, autocast_dtype: torch.dtype | None = None, recompute: bool = False):
+        super().__init__()
+        self.config = config
+        self.autocast_dtype = autocast_dtype
+        self.recompute = recompute  # drop each block's activations and compute them again in the backward pass
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        attentions = (config.attention.build(config.d_model, layer, config.core) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(a, config.d_model, config.d_ff, config.norm_eps) for a in attentions)
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.embedding.weight = self.head.weight  # tied; so the embedding starts as Linear does, U(+-1/sqrt(d_model))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        """Logits [B, T, V] for tokens [B, T]; with `targets` [B, T] their cross-entropy in nats, in fp32.
+
+        The loss is a sum over tokens unless `reduction` says otherwise: whoever calls knows how many tokens the global
+        batch has.
+        """
+        with self._autocast(tokens.device.type):
+            positions = torch.arange(tokens.size(1), device=tokens.device)[None]
+            mask = AttentionMask(causal=True)
+            x = self.embedding(tokens)
+            for block in self.blocks:
+                if self.recompute and self.training:
+                    x = checkpoint(block, x, positions, mask, use_reentrant=False)
+                else:
+                    x = block(x, positions, mask)
+            logits = self.head(self.final_norm(x))
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def _autocast(self, device_type: str):
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, self.autocast_dtype)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        context: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue `tokens` [B, T] by `max_new_tokens` drawn from the model, which sees the last `context` tokens."""
+        training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self(tokens[:, -context:])[:, -1].float()
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    floor = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < floor, -torch.inf)
+                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat((tokens, chosen), dim=1)
+        self.train(training)
+        return tokens

@@ -1,0 +1,41 @@
+"""A small prepared data folder, made once, and the configuration that makes it."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from configs.schema import DataConfig, TokenizerConfig
+from data.prepare import prepare
+
+WORDS = "the a model attends to every token of its past and learns what comes next from keys values queries".split()
+
+
+def texts(count, seed=0):
+    """`count` different documents of a few lines."""
+    generator = random.Random(seed)
+    return [f"Document {i}.\n" + "\n".join(" ".join(generator.choices(WORDS, k=12)) + "." for _ in range(8))
+            for i in range(count)]
+
+
+def make_config(dir, files, *, vocab_size=320, name="files", source="files", workers=1, **data):
+    """What `prepare` needs of a configuration: local files and a small sentencepiece vocabulary."""
+    tokenizer = TokenizerConfig(name=f"sentencepiece-{vocab_size}", kind="sentencepiece", vocab_size=vocab_size)
+    config = DataConfig(name, source, str(dir), [str(file) for file in files], workers=workers, **data)
+    return SimpleNamespace(data=config, tokenizer=tokenizer)
+
+
+def write_jsonl(path, documents, column="text"):
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """(config, folder): 200 documents in shards of 4,000 tokens. Read only."""
+    folder = tmp_path_factory.mktemp("small")
+    file = write_jsonl(folder / "documents.jsonl", texts(200))
+    config = make_config(folder / "shards", [file], shard_tokens=4000, val_fraction=0.2)
+    prepare(config, progress=False)
+    return config, folder / "shards"

@@ -1,0 +1,244 @@
+import dataclasses
+import gzip
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs.schema import ConfigError, TokenizerConfig
+from data.inspect import inspect
+from data.prepare import ensure_prepared, prepare
+from data.shards import TokenShards, read_manifest, verify
+from data.sources import good_documents, load_documents
+from data.tokenizers import load_tokenizer
+from tests.data.conftest import make_config, texts, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def decoded(config, dir, split):
+    """The documents of a split, from its shards."""
+    tokenizer = load_tokenizer(config.tokenizer, dir)
+    tokens = np.concatenate(TokenShards(dir, split).arrays)
+    ends = np.flatnonzero(tokens == tokenizer.end_of_text)
+    assert ends[-1] == len(tokens) - 1
+    return [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends)[:-1]]
+
+
+def test_shards_hold_the_documents(small):
+    config, dir = small
+    manifest = read_manifest(dir)
+    train, val = decoded(config, dir, "train"), decoded(config, dir, "val")
+    assert sorted(train + val) == sorted(texts(200)) and 20 < len(val) < 60
+    assert (manifest.documents("train"), manifest.documents("val")) == (len(train), len(val))
+    for split, documents in (("train", train), ("val", val)):
+        size = sum(len(text.encode()) for text in documents)
+        assert manifest.splits[split].bytes == size
+        assert manifest.bytes_per_token(split) == size / manifest.tokens(split)
+    assert verify(dir) == [] and not list(dir.parent.glob("*.partial")) and not list(dir.parent.glob("*.lock"))
+    assert {path.name.split("_")[0] for path in dir.iterdir()} == {"train", "val", "manifest.json", "tokenizer.model"}
+
+
+def test_the_same_for_every_number_of_workers_and_start_method(small, tmp_path, monkeypatch):
+    config, dir = small
+    for method in ("fork", "spawn"):
+        monkeypatch.setattr(multiprocessing.context, "_default_context", multiprocessing.get_context(method))
+        again = make_config(tmp_path / method, config.data.files, shard_tokens=4000, val_fraction=0.2, workers=2)
+        assert prepare(again, progress=False).fingerprint == read_manifest(dir).fingerprint
+
+
+def test_the_split_does_not_depend_on_the_order(small, tmp_path):
+    config, dir = small
+    file = write_jsonl(tmp_path / "reversed.jsonl", texts(200)[::-1])
+    again = make_config(tmp_path / "shards", [file], val_fraction=0.2)
+    prepare(again, progress=False)
+    assert set(decoded(again, tmp_path / "shards", "val")) == set(decoded(config, dir, "val"))
+
+
+def test_prepared_twice(small):
+    config, dir = small
+    before = {path: path.stat().st_mtime_ns for path in dir.iterdir()}
+    assert prepare(config, progress=False) == ensure_prepared(config, progress=False) == read_manifest(dir)
+    assert before == {path: path.stat().st_mtime_ns for path in dir.iterdir()}
+
+
+def test_prepared_with_other_settings(small, tmp_path):
+    config, dir = small
+    other = make_config(dir, config.data.files, shard_tokens=5000, val_fraction=0.1, column="body", vocab_size=400)
+    for function in (prepare, ensure_prepared):
+        with pytest.raises(ConfigError) as error:
+            function(other, progress=False)
+        message = str(error.value)
+        for key in ("data.shard_tokens=4000, not 5000", "data.val_fraction=0.2, not 0.1", "data.column=text, not body",
+                    "tokenizer.vocab_size=320, not 400"):
+            assert f"was prepared with {key}; choose another data.dir or remove the folder" in message
+        assert "data.files" not in message and len(error.value.errors) == 4
+
+
+def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds files but no manifest.json"):
+        prepare(make_config(tmp_path, small[0].data.files), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(ConfigError, match="is a file"):
+        prepare(make_config(tmp_path / "mine.txt", small[0].data.files), progress=False)
+
+
+def test_files_are_not_prepared_on_first_use(tmp_path):
+    config = make_config(tmp_path / "shards", ["a/*.jsonl"])
+    with pytest.raises(ConfigError, match=r"not prepared: run `python -m data.prepare data=files data.files='\[a/"):
+        ensure_prepared(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_preparation_leaves_nothing_and_can_be_repeated(tmp_path):
+    file = write_jsonl(tmp_path / "many.jsonl", texts(20_000))
+    dir = tmp_path / "shards"
+    code = ("from tests.data.conftest import make_config; from data.prepare import prepare; "
+            f"prepare(make_config({str(dir)!r}, [{str(file)!r}]))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "shards.partial"
+    deadline = time.monotonic() + 60
+    while not (partial / "tokenizer.model").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not dir.exists()
+    with pytest.raises(ConfigError, match="not prepared"):
+        TokenShards(dir, "train")
+    write_jsonl(file, texts(100))
+    prepare(make_config(dir, [file]), progress=False)
+    assert verify(dir) == [] and not partial.exists()
+
+
+def test_failed_preparation_leaves_nothing(tmp_path):
+    file = write_jsonl(tmp_path / "one.jsonl", texts(1))
+    with pytest.raises(ConfigError, match=r"data.val_fraction=0.05: 1 document\(s\) cannot be split"):
+        prepare(make_config(tmp_path / "shards", [file]), progress=False)
+    write_jsonl(file, ["hello", "world"])
+    with pytest.raises(ConfigError, match="tokenizer.vocab_size=320: the text to train on is too small"):
+        prepare(make_config(tmp_path / "shards", [file]), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "parquet", "txt"])
+def test_file_kinds(tmp_path, kind):
+    documents = texts(6)
+    files = [tmp_path / f"{i}.{kind}" for i in range(len(documents))]
+    for file, text in zip(files, documents, strict=True):
+        if kind == "parquet":
+            datasets.Dataset.from_dict({"id": [1], "body": [text]}).to_parquet(file)
+        elif kind == "txt":
+            file.write_text(text)
+        else:
+            write_jsonl(tmp_path / "plain.jsonl", [text], column="body")
+            line = (tmp_path / "plain.jsonl").read_bytes()
+            file.write_bytes(gzip.compress(line) if kind == "json.gz" else line)
+    config = make_config(tmp_path / "shards", [tmp_path / f"[0-9].{kind}"], column="body")
+    found = load_documents(config.data, progress=False, cache_dir=tmp_path / "cache")
+    assert found.column_names == ["text"] and found["text"][:] == documents
+
+
+def test_bad_documents_are_skipped_and_counted(tmp_path):
+    file = write_jsonl(tmp_path / "some.jsonl", ["good", None, "", " \n", "also good", None])
+    config = make_config(tmp_path / "shards", [file])
+    found, skipped = good_documents(load_documents(config.data, progress=False, cache_dir=tmp_path / "cache"))
+    assert found["text"][:] == ["good", "also good"] and skipped == {"empty": 2, "missing": 2}
+
+
+def test_bad_files(tmp_path):
+    def load(*files, column="text"):
+        config = make_config(tmp_path / "shards", files, column=column)
+        return load_documents(config.data, progress=False, cache_dir=tmp_path / "cache")
+
+    good = write_jsonl(tmp_path / "good.jsonl", texts(3))
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.bin").write_bytes(b"123")
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet at all")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
+    with pytest.raises(ConfigError, match="data.files: no file matches '.*nothing.jsonl'"):
+        load(good, tmp_path / "nothing.jsonl")
+    with pytest.raises(ConfigError, match=r"data.files=\[\]: must name the files"):
+        load()
+    with pytest.raises(ConfigError, match="a.bin has no known extension: must be one of .parquet, .jsonl"):
+        load(tmp_path / "a.bin")
+    with pytest.raises(ConfigError, match="of several kinds, json .*good.jsonl.*, text .*a.txt"):
+        load(good, tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match="data.column=body: no such column .*columns there: text"):
+        load(good, column="body")
+    with pytest.raises(ConfigError, match="data.column=text: holds int64, must be text"):
+        load(tmp_path / "numbers.jsonl")
+    with pytest.raises(ConfigError, match="broken.parquet.* cannot be read as parquet"):
+        load(tmp_path / "broken.parquet")
+
+
+def test_gpt2(small, tmp_path):
+    config = make_config(tmp_path / "shards", small[0].data.files)
+    config.tokenizer = TokenizerConfig("gpt2", "tiktoken", 50257, encoding="gpt2")
+    try:
+        load_tokenizer(config.tokenizer, tmp_path)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    manifest = prepare(config, progress=False)
+    documents = decoded(config, tmp_path / "shards", "train") + decoded(config, tmp_path / "shards", "val")
+    assert sorted(documents) == sorted(texts(200))
+    assert manifest.tokenizer["vocab_size"] == 50257 and not (tmp_path / "shards" / "tokenizer.model").exists()
+
+
+def test_two_at_once_prepare_once(tmp_path):
+    file = write_jsonl(tmp_path / "documents.jsonl", texts(300))
+    code = ("from tests.data.conftest import make_config; from data.prepare import prepare; "
+            f"print(prepare(make_config({str(tmp_path / 'shards')!r}, [{str(file)!r}])).fingerprint)")
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] and sum("Tokenising train" in errors for _, errors in outputs) == 1
+    assert verify(tmp_path / "shards") == []
+
+
+def test_inspect(small, tmp_path):
+    config, dir = small
+    console = Console(record=True, width=120, file=open(os.devnull, "w"))
+    assert inspect(dir, console) == []
+    shown = console.export_text()
+    assert "unigram entropy" in shown and "Document" in shown and "all shards match" in shown
+    with pytest.raises(ConfigError, match="not prepared"):
+        inspect(tmp_path, console)
+
+
+def test_commands(tmp_path):
+    """Prepare, inspect, break a byte, inspect: the exit codes are 0, 0, 1; and 2 where nothing is prepared."""
+    file = write_jsonl(tmp_path / "documents.jsonl", texts(100))
+    dir = tmp_path / "shards"
+    overrides = ["data=files", f"data.files=[{file}]", f"data.dir={dir}", "tokenizer.vocab_size=320"]
+
+    def run(module):
+        return subprocess.run([sys.executable, "-m", module, *overrides], cwd=ROOT, text=True, capture_output=True)
+
+    missing = run("data.inspect")
+    assert missing.returncode == 2 and "not prepared: run `python -m data.prepare" in missing.stderr
+    made = run("data.prepare")
+    assert made.returncode == 0 and "Tokenising train" in made.stderr, made.stderr
+    assert run("data.inspect").returncode == 0
+    shard = dir / "train_000000.bin"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    broken = run("data.inspect")
+    assert broken.returncode == 1 and "train_000000.bin: its sha256 is" in broken.stdout and "Traceback" not in broken.stderr
+
+
+def test_tokenizer_names_do_not_matter(small):
+    config, dir = small
+    renamed = make_config(dir, config.data.files, shard_tokens=4000, val_fraction=0.2)
+    renamed.tokenizer = dataclasses.replace(config.tokenizer, name="another-name")
+    assert ensure_prepared(renamed) == read_manifest(dir)

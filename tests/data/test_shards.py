@@ -1,0 +1,121 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs.schema import ConfigError
+from data.shards import (
+    MAGIC,
+    ShardWriter,
+    TokenShards,
+    read_manifest,
+    verify,
+)
+
+
+@pytest.fixture
+def copy(small, tmp_path):
+    """A copy of the small data folder, to break."""
+    return shutil.copytree(small[1], tmp_path / "copy")
+
+
+def test_round_trip_is_exact(tmp_path):
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 50257, size) for size in (1, 999, 0, 2500, 1000, 3)]
+    writer = ShardWriter(tmp_path, "train", shard_tokens=1000, vocab_size=50257)
+    for document in documents:
+        writer.write(document)
+    shards = writer.close()
+    assert [shard.tokens for shard in shards] == [1000, 1000, 1000, 1000, 503]
+    assert sum(shard.documents for shard in shards) == len(documents)
+    parts = [np.fromfile(tmp_path / shard.file, dtype=np.uint16, offset=1024) for shard in shards]
+    np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(documents))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"train_{i:06d}.bin" for i in range(5)]
+
+
+def test_llm_c_header(tmp_path):
+    writer = ShardWriter(tmp_path, "val", shard_tokens=10, vocab_size=70)
+    writer.write(np.array([1, 2, 69]))
+    writer.close()
+    raw = (tmp_path / "val_000000.bin").read_bytes()
+    assert raw[:12] == b"\x88\xdb\x34\x01" + b"\x01\x00\x00\x00" + b"\x03\x00\x00\x00"
+    assert int.from_bytes(raw[:4], "little") == MAGIC == 20240520
+    assert raw[12:1024] == bytes(1012) and raw[1024:] == b"\x01\x00\x02\x00\x45\x00"
+
+
+def test_vocabulary_must_fit(tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer.vocab_size=65537: shards store tokens as uint16"):
+        ShardWriter(tmp_path, "train", 10, vocab_size=65537)
+    with pytest.raises(ConfigError, match=r"data.shard_tokens=2147483648: must be less than 2\^31"):
+        ShardWriter(tmp_path, "train", 2**31, vocab_size=10)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        ShardWriter(tmp_path, "train", 10, vocab_size=10).write(np.array([10]))
+
+
+def test_manifest_and_shards_agree(small):
+    _, dir = small
+    manifest = read_manifest(dir)
+    train = TokenShards(dir, "train")
+    assert train.tokens == manifest.tokens("train") == sum(map(len, train.arrays)) > 4000
+    assert len(train.arrays) > 1 and verify(dir) == []
+    counts = np.bincount(np.concatenate(train.arrays))
+    share = counts[counts > 0] / counts.sum()
+    assert manifest.unigram_entropy == pytest.approx(-(share * np.log(share)).sum())
+
+
+def test_missing_manifest(tmp_path):
+    for dir in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ConfigError, match="data.dir=.*: not prepared: run `python -m data.prepare data=NAME`"):
+            TokenShards(dir, "train")
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "is not JSON"), ("[]", "has version None, must be 1"), ('{"version": 99}', "has version 99, must be 1"),
+    ('{"version": 1}', "is not a whole manifest"),
+])
+def test_bad_manifest(copy, content, message):
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_manifest(copy)
+    assert message in verify(copy)[0]
+
+
+def test_torn_shard(copy):
+    path = copy / "train_000001.bin"
+    path.write_bytes(path.read_bytes()[:5000])
+    message = r"train_000001.bin: has 5000 bytes, must have 9024 \(4000 tokens\); .*`python -m data.prepare data=files`"
+    with pytest.raises(ConfigError, match=message):
+        TokenShards(copy, "train")
+    TokenShards(copy, "val")  # the other split is whole
+    path.unlink()
+    with pytest.raises(ConfigError, match="train_000001.bin: cannot be read"):
+        TokenShards(copy, "train")
+
+
+@pytest.mark.parametrize("position, value, message", [
+    (0, 1, "not a token shard"), (1, 2, "not a token shard"), (2, 7, "its header says 7 tokens, the manifest 4000"),
+])
+def test_foreign_header(copy, position, value, message):
+    with open(copy / "train_000000.bin", "r+b") as file:
+        file.seek(4 * position)
+        file.write(np.int32(value).tobytes())
+    with pytest.raises(ConfigError, match=f"train_000000.bin: .*{message}"):
+        TokenShards(copy, "train")
+
+
+def test_verify_finds_a_flipped_bit_and_wrong_counts(copy):
+    path = copy / "val_000000.bin"
+    content = bytearray(path.read_bytes())
+    content[1500] ^= 1
+    path.write_bytes(content)
+    TokenShards(copy, "val")  # a quick look cannot see it
+    assert len(verify(copy)) == 1 and "val_000000.bin: its sha256 is" in verify(copy)[0]
+
+    fields = dataclasses.asdict(read_manifest(copy))
+    fields["splits"]["train"]["tokens"] += 1
+    fields["fingerprint"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(fields))
+    problems = "\n".join(verify(copy))
+    assert "tokens, its shards have" in problems and "fingerprint" in problems

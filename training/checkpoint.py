@@ -1,0 +1,188 @@
+"""Checkpoints that don't depend on how a run was sharded.
+
+Every checkpoint holds the whole fp32 state by parameter name, whatever the ZeRO stage and the number of processes it was
+saved from, so that any stage and any world size can go on from it, and evaluation reads the weights without DeepSpeed:
+
+    step_00000100/  model.safetensors      the weights (the tied head is left out)
+                    optimizer.safetensors  AdamW's moments, exp_avg.<name> and exp_avg_sq.<name>
+                    manifest.json          step, tokens, identity, versions; each file's size and sha256. Written last:
+                                           a checkpoint exists when its manifest does
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.schema import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never part of one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def save(engine, run_dir: Path, step: int, facts: dict, keep: int) -> None:
+    """Save the engine's state as the checkpoint of `step`; every rank calls it, rank 0 writes.
+
+    `facts` join the manifest. The newest `keep` checkpoints stay.
+    """
+    weights, moments, updates = gather(engine)
+    if torch.distributed.get_rank() == 0:
+        folder = checkpoint_dir(run_dir, step)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        for name, tensors in (("model", weights), ("optimizer", moments)):
+            path = folder / f"{name}.safetensors"
+            save_file(tensors, path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+        manifest = {"step": step, "optimizer_updates": updates, **facts, "versions": versions, "files": files}
+        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2))
+        write_atomic(Path(run_dir) / "latest", folder.name)
+        for old in sorted(folder.parent.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each; empty if it is whole."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        return [f"{folder}: has no manifest.json, so it was never finished"]
+    except (ValueError, KeyError, AttributeError) as error:
+        return [f"{folder / 'manifest.json'}: cannot be read ({error!r})"]
+    found = []
+    for name, facts in files:
+        path = folder / name
+        if not path.exists():
+            found.append(f"{path}: is missing")
+        elif path.stat().st_size != facts["bytes"]:
+            found.append(f"{path}: has {path.stat().st_size} bytes instead of {facts['bytes']}")
+        elif sha256(path) != facts["sha256"]:
+            found.append(f"{path}: does not have the checksum of its manifest")
+    return found
+
+
+def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run, if there is one; broken ones are named to `warn` and passed over."""
+    for folder in sorted((Path(run_dir) / "checkpoints").glob("step_*"), reverse=True):
+        broken = problems(folder)
+        if not broken:
+            return folder
+        for line in broken:
+            warn(f"{line}; taking the checkpoint before")
+    return None
+
+
+def find(source: str, warn: Callable[[str], None]) -> Path:
+    """The checkpoint that `trainer.init_from` names: a checkpoint folder, or the newest of a run folder."""
+    folder = Path(source)
+    found = folder if (folder / "manifest.json").exists() else newest(folder, warn)
+    if found is None:
+        raise ConfigError(f"trainer.init_from={source}: is neither a checkpoint nor a run folder with a whole one")
+    return found
+
+
+def read_manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Fill the model (before the engine wraps it) from a checkpoint. ValueError names the tensors that don't fit."""
+    weights = load_file(folder / "model.safetensors")
+    own = dict(model.named_parameters())  # names a tied weight once
+    wrong = [f"{name}: the checkpoint has none" for name in own.keys() - weights.keys()]
+    wrong += [f"{name}: the model has none" for name in weights.keys() - own.keys()]
+    wrong += [f"{name}: {list(weights[name].shape)} in the checkpoint, {list(own[name].shape)} in the model"
+              for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{folder}: the weights don't fit this model:\n  " + "\n  ".join(sorted(wrong)))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+# --- the engine's state by parameter name ---------------------------------------------------------------------------
+
+
+def gather(engine) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Weights and moments by name, whole, in fp32, on rank 0's CPU (empty elsewhere), and the updates made so far."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    stage, main = engine.zero_optimization_stage(), torch.distributed.get_rank() == 0
+    optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    updates = int(next(iter(optimizer.state.values()))["step"]) if optimizer.state else 0
+    weights, moments = {}, {}
+    for name, parameter in engine.module.named_parameters():
+        whole = {name: safe_get_full_fp32_param(parameter) if stage == 3 else parameter.detach()}
+        if updates:
+            for key in MOMENTS:
+                whole[f"{key}.{name}"] = (optimizer.state[parameter][key] if stage == 0
+                                          else safe_get_full_optimizer_state(parameter, key))  # fmt: skip
+        if main:
+            for key, tensor in whole.items():
+                copy = tensor.to("cpu", torch.float32, copy=True).contiguous()
+                (weights if key == name else moments)[key] = copy
+    return weights, moments, updates
+
+
+def load_optimizer(engine, folder: Path) -> None:
+    """Give the engine's optimizer the moments of a checkpoint; each rank keeps the part that it owns."""
+    updates = read_manifest(folder)["optimizer_updates"]
+    if not updates:
+        return
+    stage = engine.zero_optimization_stage()
+    optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for flat in group["params"]:  # the parameters themselves at stage 0, this rank's flat partitions above
+            step = torch.tensor(float(updates), device=flat.device)
+            optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    if stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # lets parameters find their moments before a first step
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        for name, parameter in engine.module.named_parameters():
+            for key in MOMENTS:
+                set_moment(parameter, key, file.get_tensor(f"{key}.{name}"), optimizer, stage)
+
+
+def set_moment(parameter: Tensor, key: str, value: Tensor, optimizer: torch.optim.Optimizer, stage: int) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if stage == 0:
+        optimizer.state[parameter][key].copy_(value)
+    elif stage == 3:  # DeepSpeed's own setter forgets the padding of the last partition
+        part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+        padded = torch.nn.functional.pad(value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded[rank * part : (rank + 1) * part], key)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)

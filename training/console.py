@@ -1,0 +1,61 @@
+"""What a run shows in the terminal: a live progress bar, or plain lines where the output is a file."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class TrainingConsole:
+    """Rank 0 writes, the others are silent."""
+
+    def __init__(self, enabled: bool):
+        self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self.live = enabled and self.console.is_terminal
+        self.progress = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, rows: dict[str, str]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for key, value in rows.items():
+            table.add_row(key, value)
+        self.console.print(table)
+
+    def start(self, step: int, horizon: int) -> None:
+        self.horizon, self.first_step, self.started = horizon, step, time.monotonic()
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+        self.progress = Progress(*columns, console=self.console, disable=not self.live)
+        self.task = self.progress.add_task("training", total=horizon, completed=step, status="")
+        self.progress.start()
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """After every step; `metrics` is empty where nothing was logged."""
+        if not metrics:
+            self.progress.update(self.task, completed=step)
+            return
+        left = (time.monotonic() - self.started) / (step - self.first_step) * (self.horizon - step)
+        parts = []
+        if "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss']:.4f}")
+        if "val/loss" in metrics:
+            parts.append(f"val loss {metrics['val/loss']:.4f} (perplexity {metrics['val/perplexity']:.1f})")
+        if "perf/tokens_per_second" in metrics:
+            parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{duration(left)} left")
+        status = ", ".join(parts)
+        self.progress.update(self.task, completed=step, status=status)
+        if not self.live or "val/loss" in metrics:
+            self.say(f"step {step}/{self.horizon}: {status}")
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()

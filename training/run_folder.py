@@ -1,0 +1,81 @@
+"""The run folder: what may go into it, and whether a run may start, go on, or is done."""
+
+import os
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from configs.schema import Config, ConfigError, load, to_dict
+from data.loader import EvalLoader, TrainLoader
+from data.shards import TokenShards
+from training.checkpoint import write_atomic
+from training.setup import Runtime
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration that a run folder was made with. ConfigError if there is none."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir}: is not a run folder (it has no config.yaml)")
+    return load(OmegaConf.load(path), world_size=1)
+
+
+def check_before_start(config: Config, runtime: Runtime) -> None:
+    """Raise one ConfigError with everything that would stop this run; creates nothing."""
+    errors = []
+    for check in (check_core, check_data, check_run_folder):
+        try:
+            check(config, runtime)
+        except ConfigError as error:
+            errors.extend(error.errors)
+    if errors:
+        raise ConfigError(*errors)
+
+
+def check_core(config: Config, runtime: Runtime) -> None:
+    try:
+        config.core.check(config.model, runtime.device.type, runtime.dtype)
+    except ValueError as error:
+        raise ConfigError(f"core={config.core.name}: {error}") from None
+
+
+def check_data(config: Config, runtime: Runtime) -> None:
+    if config.data.source == "builtin" and not (Path(config.data.dir) / "manifest.json").exists():
+        return  # prepared on first use
+    seq_len, micro = config.trainer.seq_len, config.trainer.micro_batch_size
+    TrainLoader(TokenShards(config.data.dir, "train"), seq_len, 0, micro, config.trainer.global_batch_size, 0, 1)
+    EvalLoader(TokenShards(config.data.dir, "val"), seq_len, micro, 0, 1, max_samples=None)
+
+
+def check_run_folder(config: Config, runtime: Runtime) -> None:
+    folder = Path(config.run.dir)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"run.dir={folder}: cannot be a folder, since {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.dir={folder}: {parent} is not writable; choose another with run.dir=")
+    if not (folder / "config.yaml").exists():
+        return
+    if config.trainer.resume == "never":
+        raise ConfigError(f"run.dir={folder}: holds a run, and trainer.resume=never; choose another run.name")
+    there, ours = read_config(folder).identity(), config.identity()
+    differing = [key for key in sorted(there.keys() | ours.keys()) if there.get(key) != ours.get(key)]
+    if differing:
+        keys = "".join(f"\n    {key}: {there.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+        raise ConfigError(f"run.dir={folder}: holds another run; choose another run.name, or the same settings:{keys}")
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run folder holds this run, done; the horizon is part of a run's identity."""
+    return (Path(config.run.dir) / "summary.json").exists()
+
+
+def create_run_folder(config: Config) -> dict:
+    """Make the folder and its config.yaml; the resolved configuration as plain values."""
+    tree, folder = to_dict(config), Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder}: cannot be written ({error.strerror}); choose another with run.dir=") from None
+    return tree

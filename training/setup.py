@@ -1,0 +1,123 @@
+"""What a run stands on: the device, the process group, seeds, and the DeepSpeed engine around the model."""
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs. `dtype` is what the forward pass computes in; parameters are fp32 master weights."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None if self.dtype == torch.float32 else self.dtype
+
+
+def find_runtime(config: Config) -> Runtime:
+    """Device, precision and ranks (torchrun's variables), without touching any of them."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} GPUs; start one process a GPU")
+    dtype = config.trainer.dtype if config.trainer.dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
+    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    return Runtime(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], rank, local_rank, world_size)
+
+
+def import_deepspeed(device_type: str):
+    """DeepSpeed for this device, quiet, and without the CPU extension that it would compile and training never uses."""
+    os.environ["DS_ACCELERATOR"] = device_type
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", module="deepspeed")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device_type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_distributed(runtime: Runtime) -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs); a lone process makes one of its own."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ["T6_LONE_PROCESS"] = "1"
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain
+    backend = "nccl" if runtime.device.type == "cuda" else "gloo"
+    import_deepspeed(runtime.device.type).init_distributed(dist_backend=backend, verbose=False)
+
+
+def shut_down(engine=None) -> None:
+    """Take the engine and the process group down, so that the same process can start another run."""
+    if engine is not None:
+        engine.destroy()
+    if torch.distributed.is_initialized():
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
+    if os.environ.pop("T6_LONE_PROCESS", None):
+        for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(key, None)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make whatever is random in a step a function of (seed, step, rank), so that a resumed run repeats it."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+
+
+def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """The DeepSpeed engine: fp32 parameters sharded as `deepspeed.config` says; precision is the model's autocast."""
+    ours = {
+        "train_batch_size": config.trainer.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.trainer.micro_batch_size,
+        "gradient_accumulation_steps": config.trainer.accumulation_steps(runtime.world_size),
+        "zero_allow_untested_optimizer": True,
+        # At stage 0 DeepSpeed clips without telling the norm: training.optim clips there.
+        "gradient_clipping": config.optim.grad_clip if config.deepspeed.stage else 0.0,
+    }
+    deepspeed = import_deepspeed(runtime.device.type)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config.deepspeed.config | ours, dist_init_required=False
+    )
+    if config.trainer.compile:
+        engine.compile()
+    return engine
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """The mean of a scalar over all ranks, on every rank."""
+    value = value.detach().float().clone()
+    torch.distributed.all_reduce(value)
+    return value.item() / torch.distributed.get_world_size()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank, on every rank."""
+    value = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return bool(value.item())
