@@ -77,7 +77,7 @@ def show_text(dir: Path, manifest: Manifest, shards: TokenShards, console: Conso
 
 
 def main(config: Config) -> int:
-    return 1 if inspect(config.data.dir, Console()) else 0
+    return 1 if inspect(config.data.dir, Console(soft_wrap=True)) else 0
 
 
 if __name__ == "__main__":

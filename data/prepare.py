@@ -114,7 +114,7 @@ def build(config: Config, dir: Path, progress: bool) -> Manifest:
     """Read, split, train the tokenizer, tokenise; leaves shards, tokenizer and manifest in `dir`."""
     data = config.data
     cache = dir / "cache"
-    documents, skipped = good_documents(load_documents(data, progress, cache))
+    documents, skipped = good_documents(load_documents(data, progress, cache), data)
     splits = split_documents(documents, data)
     tokenizer = make_tokenizer(config.tokenizer, splits["train"], dir, progress)
     written, counts = {}, {}

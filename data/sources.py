@@ -3,6 +3,9 @@
 import glob
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import datasets
@@ -12,7 +15,7 @@ from data import builtin
 from data.parallel import console
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}
-PACKED = (".gz", ".zst", ".xz", ".bz2")  # unpacked on the way by `datasets`
+PACKED = (".gz", ".xz", ".bz2")  # unpacked on the way by `datasets`
 
 
 def load_documents(config: DataConfig, progress: bool = True, cache_dir: Path | None = None) -> datasets.Dataset:
@@ -62,28 +65,34 @@ def load_files(files: list[str], config: DataConfig, progress: bool, cache_dir: 
     kind = builder(files)
     options = {"text": {"sample_by": "document", "encoding_errors": "replace"},
                "json": {"encoding_errors": "replace"}}.get(kind, {})
-    bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    if not (progress and console.is_terminal):
-        datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
-    try:
-        table = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir and str(cache_dir),
-                                      **options)
-    except Exception as error:  # whatever a file that isn't what its name says makes the readers raise
-        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-        raise ConfigError(f"data.files={config.files}: cannot be read as {kind}: {reason}") from error
-    finally:
-        datasets.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
+    with quiet(progress) as logged:
+        try:
+            table = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir and str(cache_dir),
+                                          **options)
+        except Exception as error:  # whatever a file that isn't what its name says makes the readers raise
+            reasons = [record.getMessage() for record in logged] or [str(error.__cause__ or error)]
+            reason = next(iter(reasons[0].splitlines()), "") or "there is nothing in it"
+            raise ConfigError(f"data.files={config.files}: cannot be read as {kind}: {reason}") from error
     column = "text" if kind == "text" else config.column
     if column not in table.column_names:
         raise ConfigError(f"data.column={column}: no such column in the files of data.files; columns there: "
                           + ", ".join(table.column_names))
-    kind_of_column = getattr(table.features[column], "dtype", str(table.features[column]))
-    if kind_of_column not in ("string", "large_string", "string_view", "null"):
-        raise ConfigError(f"data.column={column}: holds {kind_of_column}, must be text")
     return table.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
+
+
+@contextmanager
+def quiet(progress: bool) -> Iterator[list[logging.LogRecord]]:
+    """Keep back the log lines of `datasets` (they name the broken file), and its bars where there is no terminal."""
+    logger, bars = logging.getLogger("datasets"), datasets.is_progress_bar_enabled()
+    handlers, logger.handlers = logger.handlers, [BufferingHandler(capacity=1000)]
+    if not (progress and console.is_terminal):
+        datasets.disable_progress_bars()
+    try:
+        yield logger.handlers[0].buffer
+    finally:
+        logger.handlers = handlers
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def reason_to_skip(text) -> str | None:
@@ -95,8 +104,8 @@ def reason_to_skip(text) -> str | None:
     return None if text.strip() else "empty"
 
 
-def good_documents(documents: datasets.Dataset) -> tuple[datasets.Dataset, dict[str, int]]:
-    """The documents that hold text, and how many were skipped for each reason."""
+def good_documents(documents: datasets.Dataset, config: DataConfig) -> tuple[datasets.Dataset, dict[str, int]]:
+    """The documents that hold text, and how many were skipped for each reason. ConfigError where none does."""
     skipped: Counter[str] = Counter()
     good = []
     index = 0
@@ -107,4 +116,7 @@ def good_documents(documents: datasets.Dataset) -> tuple[datasets.Dataset, dict[
             else:
                 good.append(index)
             index += 1
+    if not good:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are no documents"
+        raise ConfigError(f"data.column={config.column}: no document holds text ({reasons})")
     return documents if not skipped else documents.select(good), dict(sorted(skipped.items()))

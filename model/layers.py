@@ -17,6 +17,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            x = x.to(self.weight.dtype)  # under autocast x may be bf16, and the fused kernel wants one dtype
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
 

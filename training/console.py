@@ -4,7 +4,6 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 
 def duration(seconds: float) -> str:
@@ -25,10 +24,10 @@ class TrainingConsole:
         self.console.print(text, markup=False)
 
     def table(self, title: str, rows: dict[str, str]) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+        width = max(map(len, rows))
+        self.console.print(f"\n[bold]{title}[/bold]")
         for key, value in rows.items():
-            table.add_row(key, value)
-        self.console.print(table)
+            self.say(f"  {key:<{width}}  {value}")
 
     def start(self, step: int, horizon: int) -> None:
         self.horizon, self.first_step, self.started = horizon, step, time.monotonic()

@@ -1,6 +1,7 @@
 """A small prepared data folder, made once, and the configuration that makes it."""
 
 import json
+import multiprocessing
 import random
 from types import SimpleNamespace
 
@@ -29,6 +30,15 @@ def make_config(dir, files, *, vocab_size=320, name="files", source="files", wor
 def write_jsonl(path, documents, column="text"):
     path.write_text("".join(json.dumps({column: text}) + "\n" for text in documents))
     return path
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request):
+    """The test runs once for each way of starting worker processes."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,3 @@
-import multiprocessing
-
 import pytest
 
 from data import builtin
@@ -40,7 +38,7 @@ def tree(tmp_path):
     (tmp_path / "pkg" / "broken.py").write_text("def (:\n")
     (tmp_path / "pkg" / "nul.py").write_bytes(b"x = '\0'\n")
     (tmp_path / "pkg" / "latin.py").write_bytes(b'"""A caf\xe9 without a coding line is no UTF-8 and is left out."""\n')
-    (tmp_path / "pkg" / "test" / "c.py").write_text('"""Tests are not part of the corpus, however long they are."""\n' * 9)
+    (tmp_path / "pkg" / "test" / "c.py").write_text('"""' + "Tests are not part of the corpus. " * 9 + '"""\n')
     return Tree("made_up", tmp_path, comments=True)
 
 
@@ -65,21 +63,19 @@ def test_comments_only_where_wanted(tree):
 
 
 def test_surrogates_do_not_survive(tmp_path):
-    (tmp_path / "a.py").write_text('"""' + "A lone surrogate \\ud800 is no character that a file can hold. " * 5 + '"""\n')
+    (tmp_path / "a.py").write_text('"""' + "A lone surrogate \\ud800 is no character that a file holds. " * 5 + '"""\n')
     [document] = collect([Tree("x", tmp_path)], workers=1)
     assert document["text"].startswith("A lone surrogate ? is")
 
 
 def test_pydoc_topics(tmp_path):
     (tmp_path / "pydoc_data").mkdir()
-    (tmp_path / "pydoc_data" / "topics.py").write_text(f"topics = {{'assert': {'Assert statements. ' * 20!r}, 'x': 'short'}}")
+    entries = {"assert": "Assert statements. " * 20, "x": "short"}
+    (tmp_path / "pydoc_data" / "topics.py").write_text(f"topics = {entries}")
     assert [document["name"] for document in collect([Tree("stdlib", tmp_path)], workers=1)] == ["pydoc/topics/assert"]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_the_same_for_every_number_of_workers(tree, method, monkeypatch):
-    monkeypatch.setattr(multiprocessing.context, "_default_context", multiprocessing.get_context(method))
-    monkeypatch.setattr(multiprocessing, "_default_context", None, raising=False)
+def test_the_same_for_every_number_of_workers(tree, start_method):
     assert collect([tree], workers=2) == collect([tree], workers=1)
 
 

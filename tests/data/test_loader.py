@@ -150,13 +150,13 @@ def test_evaluation_reads_each_sample_once(world, micro, max_samples):
 
 
 def test_sequences_longer_than_the_data(small):
-    with pytest.raises(ConfigError, match="trainer.seq_len=4000: the longest train shard has 4000 tokens .* at most 3999"):
+    with pytest.raises(ConfigError, match="trainer.seq_len=4000: the longest train shard has 4000 .* at most 3999"):
         TrainLoader(TokenShards(small[1], "train"), 4000, 0, 1, 1)
     val = TokenShards(small[1], "val")
     longest = max(map(len, val.arrays))
     with pytest.raises(ConfigError, match=f"the longest val shard has {longest} tokens"):
         EvalLoader(val, longest, 1)
-    assert EvalLoader(val, longest - 1, 1).n_samples == 1
+    assert EvalLoader(val, longest - 1, 1).n_samples == [len(array) for array in val.arrays].count(longest)
 
 
 def test_batch_sizes_that_do_not_multiply_out():

@@ -40,7 +40,7 @@ def test_llm_c_header(tmp_path):
     writer.write(np.array([1, 2, 69]))
     writer.close()
     raw = (tmp_path / "val_000000.bin").read_bytes()
-    assert raw[:12] == b"\x88\xdb\x34\x01" + b"\x01\x00\x00\x00" + b"\x03\x00\x00\x00"
+    assert raw[:12] == b"\x88\xd8\x34\x01" + b"\x01\x00\x00\x00" + b"\x03\x00\x00\x00"
     assert int.from_bytes(raw[:4], "little") == MAGIC == 20240520
     assert raw[12:1024] == bytes(1012) and raw[1024:] == b"\x01\x00\x02\x00\x45\x00"
 

@@ -1,0 +1,29 @@
+"""Small models of every mechanism, for the tests that hold for all of them."""
+
+from pathlib import Path
+
+from configs.app import CONFIGS, compose
+from configs.schema import Config, load
+from model.transformer import Transformer, TransformerConfig
+
+MODELS = sorted(path.stem for path in Path(CONFIGS, "model").glob("*.yaml"))
+SIZES = sorted(path.stem for path in Path(CONFIGS, "size").glob("*.yaml"))
+# Small but generic: an odd d_ff, two layers, more heads than key-value heads.
+SMALL = ["size=tiny", "size.n_layers=2", "size.d_model=48", "size.head_dim=8", "tokenizer.vocab_size=300"]
+SMALL_BY_MODEL = {"mla": ["model.q_lora_rank=20", "model.kv_lora_rank=12", "model.qk_rope_head_dim=4"]}
+
+
+def small_config(model: str, *overrides: str) -> Config:
+    return load(compose("train", [f"model={model}", *SMALL, *SMALL_BY_MODEL.get(model, []), *overrides]))
+
+
+def small_network(model: str, *overrides: str) -> TransformerConfig:
+    return TransformerConfig.from_config(small_config(model, *overrides))
+
+
+def wake_up(model: Transformer) -> Transformer:
+    """Give the output projections, which start at zero, weights, so that attention has an effect."""
+    for block in model.blocks:
+        block.attention.out_proj.reset_parameters()
+        block.mlp.down_proj.reset_parameters()
+    return model

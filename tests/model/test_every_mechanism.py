@@ -1,0 +1,126 @@
+"""What must hold for every mechanism: a new YAML in configs/model/ is tested here without being written down."""
+
+import dataclasses
+from math import prod
+
+import pytest
+import torch
+
+from configs.app import compose
+from configs.schema import load
+from model import counting
+from model.cores.base import AttentionMask
+from model.transformer import Transformer, TransformerConfig
+from tests.model.helpers import MODELS, SIZES, small_network, wake_up
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_size_builds_with_the_counted_parameters_and_the_parameters_of_mha(model, size):
+    def network(name):
+        return TransformerConfig.from_config(load(compose("train", [f"model={name}", f"size={size}", "tokenizer=gpt2"])))
+
+    ours, mha = network(model), network("mha")
+    with torch.device("meta"):
+        built = Transformer(ours)
+    assert count(built) == counting.num_params(ours)
+    assert count(built.blocks[0].attention) == ours.attention.num_params(ours.d_model)
+    assert abs(counting.num_params(ours) / counting.num_params(mha) - 1) < 0.03
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_head_counts_are_matched_for_a_size_of_ones_own(model):
+    network = small_network(model)
+    budget = counting.attention_budget(network.d_model)
+    ours = network.attention.num_params(network.d_model)
+    for change in (-1, 1):
+        n_heads = network.attention.n_heads + change * network.attention.head_multiple
+        if n_heads > 0:
+            other = dataclasses.replace(network.attention, n_heads=n_heads)
+            assert abs(other.num_params(network.d_model) - budget) >= abs(ours - budget)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_later_token_changes_no_earlier_logit(model):
+    torch.manual_seed(0)
+    net = wake_up(Transformer(small_network(model)))
+    tokens = torch.randint(0, 300, (2, 13))
+    before = net(tokens)
+    for t in (1, 7, 12):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 300
+        after = net(changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.allclose(before[:, t:], after[:, t:])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_attention_depends_on_relative_positions_alone(model):
+    torch.manual_seed(1)
+    attention = wake_up(Transformer(small_network(model))).double().blocks[0].attention
+    x = torch.randn(2, 9, 48, dtype=torch.float64)
+    positions = torch.arange(9)[None]
+    here, there = attention(x, positions, AttentionMask()), attention(x, positions + 5, AttentionMask())
+    assert torch.allclose(here, there, atol=1e-6)
+    assert not torch.allclose(here, attention(x, positions * 2, AttentionMask()), atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_batch_is_learnt_by_heart(model):
+    torch.manual_seed(0)
+    net = Transformer(small_network(model))
+    tokens = torch.randint(0, 300, (2, 33))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(150):
+        loss = net(tokens[:, :-1], tokens[:, 1:], reduction="mean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_gets_a_gradient(model):
+    torch.manual_seed(0)
+    net = wake_up(Transformer(small_network(model)))
+    tokens = torch.randint(0, 300, (1, 8))
+    net(tokens, tokens).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recomputing_activations_changes_nothing(model):
+    torch.manual_seed(0)
+    net = wake_up(Transformer(small_network(model)))
+    tokens = torch.randint(0, 300, (2, 11))
+    grads = []
+    for recompute in (False, True):
+        net.recompute = recompute
+        net.zero_grad()
+        net(tokens, tokens).backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bf16_autocast_keeps_fp32_weights_and_comes_close(model):
+    torch.manual_seed(0)
+    net = wake_up(Transformer(small_network(model)))
+    tokens = torch.randint(0, 300, (2, 16))
+    exact = net(tokens, tokens, reduction="mean")
+    net.autocast_dtype = torch.bfloat16
+    rough = net(tokens, tokens, reduction="mean")
+    rough.backward()
+    assert rough.dtype == torch.float32 and net.embedding.weight.grad.dtype == torch.float32
+    assert abs(exact - rough) < 0.02 * exact
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_cache_shapes_are_what_the_factors_have(model):
+    config = small_network(model).attention
+    assert counting.kv_numbers_per_token(config) == sum(prod(s) for s in config.cache_shapes().values()) > 0
