@@ -7,14 +7,16 @@ torchrun --nproc_per_node=8 train.py [overrides]   one node
 Exit codes: 0 done, 2 bad configuration or input, 75 pre-empted after saving (start it again), 1 anything else.
 """
 
+import math
 import time
 from pathlib import Path
 
 import torch
 
 from configs.app import app
-from configs.schema import Config
+from configs.schema import Config, ConfigError
 from data.loader import EvalLoader, TrainLoader
+from data.prepare import ensure_prepared
 from data.shards import TokenShards
 from data.tokenizers import load_tokenizer
 from eval.perplexity import bits_per_byte, evaluate, perplexity
@@ -45,15 +47,11 @@ def main(config: Config) -> int:
     if is_finished(config):
         console.say(f"{config.run.dir} is finished; choose another run.name to train again")
         return 0
-    engine = None
+    if runtime.is_main:
+        ensure_prepared(config)  # the built-in corpus on first use; the others wait where the process group forms
     init_distributed(runtime)
+    engine = None
     try:
-        # Data: rank 0 prepares the built-in corpus on first use, the others wait.
-        if runtime.is_main:
-            from data.prepare import ensure_prepared
-
-            ensure_prepared(config)
-        torch.distributed.barrier()
         trainer, seq_len, micro = config.trainer, config.trainer.seq_len, config.trainer.micro_batch_size
         train_shards, val_shards = TokenShards(config.data.dir, "train"), TokenShards(config.data.dir, "val")
         manifest = train_shards.manifest
@@ -125,7 +123,7 @@ def main(config: Config) -> int:
                 grad_norm = optimizer_step(engine, lr, config.optim.grad_clip)
 
                 is_last = step == trainer.horizon
-                went_wrong = not torch.isfinite(torch.tensor(grad_norm))
+                went_wrong = not math.isfinite(grad_norm)
                 skipped += went_wrong
                 skipped_in_a_row = skipped_in_a_row + 1 if went_wrong else 0
                 timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - began
@@ -136,7 +134,7 @@ def main(config: Config) -> int:
                         "train/loss": mean_over_ranks(step_loss),
                         "optim/lr": lr,
                         "optim/grad_norm": grad_norm,
-                        "optim/skipped_steps": int(skipped),
+                        "optim/skipped_steps": skipped,
                         "perf/tokens_per_second": rate,
                         "perf/mfu": flops * rate / peak,
                         "perf/memory_gb": memory_gb(runtime.device),
@@ -182,8 +180,6 @@ def start_weights(config: Config, model: Transformer, data_fingerprint: str, con
     if own:
         saved = checkpoint.read_manifest(own)["data_fingerprint"]
         if saved != data_fingerprint:
-            from configs.schema import ConfigError
-
             raise ConfigError(f"data.dir={config.data.dir}: holds other data ({data_fingerprint[:12]}) than the run was "
                               f"trained on ({saved[:12]}); prepare that data again or choose another run.name")  # fmt: skip
         checkpoint.load_weights(model, own)

@@ -20,50 +20,42 @@ GROUPS = {path.name for path in CONFIGS.iterdir() if path.is_dir() and any(path.
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """The tree that Hydra makes of `configs/<config_name>.yaml` and command-line overrides."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra.compose(config_name, overrides)
+        return hydra.compose(config_name, [force(override) for override in overrides])
 
 
 def app(main: Callable[[Config], int | None], config_name: str = "train", load: Callable[[DictConfig], Config] = load):
     """Run `main(load(tree))` as a Hydra app; what `main` returns is the exit code (under `-m` of each job in turn)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with its own exit code 1
+    args = get_args_parser().parse_args()
+    sys.argv[1:] = [force(arg) if arg in args.overrides else arg for arg in sys.argv[1:]]
+
+    def job(tree: DictConfig) -> None:
+        try:
+            code = main(load(tree))
+        except ConfigError as error:
+            fail(error)
+        if code:
+            sys.exit(code)
+
     try:
-        args = get_args_parser().parse_args()
         if args.cfg == "job" and not args.package:
             print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, args.overrides))))), end="")
-            return
-
-        def job(tree: DictConfig) -> None:
-            try:
-                code = main(load(tree))
-            except ConfigError as error:
-                fail(error)
-            if code:
-                sys.exit(code)
-
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+        else:
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except ConfigError as error:
         fail(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error, config_name, args.overrides, load))
-
-
-def explain(error: Exception, config_name: str, overrides: list[str], load) -> ConfigError:
-    """Hydra stops at the first unknown key: force every key in, so that our own checks find them all together."""
-    if isinstance(error, MissingConfigException) and error.options:
+    except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        return ConfigError(f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, error.options)}")
-    try:
-        load(compose(config_name, [force(override) for override in overrides]))
-    except ConfigError as ours:
-        return ours
-    except (HydraException, OmegaConfBaseException):  # not a matter of keys, such as an override that does not parse
-        pass
-    return ConfigError(" ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line))
+        fail(ConfigError(f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, error.options or [])}"))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(ConfigError(" ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line)))
 
 
 def force(override: str) -> str:
+    """`key=value` as `++key=value`: Hydra takes any key, and our own checks name all the unknown ones together."""
     key = override.split("=", 1)[0]
-    plain = "=" in override and key[:1] not in "+~" and not key.startswith("hydra") and key.split("@")[0] not in GROUPS
+    is_group = key.split("@")[0] in GROUPS or "/" in key
+    plain = "=" in override and key[:1] not in "+~" and not key.startswith("hydra.") and not is_group
     return f"++{override}" if plain else override
 
 

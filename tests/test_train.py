@@ -170,7 +170,8 @@ def test_init_from_starts_a_new_run_from_a_runs_weights(small_run, tmp_path):
 
 def test_multirun_runs_one_job_after_another(small_run, tmp_path):
     args = [a for a in small_run if not a.startswith("run.dir")]
-    done = command("train.py", "-m", *args, "model=mha,t6", f"run.dir={tmp_path}/\\${{model.name}}", "hydra.sweep.dir=" + str(tmp_path / "sweep"))
+    done = command("train.py", "-m", *args, "model=mha,t6", f"run.dir={tmp_path}/${{model.name}}",
+                   f"hydra.sweep.dir={tmp_path}/sweep")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / name / "summary.json").exists() for name in ("mha", "t6"))
 

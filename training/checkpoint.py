@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Fill the model (before the engine wraps it) from a checkpoint. ValueError names the tensors that don't fit."""
+    """Fill the model (before the engine wraps it) from a checkpoint. ConfigError names the tensors that don't fit."""
     weights = load_file(folder / "model.safetensors")
     own = dict(model.named_parameters())  # names a tied weight once
     wrong = [f"{name}: the checkpoint has none" for name in own.keys() - weights.keys()]
@@ -126,7 +126,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     wrong += [f"{name}: {list(weights[name].shape)} in the checkpoint, {list(own[name].shape)} in the model"
               for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]  # fmt: skip
     if wrong:
-        raise ValueError(f"{folder}: the weights don't fit this model:\n  " + "\n  ".join(sorted(wrong)))
+        raise ConfigError(f"{folder}: the weights don't fit this model:" + "".join(f"\n    {w}" for w in sorted(wrong)))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
@@ -163,16 +163,23 @@ def load_optimizer(engine, folder: Path) -> None:
         return
     stage = engine.zero_optimization_stage()
     optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
-    for group in optimizer.param_groups:
-        for flat in group["params"]:  # the parameters themselves at stage 0, this rank's flat partitions above
-            step = torch.tensor(float(updates), device=flat.device)
-            optimizer.state[flat] = {"step": step} | {key: torch.zeros_like(flat) for key in MOMENTS}
+    for owned in owned_tensors(engine):
+        step = torch.tensor(float(updates), device=owned.device)
+        optimizer.state[owned] = {"step": step} | {key: torch.zeros_like(owned) for key in MOMENTS}
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # lets parameters find their moments before a first step
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         for name, parameter in engine.module.named_parameters():
             for key in MOMENTS:
                 set_moment(parameter, key, file.get_tensor(f"{key}.{name}"), optimizer, stage)
+
+
+def owned_tensors(engine) -> list[Tensor]:
+    """What the inner optimizer steps on this rank: the parameters at stage 0, flat partitions of them above."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+    return engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else engine.optimizer.single_partition_of_fp32_groups
 
 
 def set_moment(parameter: Tensor, key: str, value: Tensor, optimizer: torch.optim.Optimizer, stage: int) -> None:

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from configs.schema import Config, ConfigError, load, to_dict
 from data.loader import EvalLoader, TrainLoader
+from data.prepare import ensure_prepared, prepared
 from data.shards import TokenShards
 from training.checkpoint import write_atomic
 from training.setup import Runtime
@@ -40,8 +41,9 @@ def check_core(config: Config, runtime: Runtime) -> None:
 
 
 def check_data(config: Config, runtime: Runtime) -> None:
-    if config.data.source == "builtin" and not (Path(config.data.dir) / "manifest.json").exists():
+    if config.data.source == "builtin" and not prepared(config):
         return  # prepared on first use
+    ensure_prepared(config)
     seq_len, micro = config.trainer.seq_len, config.trainer.micro_batch_size
     TrainLoader(TokenShards(config.data.dir, "train"), seq_len, 0, micro, config.trainer.global_batch_size, 0, 1)
     EvalLoader(TokenShards(config.data.dir, "val"), seq_len, micro, 0, 1, max_samples=None)
