@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 bad configuration or input, 75 pre-empted after saving (st
 
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -24,11 +25,11 @@ from eval.sample import sample_texts
 from model import counting
 from model.transformer import Transformer, TransformerConfig
 from training import checkpoint
-from training.console import TrainingConsole, duration
-from training.metrics import Metrics, memory_gb, peak_flops, plot_loss, read_metrics
+from training.console import TrainingConsole
+from training.metrics import Metrics, memory_gb, peak_flops
 from training.optim import build_optimizer, learning_rate, optimizer_step
 from training.preemption import PREEMPTED, Preemption
-from training.run_folder import check_before_start, create_run_folder, is_finished
+from training.run_folder import check_before_start, create_run_folder, finish, is_finished
 from training.setup import (
     any_rank,
     build_engine,
@@ -41,6 +42,7 @@ from training.setup import (
 
 
 def main(config: Config) -> int:
+    """One run, from a checked configuration to its exit code."""
     runtime = find_runtime(config)
     console = TrainingConsole(enabled=runtime.is_main)
     check_before_start(config, runtime)
@@ -50,165 +52,144 @@ def main(config: Config) -> int:
     if runtime.is_main:
         ensure_prepared(config)  # the built-in corpus on first use; the others wait where the process group forms
     init_distributed(runtime)
-    engine = None
     try:
-        trainer, seq_len, micro = config.trainer, config.trainer.seq_len, config.trainer.micro_batch_size
-        train_shards, val_shards = TokenShards(config.data.dir, "train"), TokenShards(config.data.dir, "val")
-        manifest = train_shards.manifest
-        tokenizer = load_tokenizer(config.tokenizer, config.data.dir)
-        ranks = (runtime.rank, runtime.world_size)
-        train_data = TrainLoader(train_shards, seq_len, config.run.seed, micro, trainer.global_batch_size, *ranks)
-        eval_sequences = trainer.eval_batches and trainer.eval_batches * trainer.global_batch_size
-        val_data = EvalLoader(val_shards, seq_len, micro, *ranks, max_samples=eval_sequences)
-
-        # Model, optimizer, engine; the weights are there before DeepSpeed shards them, the moments after.
-        torch.manual_seed(config.run.seed)
-        network = TransformerConfig.from_config(config)
-        model = Transformer(network, runtime.autocast_dtype, recompute=trainer.activation_checkpointing)
-        resumed = start_weights(config, model, manifest.fingerprint, console)
-        model.to(runtime.device)
-        engine = build_engine(config, runtime, model, build_optimizer(model, config.optim))
-        start_step = skipped = 0
-        if resumed:
-            checkpoint.load_optimizer(engine, resumed)
-            facts = checkpoint.read_manifest(resumed)
-            start_step, skipped = facts["step"], facts["skipped_steps"]
-
-        counts = counting.summary(network, seq_len)
-        flops, peak = counts["training_flops_per_token"], peak_flops(runtime.device, runtime.dtype) * runtime.world_size
-        metrics = None
-        if runtime.is_main:
-            tree = create_run_folder(config)
-            metrics = Metrics(config, tree, start_step)
-            rows = {
-                "run": f"{config.run.dir}" + (f", going on from step {start_step}" if resumed else ""),
-                "model": f"{config.model.name} {config.size.name}, {counts['params'] / 1e6:.1f}M parameters, "
-                f"{config.model.n_heads} heads, KV cache {counts['kv_bytes_per_token']:,} bytes a token",
-                "data": f"{manifest.name}, {manifest.tokens('train'):,} tokens, unigram entropy {manifest.unigram_entropy:.3f}",
-                "steps": f"{trainer.horizon} x {trainer.tokens_per_step:,} tokens = "
-                f"{train_data.epochs(trainer.horizon):.2f} epochs",
-                "machine": f"{runtime.world_size} x {runtime.device.type}, {config.trainer.dtype} -> {runtime.dtype}, "
-                f"{config.deepspeed.name}",
-            }
-            console.table("T6", rows)
-
-        def save(step: int) -> None:
-            facts = {
-                "tokens": step * trainer.tokens_per_step,
-                "skipped_steps": skipped,
-                "identity": config.identity(),
-                "data_fingerprint": manifest.fingerprint,
-            }
-            checkpoint.save(engine, Path(config.run.dir), step, facts, trainer.keep_checkpoints)
-
-        # The loop. A step is one optimizer update on global_batch_size sequences.
-        batches = train_data.batches(start_step, trainer.horizon, runtime.device)
-        tokens_per_micro_batch, accumulation = micro * seq_len, trainer.accumulation_steps(runtime.world_size)
-        skipped_in_a_row, timed_steps, timed_seconds = 0, 0, 0.0
-        console.start(start_step, trainer.horizon)
-        with Preemption() as preemption:
-            for step in range(start_step + 1, trainer.horizon + 1):
-                began = time.perf_counter()
-                seed_step(config.run.seed, step, runtime.rank)
-                lr = learning_rate(step, config.optim.lr, config.schedule, trainer.horizon)
-                step_loss = torch.zeros((), device=runtime.device)
-                for micro_batch in range(accumulation):
-                    tokens, targets = next(batches)
-                    # DeepSpeed averages over ranks and micro-batches: the mean over the tokens of the global batch.
-                    loss = engine(tokens, targets) / tokens_per_micro_batch
-                    engine.backward(loss)
-                    step_loss += loss.detach() / accumulation
-                    if micro_batch < accumulation - 1:
-                        engine.step()  # only counts: the update is below
-                grad_norm = optimizer_step(engine, lr, config.optim.grad_clip)
-
-                is_last = step == trainer.horizon
-                went_wrong = not math.isfinite(grad_norm)
-                skipped += went_wrong
-                skipped_in_a_row = skipped_in_a_row + 1 if went_wrong else 0
-                timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - began
-                logged = {}
-                if step % trainer.log_every == 0 or is_last:
-                    rate = timed_steps * trainer.tokens_per_step / timed_seconds
-                    logged |= {
-                        "train/loss": mean_over_ranks(step_loss),
-                        "optim/lr": lr,
-                        "optim/grad_norm": grad_norm,
-                        "optim/skipped_steps": skipped,
-                        "perf/tokens_per_second": rate,
-                        "perf/mfu": flops * rate / peak,
-                        "perf/memory_gb": memory_gb(runtime.device),
-                    }
-                    timed_steps, timed_seconds = 0, 0.0
-                if (trainer.eval_every and step % trainer.eval_every == 0) or is_last:
-                    engine.eval()
-                    loss, _ = evaluate(engine, val_data, runtime.device)
-                    engine.train()
-                    bits = bits_per_byte(loss, manifest.bytes_per_token("val"))
-                    logged |= {"val/loss": loss, "val/perplexity": perplexity(loss), "val/bits_per_byte": bits}
-                if metrics and logged:
-                    metrics.log(step, step * trainer.tokens_per_step, logged)
-                console.update(step, logged)
-                if skipped_in_a_row >= config.optim.max_skipped:
-                    console.say(f"{skipped_in_a_row} steps in a row had a non-finite gradient: giving up at step {step}; "
-                                f"the last checkpoint is whole, a lower optim.lr may help")  # fmt: skip
-                    return 1
-                preempted = any_rank(preemption.requested is not None, runtime.device)
-                if is_last or preempted or (trainer.checkpoint_every and step % trainer.checkpoint_every == 0):
-                    save(step)
-                if preempted and not is_last:
-                    console.stop()
-                    console.say(f"{preemption.requested or 'a signal'}: saved step {step}; the same command goes on from here")
-                    if metrics:
-                        metrics.close(PREEMPTED)
-                    return PREEMPTED
-        console.stop()
-
-        # The end: samples, the plot, the summary.
-        texts = sample_texts(engine.module, tokenizer, trainer.samples, seq_len, runtime.device, config.run.seed)
-        if metrics:
-            finish(config, counts, manifest, texts, metrics, console)
-        return 0
+        return train(config, runtime, console)
     finally:
         console.stop()
-        shut_down(engine)
+        shut_down()
 
 
-def start_weights(config: Config, model: Transformer, data_fingerprint: str, console: TrainingConsole) -> Path | None:
-    """Load the weights that the run starts from; the checkpoint if it goes on from one of its own."""
+def train(config: Config, runtime, console: TrainingConsole) -> int:
+    trainer, run_dir, device = config.trainer, Path(config.run.dir), runtime.device
+
+    # --- data: which sequences a step sees depends on the seed and the step alone
+    train_shards, val_shards = TokenShards(config.data.dir, "train"), TokenShards(config.data.dir, "val")
+    manifest, tokenizer = train_shards.manifest, load_tokenizer(config.tokenizer, config.data.dir)
+    micro_batch_size, ranks = trainer.micro_batch_size, (runtime.rank, runtime.world_size)
+    train_data = TrainLoader(
+        train_shards, trainer.seq_len, config.run.seed, micro_batch_size, trainer.global_batch_size, *ranks
+    )
+    eval_sequences = trainer.eval_batches and trainer.eval_batches * trainer.global_batch_size
+    val_data = EvalLoader(val_shards, trainer.seq_len, micro_batch_size, *ranks, max_samples=eval_sequences)
+
+    # --- model, optimizer, engine: the weights are in place before DeepSpeed shards them, the moments after
+    torch.manual_seed(config.run.seed)
+    network = TransformerConfig.from_config(config)
+    model = Transformer(network, runtime.autocast_dtype, recompute=trainer.activation_checkpointing)
+    resumed = load_start(config, model, manifest.fingerprint, console)
+    model.to(device)
+    engine = build_engine(config, runtime, model, build_optimizer(model, config.optim))
+    start_step = skipped_steps = 0
+    if resumed:
+        checkpoint.load_optimizer(engine, resumed)
+        facts = checkpoint.read_manifest(resumed)
+        start_step, skipped_steps = facts["step"], facts["skipped_steps"]
+
+    # --- the run folder and what goes into it
+    counts = counting.summary(network, trainer.seq_len)
+    machine_peak = peak_flops(device, runtime.dtype) * runtime.world_size
+    metrics = Metrics(config, create_run_folder(config), start_step) if runtime.is_main else None
+    console.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
+
+    def save(step: int) -> None:
+        facts = {
+            "tokens": step * trainer.tokens_per_step,
+            "skipped_steps": skipped_steps,
+            "identity": config.identity(),
+            "data_fingerprint": manifest.fingerprint,
+        }
+        checkpoint.save(engine, run_dir, step, facts, trainer.keep_checkpoints)
+
+    # --- the loop: a step is one optimizer update on global_batch_size sequences
+    accumulation_steps = trainer.accumulation_steps(runtime.world_size)
+    skipped_in_a_row, timed_steps, timed_seconds = 0, 0, 0.0
+    console.start(start_step, trainer.horizon)
+    with Preemption() as preemption, closing(train_data.batches(start_step, trainer.horizon, device)) as batches:
+        for step in range(start_step + 1, trainer.horizon + 1):
+            began, is_last = time.perf_counter(), step == trainer.horizon
+            seed_step(config.run.seed, step, runtime.rank)
+            lr = learning_rate(step, config.optim.lr, config.schedule, trainer.horizon)
+            train_loss = torch.zeros((), device=device)
+            for micro_step in range(1, accumulation_steps + 1):
+                tokens, targets = next(batches)
+                # The mean over the tokens of the global batch: DeepSpeed averages over micro-batches and ranks.
+                loss = engine(tokens, targets) / targets.numel()
+                engine.backward(loss)
+                train_loss += loss.detach() / accumulation_steps
+                if micro_step < accumulation_steps:
+                    engine.step()  # only counts: the update comes next
+            grad_norm = optimizer_step(engine, lr, config.optim.grad_clip)
+            was_skipped = not math.isfinite(grad_norm)
+            skipped_steps += was_skipped
+            skipped_in_a_row = skipped_in_a_row + 1 if was_skipped else 0
+            timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - began
+
+            logged = {}
+            if step % trainer.log_every == 0 or is_last:
+                rate = timed_steps * trainer.tokens_per_step / timed_seconds
+                timed_steps, timed_seconds = 0, 0.0
+                logged = {
+                    "train/loss": mean_over_ranks(train_loss),
+                    "optim/lr": lr,
+                    "optim/grad_norm": grad_norm,
+                    "optim/skipped_steps": skipped_steps,
+                    "perf/tokens_per_second": rate,
+                    "perf/mfu": counts["training_flops_per_token"] * rate / machine_peak,
+                    "perf/memory_gb": memory_gb(device),
+                }
+            if is_due(step, trainer.eval_every) or is_last:
+                engine.eval()
+                val_loss, _ = evaluate(engine, val_data, device)
+                engine.train()
+                logged |= {
+                    "val/loss": val_loss,
+                    "val/perplexity": perplexity(val_loss),
+                    "val/bits_per_byte": bits_per_byte(val_loss, manifest.bytes_per_token("val")),
+                }
+            if metrics and logged:
+                metrics.log(step, step * trainer.tokens_per_step, logged)
+            console.update(step, logged)
+
+            if skipped_in_a_row >= config.optim.max_skipped:
+                console.say(f"giving up at step {step}: the gradient was not finite {skipped_in_a_row} steps in a row")
+                return 1
+            preempted = any_rank(preemption.requested is not None, device) and not is_last
+            if is_due(step, trainer.checkpoint_every) or is_last or preempted:
+                save(step)
+            if preempted:
+                console.say(
+                    f"{preemption.requested or 'signal'}: saved step {step}; the same command goes on from here"
+                )
+                if metrics:
+                    metrics.close(PREEMPTED)
+                return PREEMPTED
+    console.stop()
+
+    # --- the end: samples, plot, summary
+    texts = sample_texts(engine.module, tokenizer, trainer.samples, trainer.seq_len, device, config.run.seed)
+    if metrics:
+        finish(config, counts, manifest.unigram_entropy, texts, metrics, console)
+    return 0
+
+
+def is_due(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0
+
+
+def load_start(config: Config, model: Transformer, data_fingerprint: str, console: TrainingConsole) -> Path | None:
+    """Load the weights the run starts from, if not its own; the checkpoint where it goes on from one of its own."""
     own = checkpoint.newest(Path(config.run.dir), console.say)
     if own:
         saved = checkpoint.read_manifest(own)["data_fingerprint"]
         if saved != data_fingerprint:
-            raise ConfigError(f"data.dir={config.data.dir}: holds other data ({data_fingerprint[:12]}) than the run was "
-                              f"trained on ({saved[:12]}); prepare that data again or choose another run.name")  # fmt: skip
+            raise ConfigError(
+                f"data.dir={config.data.dir}: is not the data that {own} was trained on "
+                f"({data_fingerprint[:12]} instead of {saved[:12]}); prepare it again or choose another run.name"
+            )
         checkpoint.load_weights(model, own)
     elif config.trainer.init_from:
         checkpoint.load_weights(model, checkpoint.find(config.trainer.init_from, console.say))
     return own
-
-
-def finish(config: Config, counts: dict, manifest, texts: list[str], metrics: Metrics, console: TrainingConsole) -> None:
-    """Write samples.txt, loss.png and summary.json, and show them."""
-    run_dir = Path(config.run.dir)
-    checkpoint.write_atomic(run_dir / "samples.txt", "\n\n".join(f"--- sample {i}\n{t}" for i, t in enumerate(texts, 1)) + "\n")
-    last = [line for line in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in line][-1]
-    plot = plot_loss(run_dir, config.run.name, manifest.unigram_entropy)
-    summary = counts | last | {"unigram_entropy": manifest.unigram_entropy, "run": config.run.name}
-    metrics.summarize(summary, plot)
-    metrics.close()
-    if texts:
-        console.say(f"\nA sample:\n\n{texts[0]}\n")
-    console.table(
-        "Done",
-        {
-            "validation loss": f"{last['val/loss']:.4f} nats a token, {manifest.unigram_entropy - last['val/loss']:.4f} under "
-            f"the unigram entropy of {manifest.unigram_entropy:.4f}",
-            "perplexity": f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte",
-            "loss plot": str(plot),
-            "samples": str(run_dir / "samples.txt"),
-        },
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hydra entry points that end well: bad input is one message and exit code 2, `--cfg job` prints the resolved configuration."""
+"""Hydra entry points that end well: bad input is one message and exit code 2, `--cfg job` prints what would run."""
 
 import os
 import sys
@@ -11,7 +11,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.schema import Config, ConfigError, did_you_mean, load, to_dict
+from configs.load import did_you_mean, load
+from configs.schema import Config, ConfigError, to_dict
 
 CONFIGS = Path(__file__).parent.resolve()
 GROUPS = {path.name for path in CONFIGS.iterdir() if path.is_dir() and any(path.glob("**/*.yaml"))}
@@ -46,7 +47,11 @@ def app(main: Callable[[Config], int | None], config_name: str = "train", load: 
         fail(error)
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        fail(ConfigError(f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, error.options or [])}"))
+        fail(
+            ConfigError(
+                f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, error.options or [])}"
+            )
+        )
     except (HydraException, OmegaConfBaseException) as error:
         fail(ConfigError(" ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line)))
 

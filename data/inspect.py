@@ -58,7 +58,7 @@ def vocabulary_used(shards: TokenShards) -> int:
     seen = np.zeros(2**16, dtype=bool)
     for array in shards.arrays:
         for start in range(0, len(array), CHUNK):
-            seen[array[start:start + CHUNK]] = True
+            seen[array[start : start + CHUNK]] = True
     return int(seen.sum())
 
 
@@ -69,8 +69,10 @@ def show_text(dir: Path, manifest: Manifest, shards: TokenShards, console: Conso
     except ConfigError as error:
         return error.errors
     if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
-        return [f"{dir}: the tokenizer is not the one that made the shards (fingerprint {tokenizer.fingerprint}, "
-                f"the manifest says {manifest.tokenizer['fingerprint']})"]
+        return [
+            f"{dir}: the tokenizer is not the one that made the shards (fingerprint {tokenizer.fingerprint}, "
+            f"the manifest says {manifest.tokenizer['fingerprint']})"
+        ]
     console.print("The train split begins:")
     console.print(tokenizer.decode(shards.arrays[0][:SNIPPET_TOKENS].tolist()), markup=False, highlight=False)
     return []

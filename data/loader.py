@@ -66,8 +66,10 @@ class Samples:
         self.count = int(self.ends[-1]) if len(self.ends) else 0
         if not self.count:
             longest = max(map(len, self.arrays), default=0)
-            raise ConfigError(f"trainer.seq_len={seq_len}: the longest {shards.split} shard has {longest} tokens in "
-                              f"{shards.dir}, and a sample needs one more than seq_len: at most {longest - 1}")
+            raise ConfigError(
+                f"trainer.seq_len={seq_len}: the longest {shards.split} shard has {longest} tokens in "
+                f"{shards.dir}, and a sample needs one more than seq_len: at most {longest - 1}"
+            )
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """Samples `numbers` [B] as int64 [B, seq_len + 1]."""
@@ -75,7 +77,7 @@ class Samples:
         which = np.searchsorted(self.ends, numbers, side="right")
         for row, number, shard in zip(rows, numbers, which, strict=True):
             start = (number - (self.ends[shard - 1] if shard else 0)) * self.seq_len
-            row[:] = self.arrays[shard][start:start + self.seq_len + 1]
+            row[:] = self.arrays[shard][start : start + self.seq_len + 1]
         return rows
 
 
@@ -90,11 +92,21 @@ class TrainLoader:
     Global sample g is the one that epoch g // n_samples has at place g % n_samples of its own permutation.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, seed: int, micro_batch_size: int, global_batch_size: int,
-                 rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        shards: TokenShards,
+        seq_len: int,
+        seed: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         if global_batch_size % (micro_batch_size * world_size):
-            raise ConfigError(f"trainer.global_batch_size={global_batch_size}: must be a multiple of "
-                              f"trainer.micro_batch_size={micro_batch_size} x {world_size} processes")
+            raise ConfigError(
+                f"trainer.global_batch_size={global_batch_size}: must be a multiple of "
+                f"trainer.micro_batch_size={micro_batch_size} x {world_size} processes"
+            )
         self.samples = Samples(shards, seq_len)
         self.n_samples = self.samples.count  # in one epoch
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -123,8 +135,9 @@ class TrainLoader:
         """This rank's micro-batch `micro` of step `step`: int64 [micro_batch_size, seq_len + 1]."""
         return self.samples.read(self.numbers(step, micro))
 
-    def batches(self, start_step: int, last_step: int,
-                device: torch.device | str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, start_step: int, last_step: int, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (tokens [B, T], targets [B, T]): `accumulation_steps` micro-batches for each step in
         range(start_step, last_step), read ahead by a thread that ends with the iterator."""
         device = torch.device(device)
@@ -170,8 +183,16 @@ class EvalLoader:
     can take part in every forward pass: one that has run out of samples yields targets that are all IGNORED.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, micro_batch_size: int, rank: int = 0, world_size: int = 1,
-                 max_samples: int | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        shards: TokenShards,
+        seq_len: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_samples: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
         self.samples = Samples(shards, seq_len)
         self.micro_batch_size, self.device = micro_batch_size, torch.device(device)
         self.n_samples = self.samples.count if max_samples is None else min(max_samples, self.samples.count)
@@ -184,7 +205,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, self.n_batches * self.micro_batch_size, self.micro_batch_size):
-            numbers = self.numbers[start:start + self.micro_batch_size]
+            numbers = self.numbers[start : start + self.micro_batch_size]
             rows = self.samples.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
             tokens, targets = split_targets(torch.from_numpy(rows), self.device)
             yield tokens, targets if len(numbers) else torch.full_like(targets, IGNORED)

@@ -21,8 +21,9 @@ def count_workers(workers: int | None) -> int:
     return workers
 
 
-def ordered_map(function: Callable, items: Iterable, workers: int | None, setup: Callable | None = None,
-                setup_args: tuple = ()) -> Iterator:
+def ordered_map(
+    function: Callable, items: Iterable, workers: int | None, setup: Callable | None = None, setup_args: tuple = ()
+) -> Iterator:
     """Yield `function(item)` in the order of `items`; each process calls `setup(*setup_args)` first.
 
     Only a few items are under way at any time, so neither the items nor the results have to fit in memory. One worker
@@ -54,8 +55,15 @@ def progress_bar(label: str, total: int, unit: str, enabled: bool) -> Iterator[C
     """A function that counts on: a bar on a terminal, else a line now and then; a summary line at the end."""
     start = last_line = time.monotonic()
     done = 0
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not (enabled and console.is_terminal),
+    ) as bar:
         task = bar.add_task(label, total=total)
 
         def advance(count: int) -> None:

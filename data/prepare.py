@@ -64,8 +64,10 @@ def ensure_prepared(config: Config, progress: bool = True) -> Manifest:
     if config.data.source != "builtin":
         data = config.data
         files = f" data.files='[{','.join(data.files)}]'" if data.files else ""
-        raise ConfigError(f"data.dir={data.dir}: not prepared: run `python -m data.prepare data={data.name}{files}` "
-                          "with the same overrides as here")
+        raise ConfigError(
+            f"data.dir={data.dir}: not prepared: run `python -m data.prepare data={data.name}{files}` "
+            "with the same overrides as here"
+        )
     return prepare(config, progress)
 
 
@@ -77,8 +79,12 @@ def prepared(config: Config) -> Manifest | None:
     manifest = read_manifest(dir)
     ours = settings_of(config.data) | tokenizer_settings(config.tokenizer)
     theirs = manifest.settings | tokenizer_settings(manifest.tokenizer_config())
-    errors = [f"data.dir={dir}: was prepared with {key}={theirs.get(key)}, not {value}; choose another data.dir or "
-              "remove the folder" for key, value in ours.items() if theirs.get(key) != value]
+    errors = [
+        f"data.dir={dir}: was prepared with {key}={theirs.get(key)}, not {value}; choose another data.dir or "
+        "remove the folder"
+        for key, value in ours.items()
+        if theirs.get(key) != value
+    ]
     if errors:
         raise ConfigError(*errors)
     for split in SPLITS:
@@ -90,8 +96,9 @@ def check_before_work(config: Config) -> None:
     """What can be found wrong before anything is written."""
     dir = Path(config.data.dir)
     if dir.is_dir() and any(dir.iterdir()):
-        raise ConfigError(f"data.dir={dir}: holds files but no {MANIFEST_FILE}; "
-                          "choose another data.dir or remove the folder")
+        raise ConfigError(
+            f"data.dir={dir}: holds files but no {MANIFEST_FILE}; choose another data.dir or remove the folder"
+        )
     if dir.exists() and not dir.is_dir():
         raise ConfigError(f"data.dir={dir}: is a file, must be a folder or a name that is free")
     if config.data.source == "files":
@@ -122,18 +129,28 @@ def build(config: Config, dir: Path, progress: bool) -> Manifest:
         with progress_bar(f"Tokenising {split}", len(splits[split]), "documents", progress) as advance:
             written[split], counts[split] = write_split(split, splits[split], config, tokenizer, dir, advance)
     manifest = Manifest(
-        name=data.name, settings=settings_of(data), splits=written,
+        name=data.name,
+        settings=settings_of(data),
+        splits=written,
         tokenizer=dataclasses.asdict(config.tokenizer) | {"fingerprint": tokenizer.fingerprint},
-        unigram_entropy=entropy(counts["train"]), skipped=skipped,
-        fingerprint=fingerprint_of(written, tokenizer.fingerprint))
+        unigram_entropy=entropy(counts["train"]),
+        skipped=skipped,
+        fingerprint=fingerprint_of(written, tokenizer.fingerprint),
+    )
     del documents, splits  # their files are mapped into memory from the cache
     shutil.rmtree(cache, ignore_errors=True)
     manifest.save(dir)
     return manifest
 
 
-def write_split(split: str, documents: datasets.Dataset, config: Config, tokenizer: Tokenizer, dir: Path,
-                advance: Callable[[int], None]) -> tuple[Split, np.ndarray]:
+def write_split(
+    split: str,
+    documents: datasets.Dataset,
+    config: Config,
+    tokenizer: Tokenizer,
+    dir: Path,
+    advance: Callable[[int], None],
+) -> tuple[Split, np.ndarray]:
     """Write the shards of one split; what is in them, and how often each token occurs [vocab_size]."""
     writer = ShardWriter(dir, split, config.data.shard_tokens, tokenizer.vocab_size)
     counts, size = np.zeros(tokenizer.vocab_size, dtype=np.int64), 0
@@ -153,8 +170,10 @@ def split_documents(documents: datasets.Dataset, data: DataConfig) -> dict[str, 
     places = np.array([place(value) for batch in documents.iter(batch_size=1000) for value in batch[column]])
     in_val = places <= max(data.val_fraction, places.min(initial=1.0))
     if in_val.all():
-        raise ConfigError(f"data.val_fraction={data.val_fraction}: {len(places)} document(s) cannot be split into "
-                          "train and val: at least two different ones are needed (a text file is one document)")
+        raise ConfigError(
+            f"data.val_fraction={data.val_fraction}: {len(places)} document(s) cannot be split into "
+            "train and val: at least two different ones are needed (a text file is one document)"
+        )
     return {"train": documents.select(np.flatnonzero(~in_val)), "val": documents.select(np.flatnonzero(in_val))}
 
 
@@ -172,8 +191,9 @@ def make_tokenizer(config: TokenizerConfig, train: datasets.Dataset, dir: Path, 
     return load_tokenizer(config, dir)
 
 
-def tokenise(documents: datasets.Dataset, config: TokenizerConfig, dir: Path,
-             workers: int | None) -> Iterator[tuple[list[np.ndarray], int]]:
+def tokenise(
+    documents: datasets.Dataset, config: TokenizerConfig, dir: Path, workers: int | None
+) -> Iterator[tuple[list[np.ndarray], int]]:
     """(each document's tokens with end-of-text, the bytes of their text) a batch of documents."""
     batches = (batch["text"] for batch in documents.select_columns(["text"]).iter(batch_size=DOCUMENTS_A_TASK))
     return ordered_map(tokenise_batch, batches, workers, setup=set_tokenizer, setup_args=(config, dir))

@@ -149,8 +149,9 @@ def read_manifest(dir: str | Path) -> Manifest:
         raise ConfigError(f"{path}: is not JSON ({error}); remove {dir} and prepare the data again") from error
     version = fields.get("version") if isinstance(fields, dict) else None
     if version != MANIFEST_VERSION:
-        raise ConfigError(f"{path}: has version {version}, must be {MANIFEST_VERSION}; "
-                          f"remove {dir} and prepare it again")
+        raise ConfigError(
+            f"{path}: has version {version}, must be {MANIFEST_VERSION}; remove {dir} and prepare it again"
+        )
     try:
         splits = {split: fields["splits"][split] for split in SPLITS}
         shards = {split: [Shard(**shard) for shard in splits[split]["shards"]] for split in SPLITS}
@@ -216,8 +217,9 @@ def verify(dir: str | Path) -> list[str]:
         for key in ("tokens", "documents"):
             total = sum(getattr(shard, key) for shard in expected.shards)
             if total != getattr(expected, key):
-                problems.append(f"{dir / MANIFEST_FILE}: {split} has {getattr(expected, key)} {key}, its shards "
-                                f"have {total}")
+                problems.append(
+                    f"{dir / MANIFEST_FILE}: {split} has {getattr(expected, key)} {key}, its shards have {total}"
+                )
     if fingerprint_of(manifest.splits, manifest.tokenizer["fingerprint"]) != manifest.fingerprint:
         problems.append(f"{dir / MANIFEST_FILE}: the fingerprint is not that of its shards and tokenizer")
     return problems

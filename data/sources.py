@@ -52,8 +52,10 @@ def builder(files: list[str]) -> str:
             suffixes.pop()
         extension = suffixes[-1].lower() if suffixes else ""
         if extension not in BUILDERS:
-            raise ConfigError(f"data.files: {file} has no known extension: must be one of {', '.join(BUILDERS)} "
-                              f"(or one of these and {', '.join(PACKED)})")
+            raise ConfigError(
+                f"data.files: {file} has no known extension: must be one of {', '.join(BUILDERS)} "
+                f"(or one of these and {', '.join(PACKED)})"
+            )
         found.setdefault(BUILDERS[extension], []).append(file)
     if len(found) > 1:
         examples = ", ".join(f"{name} ({names[0]})" for name, names in sorted(found.items()))
@@ -63,20 +65,25 @@ def builder(files: list[str]) -> str:
 
 def load_files(files: list[str], config: DataConfig, progress: bool, cache_dir: Path | None) -> datasets.Dataset:
     kind = builder(files)
-    options = {"text": {"sample_by": "document", "encoding_errors": "replace"},
-               "json": {"encoding_errors": "replace"}}.get(kind, {})
+    options = {
+        "text": {"sample_by": "document", "encoding_errors": "replace"},
+        "json": {"encoding_errors": "replace"},
+    }.get(kind, {})
     with quiet(progress) as logged:
         try:
-            table = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir and str(cache_dir),
-                                          **options)
+            table = datasets.load_dataset(
+                kind, data_files=files, split="train", cache_dir=cache_dir and str(cache_dir), **options
+            )
         except Exception as error:  # whatever a file that isn't what its name says makes the readers raise
             reasons = [record.getMessage() for record in logged] or [str(error.__cause__ or error)]
             reason = next(iter(reasons[0].splitlines()), "") or "there is nothing in it"
             raise ConfigError(f"data.files={config.files}: cannot be read as {kind}: {reason}") from error
     column = "text" if kind == "text" else config.column
     if column not in table.column_names:
-        raise ConfigError(f"data.column={column}: no such column in the files of data.files; columns there: "
-                          + ", ".join(table.column_names))
+        raise ConfigError(
+            f"data.column={column}: no such column in the files of data.files; columns there: "
+            + ", ".join(table.column_names)
+        )
     return table.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
 
 

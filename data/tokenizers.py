@@ -13,7 +13,8 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from configs.schema import ConfigError, TokenizerConfig, did_you_mean
+from configs.load import did_you_mean
+from configs.schema import ConfigError, TokenizerConfig
 
 MODEL_FILE = "tokenizer.model"
 END_OF_TEXT = "<|endoftext|>"
@@ -93,12 +94,26 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig, path: Pat
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_lines(texts), model_writer=model, model_type="bpe",
-            vocab_size=config.vocab_size, byte_fallback=config.byte_fallback,
+            sentence_iterator=training_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            byte_fallback=config.byte_fallback,
             character_coverage=0.9995 if config.byte_fallback else 1.0,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, user_defined_symbols=["\n", "\n\n", "\t"], max_sentence_length=MAX_LINE,
-            unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, eos_piece=END_OF_TEXT, num_threads=2, minloglevel=3)
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n", "\n\n", "\t"],
+            max_sentence_length=MAX_LINE,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_TEXT,
+            num_threads=2,
+            minloglevel=3,
+        )
     except RuntimeError as error:
         wrong = f"tokenizer.vocab_size={config.vocab_size}"
         if found := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
@@ -117,8 +132,10 @@ def load_tokenizer(config: TokenizerConfig, dir: str | Path) -> Tokenizer:
     tokenizer = load_tiktoken(config.encoding) if config.kind == "tiktoken" else load_sentencepiece(Path(dir))
     if tokenizer.vocab_size != config.vocab_size:
         what = f"the encoding {config.encoding}" if config.kind == "tiktoken" else str(Path(dir) / MODEL_FILE)
-        raise ConfigError(f"tokenizer.vocab_size={config.vocab_size}: {what} has {tokenizer.vocab_size} tokens; "
-                          f"set tokenizer.vocab_size={tokenizer.vocab_size}")
+        raise ConfigError(
+            f"tokenizer.vocab_size={config.vocab_size}: {what} has {tokenizer.vocab_size} tokens; "
+            f"set tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
     return tokenizer
 
 
@@ -141,4 +158,5 @@ def load_tiktoken(encoding: str) -> TiktokenTokenizer:
     except Exception as error:  # no network and no cached file, in any of the ways that a download can fail
         raise ConfigError(
             f"tokenizer.encoding={encoding}: tiktoken cannot download its file ({type(error).__name__}); set "
-            "TIKTOKEN_CACHE_DIR to a folder where tiktoken has loaded it before") from error
+            "TIKTOKEN_CACHE_DIR to a folder where tiktoken has loaded it before"
+        ) from error

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from configs.schema import Config, ConfigError
 from data.tokenizers import Tokenizer, load_tokenizer
 from model.transformer import Transformer, TransformerConfig
@@ -25,11 +23,13 @@ class LoadedRun:
 
 
 def load_run(run: str, device: str = "auto", dtype: str = "auto") -> LoadedRun:
-    """The newest whole checkpoint of the run folder `run`. ConfigError if there is no run or none of its checkpoints."""
+    """The newest whole checkpoint of the run folder `run`. ConfigError if there is none."""
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         others = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-        raise ConfigError(f"run={run}: is not a run folder; " + (f"there are {', '.join(others)}" if others else "train one first"))
+        raise ConfigError(
+            f"run={run}: is not a run folder; " + (f"there are {', '.join(others)}" if others else "train one first")
+        )
     config = read_config(folder)
     config.device, config.trainer.dtype = device, dtype
     found = newest(folder, warn=print)
@@ -40,4 +40,6 @@ def load_run(run: str, device: str = "auto", dtype: str = "auto") -> LoadedRun:
     load_weights(model, found)
     facts = read_manifest(found)
     tokenizer = load_tokenizer(config.tokenizer, config.data.dir)
-    return LoadedRun(folder, config, facts["step"], facts["tokens"], model.to(runtime.device).eval(), tokenizer, runtime)
+    return LoadedRun(
+        folder, config, facts["step"], facts["tokens"], model.to(runtime.device).eval(), tokenizer, runtime
+    )

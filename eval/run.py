@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import track
 
 from configs.app import app
-from configs.schema import EvalConfig, load_flat
+from configs.load import load_flat
+from configs.schema import EvalConfig
 from data.loader import EvalLoader
 from data.shards import TokenShards
 from eval.loading import LoadedRun, load_run
@@ -41,7 +42,13 @@ SUITES = {"perplexity": perplexity_suite}
 def main(config: EvalConfig) -> int:
     run = load_run(config.run, config.device, config.dtype)
     results = SUITES[config.suite.kind](run, config)
-    record = {"run": run.config.run.name, "suite": config.suite.name, "step": run.step, "tokens": run.tokens, "results": results}
+    record = {
+        "run": run.config.run.name,
+        "suite": config.suite.name,
+        "step": run.step,
+        "tokens": run.tokens,
+        "results": results,
+    }
     folder = Path(config.run) / "results"
     folder.mkdir(exist_ok=True)
     path = folder / f"{config.suite.name}.json"

@@ -4,7 +4,8 @@ import torch
 from rich.console import Console
 
 from configs.app import app
-from configs.schema import SampleConfig, load_flat
+from configs.load import load_flat
+from configs.schema import SampleConfig
 from data.tokenizers import Tokenizer
 from model.transformer import Transformer
 

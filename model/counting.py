@@ -61,7 +61,9 @@ def training_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
 
     Causal attention counts the keys a query sees, (T + 1)/2 on average; PaLM's convention (6N + 12LHDT) counts all T.
     """
-    attention = config.attention.flops_per_token(config.d_model) + config.core.flops_per_token(config.attention, seq_len)
+    attention = config.attention.flops_per_token(config.d_model) + config.core.flops_per_token(
+        config.attention, seq_len
+    )
     layer = attention + 2 * 3 * config.d_model * config.d_ff
     return 3 * (config.n_layers * layer + 2 * config.vocab_size * config.d_model)
 

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202); gate and up are one matrix product, down starts at zero."""
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202); gate and up are one product, down starts at zero."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()

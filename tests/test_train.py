@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import train
 from configs.app import compose
-from configs.schema import ConfigError, load, to_dict
+from configs.load import load
+from configs.schema import ConfigError, to_dict
 from tests.conftest import ROOT, SMALL_MLA
 from training.metrics import read_metrics
 
@@ -40,7 +41,16 @@ def test_a_run_leaves_the_folder_of_the_contract(small_run, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
     there = {path.name for path in folder.iterdir()}
-    assert there == {"config.yaml", "metrics.jsonl", "checkpoints", "latest", "loss.png", "samples.txt", "summary.json", "wandb"}
+    assert there == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "latest",
+        "loss.png",
+        "samples.txt",
+        "summary.json",
+        "wandb",
+    }
     assert (folder / "latest").read_text() == "step_00000008"
     assert {p.name for p in (folder / "checkpoints/step_00000008").iterdir()} >= {"manifest.json", "model.safetensors"}
     lines = read_metrics(folder / "metrics.jsonl")
@@ -225,7 +235,9 @@ def refused(overrides: list[str], tmp_path: Path, match: str) -> None:
 def test_a_folder_that_holds_another_run_is_refused_with_the_keys(small_run, tmp_path):
     assert run(small_run) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    refused([*small_run, "optim.lr=1e-5", "model=mha"], tmp_path, r"(?s)model.name: 't6' there, 'mha' here.*optim.lr: 0.0")
+    refused(
+        [*small_run, "optim.lr=1e-5", "model=mha"], tmp_path, r"(?s)model.name: 't6' there, 'mha' here.*optim.lr: 0.0"
+    )
     refused([*small_run, "trainer.resume=never"], tmp_path, "trainer.resume=never")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     assert run([*small_run, "trainer.micro_batch_size=2", "trainer.log_every=3"]) == 0  # not what makes it that run

@@ -1,7 +1,8 @@
 """Checkpoints that don't depend on how a run was sharded.
 
-Every checkpoint holds the whole fp32 state by parameter name, whatever the ZeRO stage and the number of processes it was
-saved from, so that any stage and any world size can go on from it, and evaluation reads the weights without DeepSpeed:
+Every checkpoint holds the whole fp32 state by parameter name, whatever the ZeRO stage and the number of processes it
+was saved from: any stage and any world size can go on from it, and evaluation reads the weights without DeepSpeed.
+
 
     step_00000100/  model.safetensors      the weights (the tied head is left out)
                     optimizer.safetensors  AdamW's moments, exp_avg.<name> and exp_avg_sq.<name>
@@ -167,7 +168,7 @@ def load_optimizer(engine, folder: Path) -> None:
         step = torch.tensor(float(updates), device=owned.device)
         optimizer.state[owned] = {"step": step} | {key: torch.zeros_like(owned) for key in MOMENTS}
     if stage in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # lets parameters find their moments before a first step
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # so that parameters find their moments
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         for name, parameter in engine.module.named_parameters():
             for key in MOMENTS:
@@ -179,7 +180,11 @@ def owned_tensors(engine) -> list[Tensor]:
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
-    return engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else engine.optimizer.single_partition_of_fp32_groups
+    return (
+        engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else engine.optimizer.single_partition_of_fp32_groups
+    )
 
 
 def set_moment(parameter: Tensor, key: str, value: Tensor, optimizer: torch.optim.Optimizer, stage: int) -> None:
@@ -189,7 +194,9 @@ def set_moment(parameter: Tensor, key: str, value: Tensor, optimizer: torch.opti
         optimizer.state[parameter][key].copy_(value)
     elif stage == 3:  # DeepSpeed's own setter forgets the padding of the last partition
         part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
-        padded = torch.nn.functional.pad(value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel()))
+        padded = torch.nn.functional.pad(
+            value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())
+        )
         safe_set_local_optimizer_state(parameter, padded[rank * part : (rank + 1) * part], key)
     else:
         safe_set_full_optimizer_state(parameter, value, key)

@@ -29,6 +29,24 @@ class TrainingConsole:
         for key, value in rows.items():
             self.say(f"  {key:<{width}}  {value}")
 
+    def introduce(self, config, runtime, counts: dict, manifest, start_step: int, epochs: float) -> None:
+        """What is about to run, on what, from where."""
+        trainer, size = config.trainer, f"{config.model.name} {config.size.name}"
+        parameters, cache = (
+            f"{counts['params'] / 1e6:.1f}M parameters",
+            f"{counts['kv_bytes_per_token']:,} bytes a token",
+        )
+        entropy = f"unigram entropy {manifest.unigram_entropy:.3f}"
+        precision = str(runtime.dtype).removeprefix("torch.")
+        rows = {
+            "run": config.run.dir + (f", going on from step {start_step}" if start_step else ""),
+            "model": f"{size}, {parameters}, {config.model.n_heads} heads, KV cache {cache}",
+            "data": f"{manifest.name}, {manifest.tokens('train'):,} tokens, {entropy}",
+            "steps": f"{trainer.horizon} of {trainer.tokens_per_step:,} tokens, {epochs:.2f} epochs",
+            "machine": f"{runtime.world_size} x {runtime.device.type}, {precision}, {config.deepspeed.name}",
+        }
+        self.table("T6", rows)
+
     def start(self, step: int, horizon: int) -> None:
         self.horizon, self.first_step, self.started = horizon, step, time.monotonic()
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))

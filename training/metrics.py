@@ -20,7 +20,7 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What MFU is a share of: the data sheet's bf16 rate of a known GPU, else the fastest matrix product measured here."""
+    """What MFU is a share of: the data sheet's bf16 rate of a known GPU, else the fastest product measured here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         known = [key for key in PEAK_BF16_FLOPS if key in name]
@@ -139,6 +139,7 @@ def start_wandb(config, tree: dict, run_dir: Path):
             resume="allow" if mode == "online" else None,
             dir=str(run_dir),
             mode=mode,
+            reinit="finish_previous",  # a run of this process whose dashboard failed is not to be joined
             config=tree,
             settings=wandb.Settings(silent=True, init_timeout=60),
         )
@@ -166,8 +167,10 @@ def plot_loss(run_dir: Path, title: str, unigram_entropy: float | None = None) -
             axes.plot(*zip(*points, strict=True), label=f"{label} ({points[-1][1]:.3f})", markersize=4, **style)
     if unigram_entropy:
         axes.axhline(unigram_entropy, color="grey", linestyle="--", linewidth=1)
-        axes.annotate(f"unigram entropy {unigram_entropy:.3f}", (1, unigram_entropy), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize=8, color="grey")  # fmt: skip
+        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate(
+            f"unigram entropy {unigram_entropy:.3f} ", (1, unigram_entropy), **where, fontsize=8, color="grey"
+        )
     axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     axes.grid(alpha=0.3)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from configs.schema import Config, ConfigError, load, to_dict
+from configs.load import load
+from configs.schema import Config, ConfigError, to_dict
 from data.loader import EvalLoader, TrainLoader
 from data.prepare import ensure_prepared, prepared
 from data.shards import TokenShards
 from training.checkpoint import write_atomic
+from training.metrics import Metrics, plot_loss, read_metrics
 from training.setup import Runtime
 
 
@@ -72,6 +74,27 @@ def is_finished(config: Config) -> bool:
     return (Path(config.run.dir) / "summary.json").exists()
 
 
+def finish(config: Config, counts: dict, unigram_entropy: float, texts: list[str], metrics: Metrics, console) -> None:
+    """Write samples.txt, loss.png and summary.json, and show them."""
+    run_dir = Path(config.run.dir)
+    write_atomic(run_dir / "samples.txt", "\n\n".join(f"--- sample {i}\n{t}" for i, t in enumerate(texts, 1)) + "\n")
+    last = [line for line in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in line][-1]
+    plot = plot_loss(run_dir, config.run.name, unigram_entropy)
+    summary = {"run": config.run.name} | counts | last | {"unigram_entropy": unigram_entropy}
+    metrics.summarize(summary, plot)
+    metrics.close()
+    if texts:
+        console.say(f"\nA sample:\n\n{texts[0]}")
+    gain, loss = unigram_entropy - last["val/loss"], last["val/loss"]
+    rows = {
+        "validation loss": f"{loss:.4f} nats a token, {gain:.4f} under the unigram entropy of {unigram_entropy:.4f}",
+        "perplexity": f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte",
+        "loss plot": str(plot),
+        "samples": str(run_dir / "samples.txt"),
+    }
+    console.table("Done", rows)
+
+
 def create_run_folder(config: Config) -> dict:
     """Make the folder and its config.yaml; the resolved configuration as plain values."""
     tree, folder = to_dict(config), Path(config.run.dir)
@@ -79,5 +102,7 @@ def create_run_folder(config: Config) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(tree)))
     except OSError as error:
-        raise ConfigError(f"run.dir={folder}: cannot be written ({error.strerror}); choose another with run.dir=") from None
+        raise ConfigError(
+            f"run.dir={folder}: cannot be written ({error.strerror}); choose another with run.dir="
+        ) from None
     return tree

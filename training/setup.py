@@ -1,5 +1,6 @@
 """What a run stands on: the device, the process group, seeds, and the DeepSpeed engine around the model."""
 
+import gc
 import logging
 import os
 import socket
@@ -7,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from pydantic import ValidationError
 
 from configs.schema import Config, ConfigError
 
@@ -36,7 +38,9 @@ def find_runtime(config: Config) -> Runtime:
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
     kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} GPUs; start one process a GPU")
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} GPUs; start one process a GPU"
+        )
     dtype = config.trainer.dtype if config.trainer.dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     return Runtime(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], rank, local_rank, world_size)
@@ -72,10 +76,9 @@ def init_distributed(runtime: Runtime) -> None:
     import_deepspeed(runtime.device.type).init_distributed(dist_backend=backend, verbose=False)
 
 
-def shut_down(engine=None) -> None:
-    """Take the engine and the process group down, so that the same process can start another run."""
-    if engine is not None:
-        engine.destroy()
+def shut_down() -> None:
+    """Take the process group down and let go of the engine, so that the same process can start another run."""
+    gc.collect()  # an engine and its hooks refer to each other
     if torch.distributed.is_initialized():
         import deepspeed.comm
 
@@ -101,9 +104,13 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
         "gradient_clipping": config.optim.grad_clip if config.deepspeed.stage else 0.0,
     }
     deepspeed = import_deepspeed(runtime.device.type)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config.deepspeed.config | ours, dist_init_required=False
-    )
+    options = {"model": model, "optimizer": optimizer, "dist_init_required": False}
+    try:
+        engine, *_ = deepspeed.initialize(config=config.deepspeed.config | ours, **options)
+    except ValidationError as error:  # pydantic's, of DeepSpeed's own keys
+        raise ConfigError(
+            *(f"deepspeed.config: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        ) from None
     if config.trainer.compile:
         engine.compile()
     return engine

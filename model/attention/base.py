@@ -1,7 +1,7 @@
 """The contract of an attention mechanism: how queries, keys and values are made, turned by position, and cached.
 
-A mechanism is one file here and one YAML in configs/model/ that names its `AttentionConfig`. How the queries then attend
-is a core's business (model/cores).
+A mechanism is one file here and one YAML in configs/model/ that names its `AttentionConfig`. How the queries then
+attend is a core's business (model/cores).
 """
 
 from abc import ABC, abstractmethod

@@ -32,7 +32,7 @@ class AttentionMask:
 class AttentionCore(ABC):
     """A core is its own configuration: a dataclass that a YAML in configs/core/ names.
 
-    A core gets unrotated q, k, v and the mechanism's way of rotating them, and says itself which positions to rotate by.
+    A core gets q, k, v not yet rotated and the mechanism's way of rotating them: it says which positions to rotate by.
     """
 
     name: str
@@ -54,6 +54,7 @@ class AttentionCore(ABC):
         scale: float,
     ) -> Tensor:
         """The attended values [B, T, H, E] for positions [B or 1, T] and softmax(q k^T * scale)."""
+
     @abstractmethod
     def flops_per_token(self, attention: "AttentionConfig", seq_len: int) -> float:
         """Floating-point operations of one layer's forward pass for one token of a sequence of `seq_len`."""

@@ -1,4 +1,4 @@
-"""Full attention through PyTorch's scaled_dot_product_attention (flash or memory-efficient kernels where they apply)."""
+"""Full attention through PyTorch's scaled_dot_product_attention (flash kernels where they apply)."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,6 @@ class SDPA(AttentionCore):
         return out[..., :width].transpose(1, 2)
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
-        """Scores and weighted values, 2 operations a multiply-add; causally each query sees (T + 1)/2 keys on average."""
+        """Scores and weighted values, 2 operations a multiply-add; a query sees (T + 1)/2 keys on average."""
         width = attention.n_heads * (attention.qk_head_dim + attention.v_head_dim)
         return 2 * width * AttentionMask().mean_keys(seq_len)

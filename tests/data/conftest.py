@@ -10,14 +10,36 @@ import pytest
 from configs.schema import DataConfig, TokenizerConfig
 from data.prepare import prepare
 
-WORDS = "the a model attends to every token of its past and learns what comes next from keys values queries".split()
+WORDS = [
+    "the",
+    "a",
+    "model",
+    "attends",
+    "to",
+    "every",
+    "token",
+    "of",
+    "its",
+    "past",
+    "and",
+    "learns",
+    "what",
+    "comes",
+    "next",
+    "from",
+    "keys",
+    "values",
+    "queries",
+]
 
 
 def texts(count, seed=0):
     """`count` different documents of a few lines."""
     generator = random.Random(seed)
-    return [f"Document {i}.\n" + "\n".join(" ".join(generator.choices(WORDS, k=12)) + "." for _ in range(8))
-            for i in range(count)]
+    return [
+        f"Document {i}.\n" + "\n".join(" ".join(generator.choices(WORDS, k=12)) + "." for _ in range(8))
+        for i in range(count)
+    ]
 
 
 def make_config(dir, files, *, vocab_size=320, name="files", source="files", workers=1, **data):

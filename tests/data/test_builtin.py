@@ -32,9 +32,12 @@ def tree(tmp_path):
     (tmp_path / "pkg" / "test").mkdir(parents=True)
     (tmp_path / "pkg" / "a.py").write_text(MODULE)
     (tmp_path / "pkg" / "b.py").write_text(
-        '"""A paragraph that two modules share, word for word."""\n' +
-        "".join(f"def f{i}():\n    '''Paragraph {i} says what function number {i} is good for, in full sentences.'''\n"
-                for i in range(6)))
+        '"""A paragraph that two modules share, word for word."""\n'
+        + "".join(
+            f"def f{i}():\n    '''Paragraph {i} says what function number {i} is good for, in full sentences.'''\n"
+            for i in range(6)
+        )
+    )
     (tmp_path / "pkg" / "broken.py").write_text("def (:\n")
     (tmp_path / "pkg" / "nul.py").write_bytes(b"x = '\0'\n")
     (tmp_path / "pkg" / "latin.py").write_bytes(b'"""A caf\xe9 without a coding line is no UTF-8 and is left out."""\n')

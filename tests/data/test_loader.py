@@ -1,5 +1,5 @@
 import threading
-from itertools import islice
+from itertools import islice, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +16,7 @@ SEQ_LEN = 16
 def made_up(*lengths):
     """Shards whose tokens are all different."""
     total = np.cumsum([0, *lengths])
-    arrays = [np.arange(start, end, dtype=np.uint16) for start, end in zip(total[:-1], total[1:], strict=True)]
+    arrays = [np.arange(start, end, dtype=np.uint16) for start, end in pairwise(total)]
     return SimpleNamespace(arrays=arrays, split="train", dir="made-up")
 
 
@@ -106,7 +106,7 @@ def test_resumed_batches_are_equal_to_the_bit(small):
     whole = list(data.batches(0, 12))
     assert len(whole) == 12 * data.accumulation_steps
     resumed = list(loader(TokenShards(small[1], "train")).batches(7, 12))
-    for (tokens, targets), (again, again_targets) in zip(whole[7 * 4:], resumed, strict=True):
+    for (tokens, targets), (again, again_targets) in zip(whole[7 * 4 :], resumed, strict=True):
         assert torch.equal(tokens, again) and torch.equal(targets, again_targets)
         assert tokens.dtype == torch.int64 and tokens.shape == targets.shape == (2, SEQ_LEN)
         assert torch.equal(tokens[:, 1:], targets[:, :-1])

@@ -74,8 +74,12 @@ def test_prepared_with_other_settings(small, tmp_path):
         with pytest.raises(ConfigError) as error:
             function(other, progress=False)
         message = str(error.value)
-        for key in ("data.shard_tokens=4000, not 5000", "data.val_fraction=0.2, not 0.1", "data.column=text, not body",
-                    "tokenizer.vocab_size=320, not 400"):
+        for key in (
+            "data.shard_tokens=4000, not 5000",
+            "data.val_fraction=0.2, not 0.1",
+            "data.column=text, not body",
+            "tokenizer.vocab_size=320, not 400",
+        ):
             assert f"was prepared with {key}; choose another data.dir or remove the folder" in message
         assert "data.files" not in message and len(error.value.errors) == 4
 
@@ -99,8 +103,10 @@ def test_files_are_not_prepared_on_first_use(tmp_path):
 def test_interrupted_preparation_leaves_nothing_and_can_be_repeated(tmp_path):
     file = write_jsonl(tmp_path / "many.jsonl", texts(20_000))
     dir = tmp_path / "shards"
-    code = ("from tests.data.conftest import make_config; from data.prepare import prepare; "
-            f"prepare(make_config({str(dir)!r}, [{str(file)!r}]))")
+    code = (
+        "from tests.data.conftest import make_config; from data.prepare import prepare; "
+        f"prepare(make_config({str(dir)!r}, [{str(file)!r}]))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     partial = tmp_path / "shards.partial"
     deadline = time.monotonic() + 60
@@ -206,10 +212,16 @@ def test_gpt2(small, tmp_path):
 
 def test_two_at_once_prepare_once(tmp_path):
     file = write_jsonl(tmp_path / "documents.jsonl", texts(300))
-    code = ("from tests.data.conftest import make_config; from data.prepare import prepare; "
-            f"print(prepare(make_config({str(tmp_path / 'shards')!r}, [{str(file)!r}])).fingerprint)")
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE) for _ in range(2)]
+    code = (
+        "from tests.data.conftest import make_config; from data.prepare import prepare; "
+        f"print(prepare(make_config({str(tmp_path / 'shards')!r}, [{str(file)!r}])).fingerprint)"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] and sum("Tokenising train" in errors for _, errors in outputs) == 1
@@ -217,7 +229,7 @@ def test_two_at_once_prepare_once(tmp_path):
 
 
 def test_inspect(small, tmp_path):
-    config, dir = small
+    dir = small[1]
     console = Console(record=True, width=120, file=open(os.devnull, "w"))
     assert inspect(dir, console) == []
     shown = console.export_text()

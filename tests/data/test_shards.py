@@ -71,10 +71,15 @@ def test_missing_manifest(tmp_path):
             TokenShards(dir, "train")
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "is not JSON"), ("[]", "has version None, must be 1"), ('{"version": 99}', "has version 99, must be 1"),
-    ('{"version": 1}', "is not a whole manifest"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ("[]", "has version None, must be 1"),
+        ('{"version": 99}', "has version 99, must be 1"),
+        ('{"version": 1}', "is not a whole manifest"),
+    ],
+)
 def test_bad_manifest(copy, content, message):
     (copy / "manifest.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
@@ -94,9 +99,14 @@ def test_torn_shard(copy):
         TokenShards(copy, "train")
 
 
-@pytest.mark.parametrize("position, value, message", [
-    (0, 1, "not a token shard"), (1, 2, "not a token shard"), (2, 7, "its header says 7 tokens, the manifest 4000"),
-])
+@pytest.mark.parametrize(
+    "position, value, message",
+    [
+        (0, 1, "not a token shard"),
+        (1, 2, "not a token shard"),
+        (2, 7, "its header says 7 tokens, the manifest 4000"),
+    ],
+)
 def test_foreign_header(copy, position, value, message):
     with open(copy / "train_000000.bin", "r+b") as file:
         file.seek(4 * position)

@@ -9,10 +9,22 @@ from tests.data.conftest import texts
 SENTENCEPIECE = TokenizerConfig("sentencepiece-320", "sentencepiece", 320)
 GPT2 = TokenizerConfig("gpt2", "tiktoken", 50257, encoding="gpt2")
 HARD = [
-    "", " ", "   ", "\n", "\n\n\n", "\t\tx\t", " leading and trailing  ", "two  spaces   three", "a\r\nb\rc",
-    "def f(x):\n\treturn  x\n\n\n    # end\n", "é漢字😀 ñ ß", "a\u00a0b\u3000c\u200b\ufeff", "\u2581 and \u2581\u2581x",
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n\n",
+    "\t\tx\t",
+    " leading and trailing  ",
+    "two  spaces   three",
+    "a\r\nb\rc",
+    "def f(x):\n\treturn  x\n\n\n    # end\n",
+    "é漢字😀 ñ ß",
+    "a\u00a0b\u3000c\u200b\ufeff",
+    "\u2581 and \u2581\u2581x",
     "nul\x00l",
-    "<unk><s></s><|endoftext|><0x0A>", "e\u0301 vs \u00e9, ﬁ, Å",
+    "<unk><s></s><|endoftext|><0x0A>",
+    "e\u0301 vs \u00e9, ﬁ, Å",
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from configs.app import compose
-from configs.schema import load
+from configs.load import load
 from tests.conftest import ROOT
 from training.metrics import read_metrics
 
@@ -38,10 +38,17 @@ def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-4) -> None:
 
 @pytest.fixture(scope="module")
 def reference(small_data, tmp_path_factory):
-    """Overrides, and the curve of one process at stage 0. A vocabulary and ranks that no number of processes divides."""
+    """Overrides, and the curve of one process at stage 0. Ranks that no number of processes divides."""
     from tests.conftest import SMALL_RUN
 
-    overrides = [*SMALL_RUN, *small_data, "model.k_rank=3", "trainer.samples=1", "optim.lr=1e-2", "trainer.micro_batch_size=2"]
+    overrides = [
+        *SMALL_RUN,
+        *small_data,
+        "model.k_rank=3",
+        "trainer.samples=1",
+        "optim.lr=1e-2",
+        "trainer.micro_batch_size=2",
+    ]
     folder = tmp_path_factory.mktemp("reference") / "run"
     run([*overrides, f"run.dir={folder}"])
     return overrides, curve(folder), folder

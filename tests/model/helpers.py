@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from configs.app import CONFIGS, compose
-from configs.schema import Config, load
+from configs.load import load
+from configs.schema import Config
 from model.transformer import Transformer, TransformerConfig
 
 MODELS = sorted(path.stem for path in Path(CONFIGS, "model").glob("*.yaml"))

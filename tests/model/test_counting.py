@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.app import compose
-from configs.schema import load
+from configs.load import load
 from model import counting
 from model.transformer import Transformer, TransformerConfig
 from tests.model.helpers import MODELS, small_network
@@ -57,7 +57,7 @@ def test_the_papers_heads_give_way_where_they_no_longer_match():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_counted_flops_are_those_that_pytorch_counts(model):
-    """PyTorch counts products as they are done: plain attention takes all T keys, and MLA's values padded to its keys'."""
+    """PyTorch counts products as done: plain attention takes all T keys, and MLA's values padded to its keys'."""
     net, seq_len = small_network(model), 32
     built, tokens = Transformer(net), torch.randint(0, 300, (1, seq_len))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.app import compose
-from configs.schema import load
+from configs.load import load
 from model import counting
 from model.cores.base import AttentionMask
 from model.transformer import Transformer, TransformerConfig
@@ -22,7 +22,9 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_size_builds_with_the_counted_parameters_and_the_parameters_of_mha(model, size):
     def network(name):
-        return TransformerConfig.from_config(load(compose("train", [f"model={name}", f"size={size}", "tokenizer=gpt2"])))
+        return TransformerConfig.from_config(
+            load(compose("train", [f"model={name}", f"size={size}", "tokenizer=gpt2"]))
+        )
 
     ours, mha = network(model), network("mha")
     with torch.device("meta"):

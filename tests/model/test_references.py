@@ -10,8 +10,8 @@ from model.attention.tensor_product import TensorProductConfig
 from model.cores.base import AttentionMask
 from model.cores.sdpa import SDPA
 from model.rope import apply_rope, rope_tables
-from tests.model.helpers import small_network, wake_up
 from model.transformer import Transformer
+from tests.model.helpers import small_network, wake_up
 
 T = 7  # odd on purpose
 
@@ -48,7 +48,7 @@ def slow_multi_head(attention, x):
 
 
 def slow_tensor_product(attention, x):
-    """Sums over ranks of outer products of a head factor and a token factor; RoPE on the product, not on the factors."""
+    """Sums over ranks of outer products of head and token factors; RoPE on the product, not on the factors."""
     c = attention.config
     weights = attention.factor_proj.weight.split([m * n for m, n in attention.shapes])
     made = []
@@ -82,7 +82,13 @@ def slow_latent(attention, x):
     return slow_attention(q, k, heads(c_kv @ up_v.T, c.head_dim), (c.head_dim + c.qk_rope_head_dim) ** -0.5)
 
 
-SLOW = {"mha": slow_multi_head, "mqa": slow_multi_head, "gqa": slow_multi_head, "t6": slow_tensor_product, "mla": slow_latent}
+SLOW = {
+    "mha": slow_multi_head,
+    "mqa": slow_multi_head,
+    "gqa": slow_multi_head,
+    "t6": slow_tensor_product,
+    "mla": slow_latent,
+}
 
 
 @pytest.mark.parametrize("model", SLOW)

@@ -1,0 +1,133 @@
+"""From the tree that Hydra composes to the typed configuration, with every mistake found reported at once."""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import Config, ConfigError, check_machine, name_run
+from model.counting import fill_by_size, fill_heads
+
+
+def _type_name(hint) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    origin = typing.get_origin(hint)
+    return "a list" if origin is list else "a mapping" if origin is dict else names.get(hint, str(hint))
+
+
+def did_you_mean(key: str, known) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+
+
+def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
+    """An instance of the dataclass `cls` from `node`; every unknown key and wrong type goes to `errors`."""
+    unusable = False
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    values = {}
+    for key in node:
+        if key == "_target_":
+            continue
+        if key not in known:
+            errors.append(
+                f"{prefix}{key}: unknown key; " + did_you_mean(f"{prefix}{key}", [f"{prefix}{k}" for k in known])
+            )
+            continue
+        try:
+            if dataclasses.is_dataclass(hints[key]):
+                values[key] = load_block(node, key, hints[key], errors)
+                if values[key]:
+                    errors.extend(values[key].errors())
+                else:
+                    unusable = True
+                continue
+            raw = node[key]
+            if raw is None and types.NoneType not in (*typing.get_args(hints[key]), hints[key]):
+                errors.append(f"{prefix}{key} is not set: give it as {prefix}{key}=...")
+                unusable = True
+                continue
+            value = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else raw
+            typed = OmegaConf.structured(dataclasses.make_dataclass("Typed", [(key, hints[key])]))
+            typed[key] = value
+            values[key] = OmegaConf.to_container(typed)[key]
+        except OmegaConfBaseException as error:
+            unusable |= key in required  # where there is a default, go on with it to find more mistakes
+            text = str(OmegaConf.to_container(node, resolve=False)[key])
+            if "${" in text:  # an interpolation that leads nowhere
+                errors.append(f"{prefix}{key}={text}: {str(error).splitlines()[0]}")
+            else:
+                errors.append(f"{prefix}{key}={text}: must be {_type_name(hints[key])}")
+    missing = sorted(required - {str(key) for key in node})
+    errors.extend(f"{prefix}{key} is not set" for key in missing)
+    if unusable or missing:
+        return None
+    return cls(**values)
+
+
+def load_block(tree: DictConfig, key: str, cls: type, errors: list[str]):
+    """One block of the tree as its dataclass; a block with `_target_` becomes that subclass of `cls`."""
+    node = tree.get(key)
+    if not isinstance(node, DictConfig):
+        errors.append(
+            f"{key}={node!r}: must be a group of keys, as in {key}.KEY=VALUE" if node else f"{key} is not set"
+        )
+        return None
+    if "_target_" in node:
+        try:
+            target = get_class(node._target_)
+        except Exception as error:
+            errors.append(f"{key}._target_={node._target_}: cannot be imported ({error})")
+            return None
+        if not (dataclasses.is_dataclass(target) and issubclass(target, cls)):
+            errors.append(f"{key}._target_={node._target_}: must be a dataclass derived from {cls.__name__}")
+            return None
+        cls = target
+    return _merge(cls, node, f"{key}.", errors)
+
+
+def load(tree: DictConfig, world_size: int | None = None) -> Config:
+    """The configuration of a run on `world_size` processes (default: torchrun's). ConfigError has all mistakes."""
+    errors: list[str] = []
+    hints = typing.get_type_hints(Config)
+    blocks = {key: load_block(tree, key, cls, errors) for key, cls in hints.items() if dataclasses.is_dataclass(cls)}
+    for key in tree:
+        if key not in hints:
+            errors.append(f"{key}: unknown key; " + did_you_mean(key, list(hints)))
+    device = tree.get("device", "auto")
+    errors.extend(check_machine(types.SimpleNamespace(device=device)))
+    model, size, trainer = blocks["model"], blocks["size"], blocks["trainer"]
+    if model and size:
+        blocks["model"] = model = fill_by_size(model, size.name)
+        size.d_ff = size.d_ff if size.d_ff is not None else 8 * size.d_model // 3
+    found = {key: list(block.errors()) for key, block in blocks.items() if block}
+    errors.extend(error for block_errors in found.values() for error in block_errors)
+    if model and size and not found["model"] + found["size"]:
+        blocks["model"] = fill_heads(model, size.name, size.d_model)
+    if trainer and not found["trainer"]:
+        try:
+            trainer.accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))
+        except ConfigError as error:
+            errors.extend(error.errors)
+    if errors:
+        raise ConfigError(*errors)
+    return name_run(Config(**blocks, device=device))
+
+
+def load_flat(tree: DictConfig, cls: type):
+    """The small configuration of an evaluation command, as `load` does it for a run."""
+    errors: list[str] = []
+    config = _merge(cls, tree, "", errors)
+    if config:
+        errors.extend(config.errors())
+    if errors:
+        raise ConfigError(*errors)
+    return config

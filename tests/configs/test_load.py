@@ -1,0 +1,129 @@
+"""Every YAML composes; every mistake is named, all of them together."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs.app import CONFIGS, GROUPS, compose
+from configs.load import load, load_flat
+from configs.schema import ConfigError, EvalConfig, SampleConfig, to_dict
+
+
+def config(*overrides):
+    return load(compose("train", list(overrides)))
+
+
+def mistakes(*overrides) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config(*overrides)
+    return caught.value.errors
+
+
+GROUP_FILES = [path for group in sorted(GROUPS - {"suite"}) for path in sorted(Path(CONFIGS, group).rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_yaml_composes_and_survives_a_round_trip(path):
+    made = config(f"{path.parent.name}={path.stem}")
+    again = load(OmegaConf.create(to_dict(made)))
+    assert again == made and again.run.name == made.run.name
+
+
+@pytest.mark.parametrize(("name", "cls"), [("eval", EvalConfig), ("sample", SampleConfig)])
+def test_the_other_commands_compose(name, cls):
+    made = load_flat(compose(name, ["run=runs/x"]), cls)
+    assert made.run == "runs/x"
+    with pytest.raises(ConfigError, match="run is not set"):
+        load_flat(compose(name, []), cls)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_stepz=5", "trainer.max_stepz: unknown key; did you mean trainer.max_steps?"),
+        ("modl=t6", "modl: unknown key; did you mean model?"),
+        ("+model.rank=3", "model.rank: unknown key; did you mean model."),
+        ("trainer.seq_len=abc", "trainer.seq_len=abc: must be an integer"),
+        ("trainer.seq_len=1.5", "trainer.seq_len=1.5: must be an integer"),
+        ("trainer.seq_len=null", "trainer.seq_len is not set: give it as trainer.seq_len=..."),
+        ("trainer.compile=perhaps", "trainer.compile=perhaps: must be true or false"),
+        ("optim.lr=fast", "optim.lr=fast: must be a number"),
+        ("optim.lr=-0.1", "optim.lr=-0.1: must be a positive number"),
+        ("optim.lr=nan", "optim.lr=nan: must be a positive number"),
+        ("optim.lr=inf", "optim.lr=inf: must be a positive number"),
+        ("model.q_rank=0", "model.q_rank=0: must be at least 1"),
+        ("model.head_dim=33", "model.head_dim=33: RoPE turns pairs of features, so it must be even"),
+        ("model.init=zeros", "model.init='zeros': must be xavier or reference"),
+        ("tokenizer.vocab_size=65537", "tokenizer.vocab_size=65537: shards store tokens as uint16, so at most 65536"),
+        ("trainer.dtype=fp16", "trainer.dtype='fp16': must be auto, fp32 or bf16"),
+        ("device=tpu", "device=tpu: must be auto, cpu or cuda"),
+        ("run.name=a/b", "run.name='a/b': must be a plain folder name (use run.dir for a path)"),
+        ("trainer.max_steps=null", "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"),
+        ("++deepspeed.config.train_batch_size=8", "deepspeed.config.train_batch_size: set trainer.global_batch_size"),
+        ("++deepspeed.config.bf16.enabled=true", "deepspeed.config.bf16: set trainer.dtype instead"),
+        ("deepspeed.config.zero_optimization.stage=7", "deepspeed.config.zero_optimization.stage=7: must be 0, 1"),
+        ("size.d_ff=0", "size.d_ff=0: must be at least 1"),
+        ("data.dir=${nowhere}", "data.dir=${nowhere}: Interpolation key 'nowhere' not found"),
+        ("model._target_=model.nothing.Here", "model._target_=model.nothing.Here: cannot be imported"),
+        ("model._target_=model.cores.sdpa.SDPA", "model._target_=model.cores.sdpa.SDPA: must be a dataclass"),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_the_key_the_value_and_the_remedy(override, message):
+    assert any(error.startswith(message) for error in mistakes(override)), mistakes(override)
+
+
+def test_mechanisms_check_their_own_keys():
+    assert mistakes("model=gqa", "model.n_heads=7") == ["model.n_heads=7: must be a multiple of model.n_kv_heads=2"]
+    assert mistakes("model=mla", "model.qk_rope_head_dim=5") == [
+        "model.qk_rope_head_dim=5: RoPE turns pairs of features, so it must be even"
+    ]
+    assert mistakes("model=mqa", "model.n_kv_heads=0") == ["model.n_kv_heads=0: must be at least 1"]
+
+
+def test_batch_sizes_must_multiply_out(monkeypatch):
+    assert mistakes("trainer.global_batch_size=12", "trainer.micro_batch_size=5") == [
+        "trainer.global_batch_size=12 is not a multiple of trainer.micro_batch_size=5 x 1 process: "
+        "trainer.micro_batch_size=4 fits"
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (
+        "trainer.global_batch_size must be a multiple of the 8 processes" in mistakes("trainer.global_batch_size=12")[0]
+    )
+    made = config("trainer.global_batch_size=64", "trainer.micro_batch_size=4")
+    assert made.trainer.accumulation_steps(8) == 2
+
+
+def test_all_mistakes_come_at_once():
+    found = mistakes(
+        "optim.lr=-1", "trainer.max_stepz=1", "model.q_rank=abc", "model.head_dim=31", "wandb.mode=x", "foo=1"
+    )
+    assert len(found) == 6
+
+
+def test_fields_that_no_yaml_lists_can_be_set():
+    assert config("optim.max_skipped=3", "data.val_fraction=0.1", "model.rope_base=5e5").model.rope_base == 5e5
+
+
+def test_the_identity_is_what_changes_the_result_and_names_the_run():
+    base = config()
+    for same in (
+        "trainer.micro_batch_size=1",
+        "deepspeed=zero2",
+        "trainer.log_every=3",
+        "wandb.project=x",
+        "data.dir=x",
+    ):
+        assert config(same).identity() == base.identity(), same
+    others = ("model=mha", "size.n_layers=5", "optim.lr=1e-4", "run.seed=1", "trainer.seq_len=128",
+              "trainer.global_batch_size=16", "trainer.max_steps=7", "schedule=wsd")  # fmt: skip
+    for other in others:
+        assert config(other).run.name != base.run.name, other
+    assert base.run.dir == f"runs/{base.run.name}" and base.run.name.startswith("t6_tiny_")
+
+
+def test_the_horizon_is_whatever_comes_first():
+    per_step = config().trainer.tokens_per_step
+    assert config("trainer.max_steps=10", f"trainer.max_tokens={per_step * 4 - 1}").trainer.horizon == 4
+    assert config("trainer.max_steps=3", f"trainer.max_tokens={per_step * 4}").trainer.horizon == 3
+    assert config("trainer.max_steps=null", f"trainer.max_tokens={per_step * 9}").trainer.horizon == 9

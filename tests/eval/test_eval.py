@@ -1,0 +1,78 @@
+"""Evaluation and sampling of a real run's checkpoint."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import train
+from configs.app import compose
+from configs.load import load, load_flat
+from configs.schema import ConfigError, EvalConfig, SampleConfig
+from data.loader import EvalLoader
+from data.shards import TokenShards
+from eval import run as eval_run
+from eval import sample
+from eval.loading import load_run
+from eval.perplexity import evaluate
+from tests.conftest import SMALL_RUN
+from training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(small_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    overrides = [*SMALL_RUN, *small_data, "optim.lr=1e-2", "trainer.eval_batches=null", f"run.dir={folder}"]
+    assert train.main(load(compose("train", overrides))) == 0
+    return folder
+
+
+def test_a_checkpoint_evaluates_to_the_loss_that_training_logged(finished):
+    assert eval_run.main(load_flat(compose("eval", [f"run={finished}", "batch_size=3"]), EvalConfig)) == 0
+    record = json.loads((finished / "results/perplexity.json").read_text())
+    last, results = read_metrics(finished / "metrics.jsonl")[-1], record["results"]
+    assert record["step"] == 8 and record["tokens"] == last["tokens"]
+    assert results["loss"] == pytest.approx(last["val/loss"], abs=1e-5)
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
+    assert results["bits_per_byte"] == pytest.approx(last["val/bits_per_byte"], abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_loss_does_not_depend_on_batches_or_ranks(finished):
+    run = load_run(str(finished), device="cpu")
+    shards = TokenShards(run.config.data.dir, "val")
+    whole = evaluate(run.model, EvalLoader(shards, 64, 7, max_samples=25), torch.device("cpu"))
+    parts = [
+        evaluate(run.model, EvalLoader(shards, 64, 4, r, 3, max_samples=25), torch.device("cpu")) for r in range(3)
+    ]
+    assert whole[1] == sum(tokens for _, tokens in parts) == 25 * 64
+    assert whole[0] == pytest.approx(sum(loss * tokens for loss, tokens in parts) / whole[1], abs=1e-5)
+    rows = torch.tensor(EvalLoader(shards, 64, 1).samples.read(EvalLoader(shards, 64, 1, max_samples=25).numbers))
+    logp = run.model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])
+    assert whole[0] == pytest.approx(-logp.mean().item(), abs=1e-5)
+
+
+def test_samples_are_repeatable_and_go_on_from_the_prompt(finished, capsys):
+    settings = [f"run={finished}", "prompt=The class", "count=2", "max_new_tokens=20", "seed=5"]
+    outputs = []
+    for _ in range(2):
+        assert sample.main(load_flat(compose("sample", settings), SampleConfig)) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].count("The class") == 2
+
+
+def test_greedy_generation_is_the_argmax_of_the_full_pass(finished):
+    run = load_run(str(finished), device="cpu")
+    tokens = torch.tensor([[5, 9, 13]])
+    out = run.model.generate(tokens, 12, context=64, temperature=0)
+    logits = run.model(out[:, :-1])
+    assert torch.equal(out[0, 3:], logits[0, 2:].argmax(-1))
+
+
+def test_what_is_not_a_run_is_refused(finished, tmp_path):
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        load_run(str(tmp_path))
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    with pytest.raises(ConfigError, match="has no whole checkpoint yet"):
+        load_run(str(tmp_path))

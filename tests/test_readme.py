@@ -1,0 +1,83 @@
+"""Every command of README.md works as written: composed as it stands, then run, shrunk to a few steps."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from configs.app import compose
+from configs.load import load
+from tests.conftest import ROOT, SMALL_MLA, SMALL_RUN
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in BLOCKS
+    for line in block.splitlines()
+    if shlex.split(line, comments=True)
+]
+TRAINING = [words for words in COMMANDS if "train.py" in words]
+SHRINK = [o for o in SMALL_RUN if not o.startswith(("data=", "tokenizer."))]
+
+
+@pytest.fixture(scope="module")
+def checkout(small_data, tmp_path_factory):
+    """A copy of the tracked files with a trained runs/first and a corpus/, to run commands in."""
+    folder = tmp_path_factory.mktemp("readme") / "t6"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "corpus").mkdir()
+    texts = [path.read_text() for path in sorted((small_data_folder(small_data)).glob("*.txt"))]
+    (folder / "corpus/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run(folder, [sys.executable, "train.py", "run.name=first", *SMALL_RUN, *small_data])
+    return folder
+
+
+def small_data_folder(small_data):
+    from pathlib import Path
+
+    return Path(small_data[1].removeprefix("data.dir=")).parent
+
+
+def run(folder, command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def shrink(words: list[str], small_data: list[str]) -> list[str]:
+    if words[0] == "make":
+        return ["make", "-n", *words[1:]]  # the recipes install; .ci/run and the tests run what they run
+    if words[0] == ".venv/bin/pre-commit":
+        return [sys.executable, "-m", "pre_commit", "validate-config"]
+    python = (
+        [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    )
+    rest = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words[1:]]
+    if "train.py" not in rest or "--cfg" in rest:
+        return [*python, *rest]
+    own_data = [] if "data=files" in rest else ["data=files", "tokenizer.vocab_size=512", *small_data]
+    mla = SMALL_MLA if "model=mla" in rest else []
+    return [*python, *rest, *SHRINK, *own_data, *mla]
+
+
+@pytest.mark.parametrize("words", TRAINING, ids=shlex.join)
+def test_training_commands_compose_as_they_stand(words, monkeypatch):
+    processes = [word.split("=")[1] for word in words if word.startswith("--nproc_per_node")]
+    monkeypatch.setenv("WORLD_SIZE", *processes or ["1"])
+    overrides = [word for word in words[words.index("train.py") + 1 :] if "=" in word]
+    for values in [o.split("=")[1].split(",") for o in overrides if o.startswith("model=")] or [[None]]:
+        for value in values:
+            load(compose("train", [f"model={value}" if o.startswith("model=") else o for o in overrides]))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
+def test_commands_run(checkout, small_data, words):
+    run(checkout, shrink(words, small_data))

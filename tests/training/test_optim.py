@@ -1,0 +1,48 @@
+"""Schedules, parameter groups and peak rates against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from configs.schema import OptimConfig, ScheduleConfig
+from model.transformer import Transformer
+from tests.model.helpers import small_network
+from training.metrics import peak_flops
+from training.optim import build_optimizer, learning_rate
+
+
+def test_cosine_rises_falls_and_ends_at_its_minimum():
+    schedule = ScheduleConfig("cosine", warmup_steps=10, min_lr_ratio=0.05)
+    rates = [learning_rate(step, 2.0, schedule, 110) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[59] == pytest.approx(2.0 * (0.05 + 0.95 / 2))  # half-way down
+    assert rates[-1] == pytest.approx(0.1) and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+
+
+def test_wsd_is_flat_then_linear():
+    schedule = ScheduleConfig("wsd", warmup_steps=5, min_lr_ratio=0.1, decay_fraction=0.2)
+    rates = [learning_rate(step, 1.0, schedule, 100) for step in range(1, 101)]
+    assert rates[4:80] == [1.0] * 76
+    assert rates[89] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_a_run_shorter_than_its_warm_up_only_rises(name):
+    schedule = ScheduleConfig(name, warmup_steps=100)
+    assert [learning_rate(step, 1.0, schedule, 3) for step in (1, 2, 3)] == [0.01, 0.02, 0.03]
+
+
+@pytest.mark.parametrize(("decay_all", "undecayed"), [(False, 4), (True, 0)])
+def test_one_dimensional_parameters_do_not_decay_unless_asked(decay_all, undecayed):
+    net = Transformer(small_network("mla"))  # the one with norm weights: two a layer
+    optimizer = build_optimizer(net, OptimConfig("adamw", lr=1e-3, weight_decay=0.1, decay_all=decay_all))
+    groups = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
+    assert len(groups.get(0.0, [])) == undecayed
+    assert sum(map(len, groups.values())) == len(list(net.parameters()))
+    assert all(p.ndim == 1 for p in groups.get(0.0, []))
+
+
+def test_the_measured_peak_is_a_rate_that_a_product_of_that_machine_reaches():
+    peak = peak_flops(torch.device("cpu"), torch.float32)
+    assert math.isfinite(peak) and 1e8 < peak < 1e15
