@@ -86,8 +86,9 @@ def finish(config: Config, counts: dict, unigram_entropy: float, texts: list[str
     if texts:
         console.say(f"\nA sample:\n\n{texts[0]}")
     gain, loss = unigram_entropy - last["val/loss"], last["val/loss"]
+    place = f"{abs(gain):.4f} {'under' if gain > 0 else 'over'} the unigram entropy of {unigram_entropy:.4f}"
     rows = {
-        "validation loss": f"{loss:.4f} nats a token, {gain:.4f} under the unigram entropy of {unigram_entropy:.4f}",
+        "validation loss": f"{loss:.4f} nats a token, {place}",
         "perplexity": f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte",
         "loss plot": str(plot),
         "samples": str(run_dir / "samples.txt"),
