@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,8 +21,13 @@ GROUPS = {path.name for path in CONFIGS.iterdir() if path.is_dir() and any(path.
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """The tree that Hydra makes of `configs/<config_name>.yaml` and command-line overrides."""
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra.compose(config_name, [force(override) for override in overrides])
+    running = GlobalHydra.instance()
+    around, running.hydra = running.hydra, None  # a Hydra app may compose further configurations
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return hydra.compose(config_name, [force(override) for override in overrides])
+    finally:
+        running.hydra = around
 
 
 def app(main: Callable[[Config], int | None], config_name: str = "train", load: Callable[[DictConfig], Config] = load):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import Config, ConfigError, check_machine, name_run
-from model.counting import fill_by_size, fill_heads
+from model.counting.match import fill_by_size, fill_heads
 
 
 def _type_name(hint) -> str:
@@ -104,14 +104,15 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
             errors.append(f"{key}: unknown key; " + did_you_mean(key, list(hints)))
     device = tree.get("device", "auto")
     errors.extend(check_machine(types.SimpleNamespace(device=device)))
-    model, size, trainer = blocks["model"], blocks["size"], blocks["trainer"]
+    model, size, core, trainer = (blocks[key] for key in ("model", "size", "core", "trainer"))
     if model and size:
         blocks["model"] = model = fill_by_size(model, size.name)
         size.d_ff = size.d_ff if size.d_ff is not None else 8 * size.d_model // 3
     found = {key: list(block.errors()) for key, block in blocks.items() if block}
     errors.extend(error for block_errors in found.values() for error in block_errors)
-    if model and size and not found["model"] + found["size"]:
-        blocks["model"] = fill_heads(model, size.name, size.d_model)
+    needed = [key for key in ("model", "size", "core", "trainer") if not blocks[key] or found[key]]
+    if not needed:
+        blocks["model"] = fill_heads(model, core, size.name, size.d_model, size.match, trainer.seq_len)
     if trainer and not found["trainer"]:
         try:
             trainer.accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))

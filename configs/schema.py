@@ -61,9 +61,15 @@ class SizeConfig:
     head_dim: int
     d_ff: int | None = None  # default: floor(8/3 d_model), as the TPA paper has it
     norm_eps: float = 1e-6
+    match: str = "params"  # params, flops or kv_bytes: what an open head count or rank makes equal to MHA's
+    match_tolerance: float = 0.05  # beyond it a run says that it is not matched
 
     def errors(self):
         yield from _at_least(1, "size", self, "n_layers", "d_model", "head_dim", "d_ff")
+        if self.match not in ("params", "flops", "kv_bytes"):
+            yield f"size.match={self.match!r}: must be params, flops or kv_bytes"
+        if not self.match_tolerance >= 0:
+            yield f"size.match_tolerance={self.match_tolerance}: must be zero or a positive number"
         if not 0 <= self.norm_eps < 1:
             yield f"size.norm_eps={self.norm_eps}: must lie in [0, 1)"
 
@@ -326,6 +332,45 @@ class SampleConfig:
         yield from _at_least(1, "", self, "count", "max_new_tokens", "top_k")
         yield from _at_least(0, "", self, "temperature")
         yield from check_machine(self)
+
+
+@dataclass
+class CountingConfig:
+    """`python -m model.counting`."""
+
+    models: list[str] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+    tokenizer: str = "gpt2"
+    seq_len: int = 1024
+    match: str = "params"
+    tolerance: float = 0.05
+    memory: str | None = None
+    detail: bool = False
+    overrides: list[str] = field(default_factory=list)
+
+    def errors(self):
+        yield from _at_least(1, "", self, "seq_len")
+        if self.match not in ("params", "flops", "kv_bytes"):
+            yield f"match={self.match!r}: must be params, flops or kv_bytes"
+        if self.memory is not None:
+            try:
+                parse_bytes(self.memory)
+            except ValueError as error:
+                yield f"memory={self.memory}: {error}"
+
+
+def parse_bytes(text: str) -> float:
+    """A memory size such as 24GiB, 80GB or 512MiB in bytes. ValueError for anything else."""
+    units = {f"{prefix}{suffix}": base**power for power, prefix in enumerate("KMGT", 1)
+             for suffix, base in (("B", 1000), ("iB", 1024))}  # fmt: skip
+    unit = next((unit for unit in sorted(units, key=len, reverse=True) if text.strip().endswith(unit)), None)
+    try:
+        value = float(text.strip().removesuffix(unit or "?"))
+        if unit is None or not 0 < value < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError("must be a size such as 24GiB or 80GB") from None
+    return value * units[unit]
 
 
 def check_machine(config):

@@ -12,7 +12,12 @@ def rope_tables(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tenso
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each vector x [B, T, N, D] by its position's angles, cos and sin [B or 1, T, D/2]. Computes in fp32."""
+    """Turn each vector x [B, T, N, D] by its position's angles, cos and sin [B or 1, T, P/2], in fp32.
+
+    The first P features turn; those after them, under partial RoPE, stay.
+    """
+    turned, rest = x.split((2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)), dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = turned.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned

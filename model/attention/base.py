@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cores.base import AttentionCore, AttentionMask
+from model.rope import apply_rope, rope_tables
 
 
 class QKV(ABC):
@@ -36,12 +38,18 @@ class Dense(QKV):
 
 @dataclass
 class AttentionConfig(ABC):
-    """What every mechanism has. `n_heads: null` means `by_size`'s, else the count matched to MHA's parameters."""
+    """What every mechanism has.
+
+    A key that is null takes `by_size`'s value for the size; an `n_heads` left null is matched to MHA's budget.
+    """
 
     name: str
     head_dim: int
     n_heads: int | None = None
     rope_base: float = 10000.0
+    rope_fraction: float = 1.0  # the share of the features that RoPE turns; 0: no position at all
+    qk_norm: bool = False  # RMS-normalise each query and key head, without a learned weight
+    output_gate: bool = False  # multiply the attended values by sigmoid(W x), arXiv 2505.06708
     by_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # size name -> values for the keys left null
 
     @property
@@ -54,9 +62,13 @@ class AttentionConfig(ABC):
         return self.head_dim
 
     @property
-    def rope_dim(self) -> int:
-        """Features of a head that RoPE turns."""
+    def rope_width(self) -> int:
+        """Features that may turn; `rope_fraction` of them do."""
         return self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return round(self.rope_width * self.rope_fraction)
 
     @property
     def scale(self) -> float:
@@ -68,21 +80,38 @@ class AttentionConfig(ABC):
         """`n_heads` must be a multiple of this."""
         return 1
 
+    @property
+    def cache_knobs(self) -> tuple[str, ...]:
+        """The keys that set the cache's size beside `n_heads`: what `size.match=kv_bytes` turns, all alike."""
+        return ()
+
     @abstractmethod
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "Attention":
         """The attention of layer number `layer`, counted from 0."""
 
     @abstractmethod
-    def num_params(self, d_model: int) -> int:
-        """Parameters of one layer's attention; equals the built module's count."""
-
-    def flops_per_token(self, d_model: int) -> float:
-        """Forward operations of the projections for one token; the core counts what comes after."""
-        return 2 * self.num_params(d_model)
+    def projection_params(self, d_model: int) -> int:
+        """Parameters of what makes queries, keys and values."""
 
     @abstractmethod
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What decoding keeps per token and layer."""
+
+    def output_params(self, d_model: int) -> int:
+        """Parameters of the output projection and the gate."""
+        return d_model * self.n_heads * self.v_head_dim * (2 if self.output_gate else 1)
+
+    def num_params(self, d_model: int) -> int:
+        """Parameters of one layer's attention; equals the built module's count."""
+        return self.projection_params(d_model) + self.output_params(d_model)
+
+    def flops_per_token(self, d_model: int) -> float:
+        """Forward operations of the projections for one token; the core counts what comes in between."""
+        return 2 * self.num_params(d_model)
+
+    def activation_numbers(self, d_model: int) -> int:
+        """Numbers a token that the backward pass needs kept of what lies between the block's norm and the core."""
+        return 2 * self.n_heads * self.qk_head_dim + self.n_heads * self.v_head_dim
 
     def errors(self):
         """Mistakes in the mechanism's keys, one message each."""
@@ -92,8 +121,11 @@ class AttentionConfig(ABC):
                 yield f"model.{key}={value}: must be at least 1"
         if self.n_heads and self.n_heads % self.head_multiple:
             yield f"model.n_heads={self.n_heads}: must be a multiple of model.n_kv_heads={self.head_multiple}"
-        if self.rope_dim % 2:
-            yield f"{self._rope_key()}={self.rope_dim}: RoPE turns pairs of features, so it must be even"
+        if not 0 <= self.rope_fraction <= 1:
+            yield f"model.rope_fraction={self.rope_fraction}: must lie in [0, 1]"
+        elif self.rope_dim % 2:
+            share = f" x model.rope_fraction={self.rope_fraction} = {self.rope_dim}" if self.rope_fraction < 1 else ""
+            yield f"{self._rope_key()}={self.rope_width}{share}: RoPE turns pairs of features, so it must be even"
         if not self.rope_base > 1:
             yield f"model.rope_base={self.rope_base}: must be greater than 1"
 
@@ -112,8 +144,10 @@ class Attention(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.core = core
-        self.out_proj = nn.Linear(config.n_heads * config.v_head_dim, d_model, bias=False)
+        width = config.n_heads * config.v_head_dim
+        self.out_proj = nn.Linear(width, d_model, bias=False)
         nn.init.zeros_(self.out_proj.weight)
+        self.gate_proj = nn.Linear(d_model, width, bias=False) if config.output_gate else None
 
     @abstractmethod
     def project(self, x: Tensor) -> QKV:
@@ -125,8 +159,22 @@ class Attention(nn.Module, ABC):
 
     def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask) -> Tensor:
         """x [B, T, M] -> [B, T, M]."""
-        attended = self.core(self.project(x), self.rotate, positions, mask, self.config.scale)
-        return self.out_proj(attended.flatten(-2))
+        attended = self.core(self.project(x), self.rotate, positions, mask, self.config.scale).flatten(-2)
+        if self.gate_proj is not None:
+            attended = attended * torch.sigmoid(self.gate_proj(x))
+        return self.out_proj(attended)
+
+    def turn(self, positions: Tensor, *vectors: Tensor) -> list[Tensor]:
+        """RoPE on each of `vectors` [B, T, N, D] at `positions`."""
+        if self.config.rope_dim == 0:
+            return list(vectors)
+        tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base)
+        return [apply_rope(x, *tables) for x in vectors]
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """QK-norm: x over its root mean square along the last axis, in fp32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
 
 
 def split_heads(x: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:

@@ -9,26 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.attention.base import QKV, Attention, AttentionConfig, Dense, split_heads
+from model.attention.base import QKV, Attention, AttentionConfig, Dense, split_heads, unit_rms
 from model.cores.base import AttentionCore
 from model.layers import RMSNorm
-from model.rope import apply_rope, rope_tables
 
 
 @dataclass
 class Latent(QKV):
-    """q_nope [B, T, H, D], q_rope [B, T, H, P], k_nope [B, S, H, D], k_rope [B, S, 1, P] and v [B, S, H, E]."""
+    """q_nope [B, T, H, D], q_rope [B, T, H, P], k_nope [B, S, H, D], k_rope [B, S, 1, P] and v [B, S, H, E].
+
+    `normalize` is QK-norm, over both parts of a head: turning the rotated part does not change it.
+    """
 
     q_nope: Tensor
     q_rope: Tensor
     k_nope: Tensor
     k_rope: Tensor
     v: Tensor
+    normalize: bool = False
 
     def materialize(self) -> Dense:
-        k_rope = self.k_rope.expand(*self.k_nope.shape[:-1], -1)
         q = torch.cat((self.q_nope, self.q_rope), dim=-1)
-        return Dense(q, torch.cat((self.k_nope, k_rope), dim=-1), self.v)
+        k = torch.cat((self.k_nope, self.k_rope.expand(*self.k_nope.shape[:-1], -1)), dim=-1)
+        return Dense(unit_rms(q), unit_rms(k), self.v) if self.normalize else Dense(q, k, self.v)
 
 
 @dataclass
@@ -54,21 +57,28 @@ class LatentConfig(AttentionConfig):
         return self.head_dim + self.qk_rope_head_dim
 
     @property
-    def rope_dim(self) -> int:
+    def rope_width(self) -> int:
         return self.qk_rope_head_dim
 
     def _rope_key(self) -> str:
         return "model.qk_rope_head_dim"
 
-    def num_params(self, d_model: int) -> int:
+    @property
+    def cache_knobs(self) -> tuple[str, ...]:
+        return ("kv_lora_rank",)
+
+    def projection_params(self, d_model: int) -> int:
         down = d_model * (self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim)
         norms = self.q_lora_rank + self.kv_lora_rank
         up_q = self.q_lora_rank * self.n_heads * self.qk_head_dim
         up_kv = self.kv_lora_rank * self.n_heads * 2 * self.head_dim
-        return down + norms + up_q + up_kv + self.n_heads * self.head_dim * d_model
+        return down + norms + up_q + up_kv
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"c_kv": (self.kv_lora_rank,), "k_rope": (self.qk_rope_head_dim,)}
+        shapes = {"c_kv": (self.kv_lora_rank,), "k_rope": (self.qk_rope_head_dim,)}
+        if self.qk_norm:  # a key's norm differs from head to head, and absorbed decoding never sees the key
+            shapes["k_norm"] = (self.n_heads,)
+        return shapes
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "LatentAttention":
         return LatentAttention(self, d_model, core)
@@ -90,9 +100,8 @@ class LatentAttention(Attention):
         heads, width, rope = self.config.n_heads, self.config.head_dim, self.config.qk_rope_head_dim
         q_nope, q_rope = split_heads(self.q_up_proj(self.q_norm(c_q)), (heads, width), (heads, rope))
         k_nope, v = split_heads(self.kv_up_proj(self.kv_norm(c_kv)), (heads, width), (heads, width))
-        return Latent(q_nope, q_rope, k_nope, k_rope.unsqueeze(2), v)
+        return Latent(q_nope, q_rope, k_nope, k_rope.unsqueeze(2), v, self.config.qk_norm)
 
     def rotate(self, qkv: Latent, positions: Tensor) -> Latent:
-        tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base)
-        q_rope, k_rope = apply_rope(qkv.q_rope, *tables), apply_rope(qkv.k_rope, *tables)
-        return Latent(qkv.q_nope, q_rope, qkv.k_nope, k_rope, qkv.v)
+        q_rope, k_rope = self.turn(positions, qkv.q_rope, qkv.k_rope)
+        return Latent(qkv.q_nope, q_rope, qkv.k_nope, k_rope, qkv.v, qkv.normalize)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from model.attention.base import Attention, AttentionConfig, Dense, split_heads
+from model.attention.base import Attention, AttentionConfig, Dense, split_heads, unit_rms
 from model.cores.base import AttentionCore
-from model.rope import apply_rope, rope_tables
 
 
 @dataclass
@@ -24,14 +23,18 @@ class MultiHeadConfig(AttentionConfig):
     def head_multiple(self) -> int:
         return self.n_kv_heads or 1
 
+    @property
+    def cache_knobs(self) -> tuple[str, ...]:
+        return ("n_kv_heads",) if self.n_kv_heads else ()
+
     def errors(self):
         if self.n_kv_heads is not None and self.n_kv_heads < 1:
             yield f"model.n_kv_heads={self.n_kv_heads}: must be at least 1"
         else:
             yield from super().errors()
 
-    def num_params(self, d_model: int) -> int:
-        return 2 * d_model * self.head_dim * (self.n_heads + self.kv_heads)
+    def projection_params(self, d_model: int) -> int:
+        return d_model * self.head_dim * (self.n_heads + 2 * self.kv_heads)
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"k": (self.kv_heads, self.head_dim), "v": (self.kv_heads, self.head_dim)}
@@ -47,8 +50,8 @@ class MultiHeadAttention(Attention):
         self.qkv_proj = nn.Linear(d_model, sum(n * d for n, d in self.shapes), bias=False)
 
     def project(self, x: Tensor) -> Dense:
-        return Dense(*split_heads(self.qkv_proj(x), *self.shapes))
+        q, k, v = split_heads(self.qkv_proj(x), *self.shapes)
+        return Dense(unit_rms(q), unit_rms(k), v) if self.config.qk_norm else Dense(q, k, v)
 
     def rotate(self, qkv: Dense, positions: Tensor) -> Dense:
-        tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base)
-        return Dense(apply_rope(qkv.q, *tables), apply_rope(qkv.k, *tables), qkv.v)
+        return Dense(*self.turn(positions, qkv.q, qkv.k), qkv.v)

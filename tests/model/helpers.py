@@ -1,5 +1,6 @@
 """Small models of every mechanism, for the tests that hold for all of them."""
 
+import os
 from pathlib import Path
 
 from configs.app import CONFIGS, compose
@@ -7,15 +8,19 @@ from configs.load import load
 from configs.schema import Config
 from model.transformer import Transformer, TransformerConfig
 
-MODELS = sorted(path.stem for path in Path(CONFIGS, "model").glob("*.yaml"))
+PACKAGED = sorted(path.stem for path in Path(CONFIGS, "model").glob("*.yaml"))
+# A mechanism kept outside this repository is tested with T6_EXTRA_CONFIGS=FOLDER, which holds model/NAME.yaml.
+EXTRA = os.environ.get("T6_EXTRA_CONFIGS")
+MODELS = [path.stem for path in sorted(Path(EXTRA, "model").glob("*.yaml"))] if EXTRA else PACKAGED
+SEARCH = [f"hydra.searchpath=[file://{EXTRA}]"] if EXTRA else []
 SIZES = sorted(path.stem for path in Path(CONFIGS, "size").glob("*.yaml"))
 # Small but generic: an odd d_ff, two layers, more heads than key-value heads.
-SMALL = ["size=tiny", "size.n_layers=2", "size.d_model=48", "size.head_dim=8", "tokenizer.vocab_size=300"]
+SMALL = ["size=tiny", "size.n_layers=2", "size.d_model=48", "size.head_dim=16", "tokenizer.vocab_size=300"]
 SMALL_BY_MODEL = {"mla": ["model.q_lora_rank=20", "model.kv_lora_rank=12", "model.qk_rope_head_dim=4"]}
 
 
 def small_config(model: str, *overrides: str) -> Config:
-    return load(compose("train", [f"model={model}", *SMALL, *SMALL_BY_MODEL.get(model, []), *overrides]))
+    return load(compose("train", [*SEARCH, f"model={model}", *SMALL, *SMALL_BY_MODEL.get(model, []), *overrides]))
 
 
 def small_network(model: str, *overrides: str) -> TransformerConfig:

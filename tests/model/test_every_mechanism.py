@@ -11,7 +11,7 @@ from configs.load import load
 from model import counting
 from model.cores.base import AttentionMask
 from model.transformer import Transformer, TransformerConfig
-from tests.model.helpers import MODELS, SIZES, small_network, wake_up
+from tests.model.helpers import MODELS, SEARCH, SIZES, small_network, wake_up
 
 
 def count(module: torch.nn.Module) -> int:
@@ -23,7 +23,7 @@ def count(module: torch.nn.Module) -> int:
 def test_every_size_builds_with_the_counted_parameters_and_the_parameters_of_mha(model, size):
     def network(name):
         return TransformerConfig.from_config(
-            load(compose("train", [f"model={name}", f"size={size}", "tokenizer=gpt2"]))
+            load(compose("train", [*SEARCH, f"model={name}", f"size={size}", "tokenizer=gpt2"]))
         )
 
     ours, mha = network(model), network("mha")
@@ -37,8 +37,7 @@ def test_every_size_builds_with_the_counted_parameters_and_the_parameters_of_mha
 @pytest.mark.parametrize("model", MODELS)
 def test_head_counts_are_matched_for_a_size_of_ones_own(model):
     network = small_network(model)
-    budget = counting.attention_budget(network.d_model)
-    ours = network.attention.num_params(network.d_model)
+    budget, ours = 4 * network.d_model**2, network.attention.num_params(network.d_model)
     for change in (-1, 1):
         n_heads = network.attention.n_heads + change * network.attention.head_multiple
         if n_heads > 0:
