@@ -37,10 +37,22 @@ class TrainingConsole:
             f"{counts['kv_bytes_per_token']:,} bytes a token",
         )
         entropy = f"unigram entropy {manifest.unigram_entropy:.3f}"
+        ratio, size_config = (
+            {k: counts[f"attention_{k}_over_mha"] for k in ("params", "flops", "kv_bytes")},
+            config.size,
+        )
+        budget = (
+            "{params:.3f} x MHA's attention parameters, {flops:.3f} x its FLOPs, {kv_bytes:.3f} x its cache".format(
+                **ratio
+            )
+        )
+        matched = abs(ratio[size_config.match] - 1) <= size_config.match_tolerance
+        note = "" if matched else f" (NOT matched by {size_config.match} within {size_config.match_tolerance:.0%})"
         precision = str(runtime.dtype).removeprefix("torch.")
         rows = {
             "run": config.run.dir + (f", going on from step {start_step}" if start_step else ""),
             "model": f"{size}, {parameters}, {config.model.n_heads} heads, KV cache {cache}",
+            "budget": budget + note,
             "data": f"{manifest.name}, {manifest.tokens('train'):,} tokens, {entropy}",
             "steps": f"{trainer.horizon} of {trainer.tokens_per_step:,} tokens, {epochs:.2f} epochs",
             "machine": f"{runtime.world_size} x {runtime.device.type}, {precision}, {config.deepspeed.name}",

@@ -1,7 +1,7 @@
 """The table of budgets: `python -m model.counting [models=[t6,mha]] [sizes=[small]] [memory=24GiB] [match=flops] ...`
 
-One row a mechanism and size; `detail=true` adds parameters by part and the activation estimate. `overrides=[...]` go to
-every configuration.
+One row a mechanism and size; `detail=true` adds parameters by part and the activation estimate. `"overrides=['model.head_dim=128']"` go
+to every configuration.
 """
 
 from rich import box
@@ -54,7 +54,7 @@ def main(config: CountingConfig) -> int:
             str(network.attention.n_heads),
             f"{counting.num_params(network) / 1e6:.1f}",
             f"{ratios['params']:.3f}",
-            f"{counting.training_flops_per_token(network, config.seq_len):.3g}",
+            f"{counting.training_flops_per_token(network, config.seq_len):.2e}",
             f"{counting.kv_bytes_per_token(network):,}",
             f"{ratios['kv_bytes']:.3f}",
         ]
@@ -68,7 +68,7 @@ def main(config: CountingConfig) -> int:
             details.append(f"{model} {size}: {parts}")
         table.add_row(*cells)
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 160)  # rather over the edge than cut
+    console.width = max(console.width, 220)  # rather over the edge than cut
     console.print(table)
     for line in details:
         console.print(line, markup=False)

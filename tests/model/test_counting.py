@@ -1,5 +1,7 @@
 """The numbers of arXiv 2501.06425 come out of the formulas."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -7,10 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.app import compose
 from configs.load import load
+from configs.schema import ConfigError, parse_bytes
 from model import counting
+from model.counting.__main__ import load_counting, main
 from model.counting.match import match_params
 from model.transformer import Transformer, TransformerConfig
-from tests.model.helpers import MODELS, small_network
+from tests.model.helpers import MODELS, PACKAGED, small_network
 
 PAPER_HEADS = {  # small, medium, large, xl
     "mha": (12, 16, 20, 25),
@@ -81,3 +85,106 @@ def test_flops_grow_with_length_only_through_attention():
     net = network("model=mha", "size=small")
     short, long = (counting.training_flops_per_token(net, n) for n in (1023, 2047))
     assert long - short == pytest.approx(3 * net.n_layers * 4 * 768 * 512)
+
+
+VARIANT_CACHES = {  # the specification's formulas, with H heads, head_dim D, ranks R_k and R_v
+    "t6": lambda h, d, rk, rv: (rk + rv) * (h + d),
+    "t6_kvonly": lambda h, d, rk, rv: (rk + rv) * (h + d),
+    "t6_noncontextual_a": lambda h, d, rk, rv: (rk + rv) * d,
+    "t6_noncontextual_b": lambda h, d, rk, rv: (rk + rv) * h,
+    "t6_shared_b": lambda h, d, rk, rv: rk * (2 * h + d),
+    "t6_sigmoid_a": lambda h, d, rk, rv: (rk + rv) * (h + d),
+    "t6_softmax_a": lambda h, d, rk, rv: (rk + rv) * (h + d),
+    "t6_third_order": lambda h, d, rk, rv: (rk + rv) * (h + d // 4 + 4),
+}
+
+
+@pytest.mark.parametrize("model", VARIANT_CACHES)
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_variants_have_the_caches_and_parameters_of_the_specification(model, rank):
+    net = network(f"model={model}", "size=small", f"model.k_rank={rank}", f"model.v_rank={rank}")
+    a = net.attention
+    assert counting.kv_numbers_per_token(a) == VARIANT_CACHES[model](a.n_heads, 64, rank, rank)
+    if model in ("t6", "t6_sigmoid_a", "t6_softmax_a"):
+        assert a.num_params(768) == 768 * (6 + 2 * rank) * (a.n_heads + 64) + 768 * a.n_heads * 64
+    if model == "t6_kvonly":
+        assert a.num_params(768) == 768 * 2 * rank * (a.n_heads + 64) + 2 * 768 * a.n_heads * 64
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_matching_by_flops_is_the_closest_head_count(model):
+    net = network(f"model={model}", "size=medium", "size.match=flops", "trainer.seq_len=4096")
+    costs = {}
+    for step in (-1, 0, 1):
+        a = dataclasses.replace(net.attention, n_heads=net.attention.n_heads + step * net.attention.head_multiple)
+        costs[step] = abs(counting.over_mha(a, net.core, 1024, 4096)["flops"] - 1)
+    assert costs[0] == min(costs.values()) < 0.05
+
+
+@pytest.mark.parametrize("model", ["t6", "t6_kvonly", "gqa", "mla", "t6_shared_b", "t6_noncontextual_a"])
+def test_matching_by_cache_turns_the_ranks_and_keeps_the_parameters(model):
+    net = network(f"model={model}", "size=medium", "size.match=kv_bytes")
+    ratios = counting.over_mha(net.attention, net.core, 1024, 1024)
+    assert ratios["kv_bytes"] == pytest.approx(1, abs=0.08) and ratios["params"] == pytest.approx(1, abs=0.05)
+    if model == "t6":
+        assert net.attention.k_rank == net.attention.v_rank > 2
+
+
+def test_what_cannot_be_matched_is_said(capsys):
+    assert (
+        main(load_counting(compose("counting", ["models=[mla]", "sizes=[tiny]", "overrides=['size.d_model=64']"]))) == 0
+    )
+    assert "mla tiny: no match within 5%: params are 1." in capsys.readouterr().out
+
+
+def test_the_table_has_every_mechanism_and_size(capsys):
+    assert main(load_counting(compose("counting", ["memory=24GiB", "detail=true"]))) == 0
+    out = capsys.readouterr().out
+    rows = {
+        tuple(line.split()[:2]): line.split() for line in out.splitlines() if line.startswith("  ") and line.strip()
+    }
+    rows.pop(("size", "model"))
+    assert len(rows) == 5 * len(PACKAGED)
+    assert rows["small", "t6"][2:5] == ["34", "124.3", "1.027"] and rows["xl", "mha"][2:5] == ["25", "1554.9", "1.000"]
+    longest = int(rows["xl", "mha"][-1].replace(",", ""))
+    used = 2 * 1_554_892_800 + longest * 307_200
+    assert used <= 24 * 2**30 < used + 307_200
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * 2**30), ("80GB", 80e9), ("1.5 TiB", 1.5 * 2**40), ("7MB", 7e6)]
+)
+def test_memory_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("memory=lots", "memory=lots: must be a size such as 24GiB"),
+        ("models=[t7]", "no such model"),
+        ("match=heads", "match='heads': must be"),
+    ],
+)
+def test_bad_counting_settings(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_counting(compose("counting", [override]))
+
+
+@pytest.mark.parametrize("model", PACKAGED)
+def test_the_activation_estimate_is_near_what_pytorch_keeps(model):
+    """Everything that autograd saves in a training step, each storage once, weights left out; fp32."""
+    net, tokens = small_network(model, "size.n_layers=3", "tokenizer.vocab_size=512"), torch.randint(0, 300, (2, 64))
+    built, kept = Transformer(net), {}
+    weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        built(tokens, tokens)
+    measured = sum(size for size, _ in kept.values()) / tokens.numel()
+    assert counting.activation_bytes_per_token(net, bytes_per_number=4) == pytest.approx(measured, rel=0.25)
