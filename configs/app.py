@@ -16,7 +16,7 @@ from configs.load import did_you_mean, load
 from configs.schema import Config, ConfigError, to_dict
 
 CONFIGS = Path(__file__).parent.resolve()
-GROUPS = {path.name for path in CONFIGS.iterdir() if path.is_dir() and any(path.glob("**/*.yaml"))}
+GROUPS = {path.name for path in CONFIGS.iterdir() if any(path.glob("**/*.yaml"))}
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:

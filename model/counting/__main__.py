@@ -1,7 +1,7 @@
 """The table of budgets: `python -m model.counting [models=[t6,mha]] [sizes=[small]] [memory=24GiB] [match=flops] ...`
 
-One row a mechanism and size; `detail=true` adds parameters by part and the activation estimate. `"overrides=['model.head_dim=128']"` go
-to every configuration.
+One row a mechanism and size; `detail=true` adds parameters by part and the activation estimate;
+`"overrides=['model.head_dim=128']"` go to every configuration.
 """
 
 from rich import box

@@ -23,9 +23,10 @@ def mistakes(*overrides) -> list[str]:
 GROUP_FILES = [path for group in sorted(GROUPS - {"suite"}) for path in sorted(Path(CONFIGS, group).rglob("*.yaml"))]
 
 
-@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_yaml_composes_and_survives_a_round_trip(path):
-    made = config(f"{path.parent.name}={path.stem}")
+    group, name = str(path.relative_to(CONFIGS).with_suffix("")).split("/", 1)
+    made = config(f"{group}={name}")
     again = load(OmegaConf.create(to_dict(made)))
     assert again == made and again.run.name == made.run.name
 
