@@ -28,7 +28,8 @@ def sample_texts(
     start = [tokenizer.end_of_text, *(tokenizer.encode(prompt) if prompt else [])]
     tokens = torch.tensor([start] * count, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    out = model.generate(tokens, max_new_tokens, context, temperature, top_k, generator)
+    with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled again for every length
+        out = model.generate(tokens, max_new_tokens, context, temperature, top_k, generator)
     return [tokenizer.decode(until(row[1:], tokenizer.end_of_text)) for row in out.tolist()]
 
 
