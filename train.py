@@ -150,7 +150,7 @@ def train(config: Config, runtime, console: TrainingConsole) -> int:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
             console.update(step, logged)
 
-            if skipped_in_a_row >= config.optim.max_skipped:
+            if skipped_in_a_row >= trainer.max_bad_steps:
                 console.say(f"giving up at step {step}: the gradient was not finite {skipped_in_a_row} steps in a row")
                 return 1
             preempted = any_rank(preemption.requested is not None, device) and not is_last

@@ -132,7 +132,6 @@ class OptimConfig:
     eps: float = 1e-8
     grad_clip: float = 1.0  # on the norm of the mean gradient; 0 turns clipping off
     decay_all: bool = False  # decay 1-D parameters too, as the TPA authors' code does
-    max_skipped: int = 10  # steps in a row with a non-finite loss or gradient before the run gives up
 
     def errors(self):
         if self.name != "adamw":
@@ -148,7 +147,6 @@ class OptimConfig:
                 yield f"optim.{key}={getattr(self, key)}: must lie in [0, 1)"
         if not (math.isfinite(self.eps) and self.eps > 0):
             yield f"optim.eps={self.eps}: must be a positive number"
-        yield from _at_least(1, "optim", self, "max_skipped")
 
 
 @dataclass
@@ -215,6 +213,7 @@ class TrainerConfig:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     log_every: int = 10
+    max_bad_steps: int = 10  # steps in a row with a non-finite loss or gradient before the run gives up
     resume: str = "auto"  # auto: go on where the run folder stopped; never: refuse a folder that holds a run
     init_from: str | None = None  # a run folder or a checkpoint whose weights this run starts from
     compile: bool = False
@@ -252,7 +251,7 @@ class TrainerConfig:
         sizes = ("seq_len", "micro_batch_size", "global_batch_size")
         yield from _at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
         yield from _at_least(0, "trainer", self, "eval_every", "checkpoint_every", "samples")
-        yield from _at_least(1, "trainer", self, "keep_checkpoints")
+        yield from _at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps")
         if self.max_steps is None and self.max_tokens is None:
             yield "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"
         if self.resume not in ("auto", "never"):
@@ -280,7 +279,6 @@ class Config:
         """What makes a run that run, as flat `key: value` pairs: the rest may change between starts."""
         tree = to_dict(self)
         tree["data"] = {key: tree["data"][key] for key in ("name", "source", "files", "column", "val_fraction")}
-        tree["optim"].pop("max_skipped")
         tree["model"].pop("by_size")  # what it gave is in the other keys
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
         trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}

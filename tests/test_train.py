@@ -164,7 +164,7 @@ def test_steps_with_a_nonfinite_gradient_are_skipped_then_given_up(small_run, tm
     assert [line["optim/skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2, 2, 2]
     assert lines[2]["train/loss"] is None and lines[4]["train/loss"] > 0
     poisoned.update(range(1, 9))
-    assert run([*small_run, f"run.dir={tmp_path}/bad", "optim.max_skipped=3", "deepspeed=zero1"]) == 1
+    assert run([*small_run, f"run.dir={tmp_path}/bad", "trainer.max_bad_steps=3", "deepspeed=zero1"]) == 1
     assert len(read_metrics(tmp_path / "bad/metrics.jsonl")) == 3
 
 

@@ -10,7 +10,7 @@ import pytest
 import train
 from configs.app import compose
 from configs.load import load
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL_MLA, SMALL_RUN
 from training.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -39,8 +39,6 @@ def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-4) -> None:
 @pytest.fixture(scope="module")
 def reference(small_data, tmp_path_factory):
     """Overrides, and the curve of one process at stage 0. Ranks that no number of processes divides."""
-    from tests.conftest import SMALL_RUN
-
     overrides = [
         *SMALL_RUN,
         *small_data,
@@ -59,6 +57,17 @@ def test_stages_agree_on_one_process(reference, tmp_path, stage):
     overrides, expected, _ = reference
     run([*overrides, f"run.dir={tmp_path}/run", f"deepspeed=zero{stage}"])
     assert_same(curve(tmp_path / "run"), expected)
+
+
+@pytest.mark.parametrize("model", ["t6_noncontextual_a", "t6_noncontextual_b", "t6_third_order", "mla"])
+def test_parameters_outside_of_linear_layers_are_sharded_too(reference, tmp_path, model):
+    """Stage 3 gathers a module's own parameters (constant factors, norm weights) when its forward pass begins."""
+    overrides, _, _ = reference
+    mine = [o for o in overrides if not o.startswith("model.")] + [f"model={model}"]
+    mine += SMALL_MLA if model == "mla" else []
+    for stage in (0, 3):
+        run([*mine, f"run.dir={tmp_path}/{stage}", f"deepspeed=zero{stage}"])
+    assert_same(curve(tmp_path / "3"), curve(tmp_path / "0"))
 
 
 @pytest.mark.parametrize(("stage", "next_stage"), [(0, 3), (1, 0), (2, 1), (3, 2)])
