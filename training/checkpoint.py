@@ -3,11 +3,10 @@
 Every checkpoint holds the whole fp32 state by parameter name, whatever the ZeRO stage and the number of processes it
 was saved from: any stage and any world size can go on from it, and evaluation reads the weights without DeepSpeed.
 
-
     step_00000100/  model.safetensors      the weights (the tied head is left out)
                     optimizer.safetensors  AdamW's moments, exp_avg.<name> and exp_avg_sq.<name>
-                    manifest.json          step, tokens, identity, versions; each file's size and sha256. Written last:
-                                           a checkpoint exists when its manifest does
+                    manifest.json          step, tokens, identity, versions; each file's size and sha256, and its own.
+                                           Written last: a checkpoint exists when its manifest does
 """
 
 import hashlib
@@ -61,11 +60,17 @@ def save(engine, run_dir: Path, step: int, facts: dict, keep: int) -> None:
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
         versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
         manifest = {"step": step, "optimizer_updates": updates, **facts, "versions": versions, "files": files}
-        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2))
+        write_atomic(folder / "manifest.json", json.dumps(manifest | {"checksum": seal(manifest)}, indent=2))
         write_atomic(Path(run_dir) / "latest", folder.name)
         for old in sorted(folder.parent.glob("step_*"))[:-keep]:
             shutil.rmtree(old)
     torch.distributed.barrier()
+
+
+def seal(manifest: dict) -> str:
+    """The checksum of a manifest's own content."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -77,10 +82,12 @@ def problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one line each; empty if it is whole."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["checksum"] != seal(manifest):
+            return [f"{folder / 'manifest.json'}: does not have its own checksum"]
         files = manifest["files"].items()
     except FileNotFoundError:
         return [f"{folder}: has no manifest.json, so it was never finished"]
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         return [f"{folder / 'manifest.json'}: cannot be read ({error!r})"]
     found = []
     for name, facts in files:

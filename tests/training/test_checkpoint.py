@@ -1,0 +1,100 @@
+"""A checkpoint is whole or it is passed over, by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import train
+from configs.app import compose
+from configs.load import load
+from configs.schema import ConfigError
+from model.transformer import Transformer, TransformerConfig
+from tests.conftest import SMALL_RUN
+from training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(small_data, tmp_path_factory):
+    """A run with checkpoints of steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "run"
+    assert train.main(load(compose("train", [*SMALL_RUN, *small_data, f"run.dir={folder}"]))) == 0
+    return folder
+
+
+def flip(path, place=-100):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped weights": (lambda f: flip(f / "model.safetensors"), "model.safetensors: does not have the checksum"),
+    "flipped header": (lambda f: flip(f / "model.safetensors", 9), "model.safetensors: does not have the checksum"),
+    "flipped moments": (
+        lambda f: flip(f / "optimizer.safetensors"),
+        "optimizer.safetensors: does not have the checksum",
+    ),
+    "truncated": (lambda f: (f / "optimizer.safetensors").write_bytes(b"x" * 10), "has 10 bytes instead of"),
+    "deleted": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: is missing"),
+    "unfinished": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json, so it was never finished"),
+    "torn manifest": (lambda f: (f / "manifest.json").write_text('{"step": 8, "fi'), "manifest.json: cannot be read"),
+    "altered manifest": (
+        lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('"step": 8', '"step": 9')),
+        "manifest.json: does not have its own checksum",
+    ),
+    "other manifest": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_broken_checkpoint_is_named_and_passed_over(finished, tmp_path, damage):
+    shutil.copytree(finished, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step_00000008"
+    said = []
+    assert checkpoint.newest(tmp_path / "run", said.append) == newest and not said
+    action, message = DAMAGE[damage]
+    action(newest)
+    assert checkpoint.newest(tmp_path / "run", said.append) == newest.with_name("step_00000004")
+    assert len(said) == 1 and message in said[0] and "step_00000008" in said[0]
+
+
+def test_only_the_newest_checkpoints_are_kept(small_data, tmp_path):
+    overrides = [
+        *SMALL_RUN,
+        *small_data,
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=3",
+        f"run.dir={tmp_path}/run",
+    ]
+    assert train.main(load(compose("train", overrides))) == 0
+    assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == [f"step_0000000{n}" for n in (6, 7, 8)]
+
+
+def test_the_manifest_says_what_the_checkpoint_is(finished):
+    manifest = json.loads((finished / "checkpoints/step_00000008/manifest.json").read_text())
+    assert (manifest["step"], manifest["tokens"], manifest["optimizer_updates"]) == (8, 8 * 512, 8)
+    assert manifest["identity"]["model.name"] == "t6" and manifest["versions"]["torch"].startswith("2.")
+    assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors"}
+
+
+def test_weights_that_do_not_fit_are_named(finished):
+    config = load(compose("train", [*SMALL_RUN, "model=mha"]))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.load_weights(
+            Transformer(TransformerConfig.from_config(config)), finished / "checkpoints/step_00000008"
+        )
+    assert "blocks.0.attention.qkv_proj.weight: the checkpoint has none" in str(caught.value)
+    assert "blocks.1.attention.factor_proj.weight: the model has none" in str(caught.value)
+
+
+def test_loaded_weights_are_those_saved_and_the_head_stays_tied(finished):
+    config = load(compose("train", SMALL_RUN))
+    model = Transformer(TransformerConfig.from_config(config))
+    checkpoint.load_weights(model, checkpoint.find(str(finished), print))
+    weights = checkpoint.load_file(finished / "checkpoints/step_00000008/model.safetensors")
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert model.head.weight is model.embedding.weight
+    with pytest.raises(ConfigError, match=r"trainer.init_from=.*nowhere"):
+        checkpoint.find("nowhere", print)
