@@ -91,14 +91,20 @@ def train(config: Config, runtime, console: TrainingConsole) -> int:
     metrics = Metrics(config, create_run_folder(config), start_step) if runtime.is_main else None
     console.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
 
-    def save(step: int) -> None:
+    keep = checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best)
+
+    def save(step: int, val_loss: float | None) -> bool:
         facts = {
+            "val_loss": val_loss,
             "tokens": step * trainer.tokens_per_step,
             "skipped_steps": skipped_steps,
             "identity": config.identity(),
             "data_fingerprint": manifest.fingerprint,
         }
-        checkpoint.save(engine, run_dir, step, facts, trainer.keep_checkpoints)
+        failure = checkpoint.save(engine, run_dir, step, facts, keep)
+        if failure:
+            console.say(f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED, training goes on: {failure}")
+        return not failure
 
     # --- the loop: a step is one optimizer update on global_batch_size sequences
     accumulation_steps = trainer.accumulation_steps(runtime.world_size)
@@ -155,11 +161,12 @@ def train(config: Config, runtime, console: TrainingConsole) -> int:
                 return 1
             preempted = any_rank(preemption.requested is not None, device) and not is_last
             if is_due(step, trainer.checkpoint_every) or is_last or preempted:
-                save(step)
+                saved = save(step, logged.get("val/loss"))
+                if is_last and not saved:
+                    return 1
             if preempted:
-                console.say(
-                    f"{preemption.requested or 'signal'}: saved step {step}; the same command goes on from here"
-                )
+                outcome = f"saved step {step}" if saved else "not saved"
+                console.say(f"{preemption.requested or 'signal'}: {outcome}; the same command goes on from here")
                 if metrics:
                     metrics.close(PREEMPTED)
                 return PREEMPTED

@@ -211,7 +211,9 @@ class TrainerConfig:
     eval_every: int | None = None
     eval_batches: int | None = 8  # global batches of validation data; null: all of it
     checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest so many stay
+    keep_every: int | None = None  # and those whose step is a multiple of this
+    keep_best: bool = False  # and the one with the lowest validation loss
     log_every: int = 10
     max_bad_steps: int = 10  # steps in a row with a non-finite loss or gradient before the run gives up
     resume: str = "auto"  # auto: go on where the run folder stopped; never: refuse a folder that holds a run
@@ -250,7 +252,7 @@ class TrainerConfig:
     def errors(self):
         sizes = ("seq_len", "micro_batch_size", "global_batch_size")
         yield from _at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
-        yield from _at_least(0, "trainer", self, "eval_every", "checkpoint_every", "samples")
+        yield from _at_least(0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples")
         yield from _at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps")
         if self.max_steps is None and self.max_tokens is None:
             yield "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"

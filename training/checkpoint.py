@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,30 +41,67 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
 
 
-def save(engine, run_dir: Path, step: int, facts: dict, keep: int) -> None:
+def save(engine, run_dir: Path, step: int, facts: dict, keep: Callable[[list[dict]], set[int]]) -> str | None:
     """Save the engine's state as the checkpoint of `step`; every rank calls it, rank 0 writes.
 
-    `facts` join the manifest. The newest `keep` checkpoints stay.
+    `facts` join the manifest. Of all whole checkpoints, given by their manifests, the steps that `keep` returns stay.
+    None, or on every rank why it could not be written (a full disk, say): then the checkpoints there are untouched.
     """
     weights, moments, updates = gather(engine)
+    failure = [None]
     if torch.distributed.get_rank() == 0:
-        folder = checkpoint_dir(run_dir, step)
-        if folder.exists():
+        try:
+            write(
+                run_dir, {"step": step, "optimizer_updates": updates, **facts}, {"model": weights, "optimizer": moments}
+            )
+            prune(run_dir, keep)
+        except (OSError, SafetensorError) as error:
+            failure = [f"{checkpoint_dir(run_dir, step)}: {error}"]
+            shutil.rmtree(checkpoint_dir(run_dir, step), ignore_errors=True)
+    torch.distributed.broadcast_object_list(failure)
+    return failure[0]
+
+
+def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """The files of one checkpoint, the manifest last, and then `latest`."""
+    folder = checkpoint_dir(run_dir, manifest["step"])
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    for name, named in tensors.items():
+        path = folder / f"{name}.safetensors"
+        save_file(named, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+    manifest = {**manifest, "versions": versions, "files": files}
+    write_atomic(folder / "manifest.json", json.dumps(manifest | {"checksum": seal(manifest)}, indent=2))
+    write_atomic(Path(run_dir) / "latest", folder.name)
+
+
+def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]]) -> None:
+    """Delete the checkpoints that `keep` does not name, and what was left of unfinished ones."""
+    folders = sorted((Path(run_dir) / "checkpoints").glob("step_*"))
+    manifests = {folder: read_manifest(folder) for folder in folders if (folder / "manifest.json").exists()}
+    kept = keep(list(manifests.values()))
+    for folder in folders:
+        if folder not in manifests or manifests[folder]["step"] not in kept:
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        for name, tensors in (("model", weights), ("optimizer", moments)):
-            path = folder / f"{name}.safetensors"
-            save_file(tensors, path)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
-        manifest = {"step": step, "optimizer_updates": updates, **facts, "versions": versions, "files": files}
-        write_atomic(folder / "manifest.json", json.dumps(manifest | {"checksum": seal(manifest)}, indent=2))
-        write_atomic(Path(run_dir) / "latest", folder.name)
-        for old in sorted(folder.parent.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
+
+
+def keepers(last: int, every: int | None, best: bool) -> Callable[[list[dict]], set[int]]:
+    """A policy: the newest `last`, each step that is a multiple of `every`, and the one with the lowest val_loss."""
+
+    def keep(manifests: list[dict]) -> set[int]:
+        steps = sorted(manifest["step"] for manifest in manifests)
+        kept = set(steps[-last:]) | {step for step in steps if every and step % every == 0}
+        scored = [manifest for manifest in manifests if manifest.get("val_loss") is not None]
+        if best and scored:
+            kept.add(min(scored, key=lambda manifest: manifest["val_loss"])["step"])
+        return kept
+
+    return keep
 
 
 def seal(manifest: dict) -> str:

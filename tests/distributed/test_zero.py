@@ -52,7 +52,7 @@ def reference(small_data, tmp_path_factory):
     return overrides, curve(folder), folder
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3, "3_offload"])
 def test_stages_agree_on_one_process(reference, tmp_path, stage):
     overrides, expected, _ = reference
     run([*overrides, f"run.dir={tmp_path}/run", f"deepspeed=zero{stage}"])

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from configs.app import compose
 from configs.load import load
 from configs.schema import ConfigError
 from model.transformer import Transformer, TransformerConfig
-from tests.conftest import SMALL_RUN
+from tests.conftest import ROOT, SMALL_RUN
 from training import checkpoint
+from training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,31 @@ def test_only_the_newest_checkpoints_are_kept(small_data, tmp_path):
     ]
     assert train.main(load(compose("train", overrides))) == 0
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == [f"step_0000000{n}" for n in (6, 7, 8)]
+
+
+def test_every_nth_and_the_best_are_kept_too():
+    manifests = [
+        {"step": s, "val_loss": loss} for s, loss in ((1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 2.5), (6, None))
+    ]
+    assert checkpoint.keepers(2, None, False)(manifests) == {5, 6}
+    assert checkpoint.keepers(1, 3, False)(manifests) == {3, 6}
+    assert checkpoint.keepers(1, 4, True)(manifests) == {2, 4, 6}
+    assert checkpoint.keepers(1, None, True)([{"step": 9, "val_loss": None}]) == {9}
+
+
+def test_a_disk_that_is_full_does_not_end_a_run(small_data, tmp_path):
+    """Files past 200 kB cannot be written, as on a full disk: training goes on and says so; only the end is an error."""
+    overrides = [*SMALL_RUN, *small_data, f"run.dir={tmp_path}/run"]
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    limited = f"import resource, runpy; {limit}; runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("COULD NOT BE SAVED, training goes on") == 2 and "File too large" in done.stdout
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
+    assert train.main(load(compose("train", overrides))) == 0  # with room again the same command ends well
 
 
 def test_the_manifest_says_what_the_checkpoint_is(finished):
