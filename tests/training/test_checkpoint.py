@@ -86,7 +86,7 @@ def test_every_nth_and_the_best_are_kept_too():
 
 
 def test_a_disk_that_is_full_does_not_end_a_run(small_data, tmp_path):
-    """Files past 200 kB cannot be written, as on a full disk: training goes on and says so; only the end is an error."""
+    """Files past 200 kB cannot be written, as on a full disk: training goes on, says so, and ends as an error."""
     overrides = [*SMALL_RUN, *small_data, f"run.dir={tmp_path}/run"]
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     limited = f"import resource, runpy; {limit}; runpy.run_path('train.py', run_name='__main__')"
