@@ -112,6 +112,14 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
     errors.extend(error for block_errors in found.values() for error in block_errors)
     if model and size and not found["model"] + found["size"]:
         blocks["model"] = fill_heads(model, size.name, size.d_model)
+    data, tokenizer = blocks["data"], blocks["tokenizer"]
+    if data and tokenizer and not found["data"] + found["tokenizer"]:
+        try:
+            data.dtype_for(tokenizer.vocab_size)
+        except ConfigError as error:
+            errors.extend(error.errors)
+    if data and data.document_mask and blocks["core"] and not blocks["core"].masks_documents:
+        errors.append(f"data.document_mask=true: core={blocks['core'].name} cannot mask documents; use core=sdpa")
     if trainer and not found["trainer"]:
         try:
             trainer.accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))
