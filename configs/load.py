@@ -113,6 +113,14 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
     needed = [key for key in ("model", "size", "core", "trainer") if not blocks[key] or found[key]]
     if not needed:
         blocks["model"] = fill_heads(model, core, size.name, size.d_model, size.match, trainer.seq_len)
+    data, tokenizer = blocks["data"], blocks["tokenizer"]
+    if data and tokenizer and not found["data"] + found["tokenizer"]:
+        try:
+            data.dtype_for(tokenizer.vocab_size)
+        except ConfigError as error:
+            errors.extend(error.errors)
+    if data and data.document_mask and blocks["core"] and not blocks["core"].masks_documents:
+        errors.append(f"data.document_mask=true: core={blocks['core'].name} cannot mask documents; use core=sdpa")
     if trainer and not found["trainer"]:
         try:
             trainer.accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from configs.errors import ConfigError
+from configs.errors import at_least as _at_least
+from configs.schema_data import DataConfig, TokenizerConfig
 from model.attention.base import AttentionConfig
 from model.cores.base import AttentionCore
 
@@ -28,14 +31,6 @@ REFUSED_DEEPSPEED_KEYS = {
     "bf16": "trainer.dtype",
     "torch_autocast": "trainer.dtype",
 }
-
-
-class ConfigError(Exception):
-    """One or more mistakes in the configuration or the input; each names the key or file, the value and the remedy."""
-
-    def __init__(self, *errors: str):
-        self.errors = list(errors)
-        super().__init__("\n".join(self.errors))
 
 
 @dataclass
@@ -72,54 +67,6 @@ class SizeConfig:
             yield f"size.match_tolerance={self.match_tolerance}: must be zero or a positive number"
         if not 0 <= self.norm_eps < 1:
             yield f"size.norm_eps={self.norm_eps}: must lie in [0, 1)"
-
-
-@dataclass
-class TokenizerConfig:
-    """`kind` says which library: sentencepiece (trained on the train split) or tiktoken (`encoding` by name)."""
-
-    name: str
-    kind: str
-    vocab_size: int
-    encoding: str | None = None
-    byte_fallback: bool = True
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """The model's vocabulary: padded to a multiple of 128 for the matrix units (50257 becomes 50304)."""
-        return -(-self.vocab_size // 128) * 128
-
-    def errors(self):
-        if self.kind not in ("sentencepiece", "tiktoken"):
-            yield f"tokenizer.kind={self.kind!r}: must be sentencepiece or tiktoken"
-        if self.kind == "tiktoken" and not self.encoding:
-            yield "tokenizer.encoding is not set: tiktoken needs the name of an encoding, for example gpt2"
-        low = 260 if self.kind == "sentencepiece" else 1  # 256 bytes and the control tokens
-        if self.vocab_size < low:
-            yield f"tokenizer.vocab_size={self.vocab_size}: must be at least {low}"
-        if self.vocab_size > 2**16:
-            yield f"tokenizer.vocab_size={self.vocab_size}: shards store tokens as uint16, so at most {2**16}"
-
-
-@dataclass
-class DataConfig:
-    """Where documents come from (`source`: builtin or files) and where their shards are (`dir`)."""
-
-    name: str
-    source: str
-    dir: str
-    files: list[str] = field(default_factory=list)  # globs of parquet, jsonl or text files
-    column: str = "text"
-    val_fraction: float = 0.05  # of the documents, chosen by a hash of their name or text
-    shard_tokens: int = 100_000_000
-    workers: int | None = None  # default: all cores
-
-    def errors(self):
-        if self.source not in ("builtin", "files"):
-            yield f"data.source={self.source!r}: must be builtin or files"
-        if not 0 < self.val_fraction < 1:
-            yield f"data.val_fraction={self.val_fraction}: must lie between 0 and 1"
-        yield from _at_least(1, "data", self, "shard_tokens", "workers")
 
 
 @dataclass
@@ -280,7 +227,8 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """What makes a run that run, as flat `key: value` pairs: the rest may change between starts."""
         tree = to_dict(self)
-        tree["data"] = {key: tree["data"][key] for key in ("name", "source", "files", "column", "val_fraction")}
+        ours = ("files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction", "document_mask")
+        tree["data"] = {key: tree["data"][key] for key in ("name", "source", *ours)}
         tree["model"].pop("by_size")  # what it gave is in the other keys
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
         trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
@@ -382,13 +330,6 @@ def check_machine(config):
     dtype = getattr(config, "dtype", "auto")
     if dtype not in ("auto", "fp32", "bf16"):
         yield f"dtype={dtype}: must be auto, fp32 or bf16"
-
-
-def _at_least(low: int, block: str, config, *keys: str):
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None and value < low:
-            yield f"{block}{'.' * bool(block)}{key}={value}: must be at least {low}"
 
 
 def name_run(config: Config) -> Config:

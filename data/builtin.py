@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.parallel import ordered_map, progress_bar
+from data.parallel import Rates, ordered_map
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 MIN_PARAGRAPH = 40  # characters that are not blanks
@@ -53,10 +53,10 @@ def collect(trees: list[Tree], workers: int | None = None, progress: bool = Fals
     """The documents of `trees`: one a module, paragraphs in source order, each paragraph once in the corpus."""
     files = sorted((name, path, tree.comments) for tree in trees for name, path in python_files(tree))
     found = []
-    with progress_bar("Reading the built-in corpus", len(files), "modules", progress) as advance:
+    with Rates("Reading the built-in corpus", progress, total=len(files)) as rates:
         for module in ordered_map(extract, files, workers):
             found.extend(module)
-            advance(1)
+            rates.advance(modules=1)
     seen = set()
     result = []
     for name, paragraphs in sorted(found):

@@ -1,14 +1,15 @@
 """Work over many processes with the results in order, and how far it is."""
 
+import multiprocessing
 import os
+import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_EVERY = 60  # seconds between progress lines where there is no terminal for a bar
@@ -27,7 +28,7 @@ def ordered_map(
     """Yield `function(item)` in the order of `items`; each process calls `setup(*setup_args)` first.
 
     Only a few items are under way at any time, so neither the items nor the results have to fit in memory. One worker
-    works in this process.
+    works in this process; worker processes end with this one, however it ends.
     """
     workers = count_workers(workers)
     if workers == 1:
@@ -35,14 +36,29 @@ def ordered_map(
             setup(*setup_args)
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(workers, initializer=setup, initargs=setup_args) as pool:
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(setup, setup_args))
+    try:
+        pool.submit(os.getpid).result()  # the processes start before `items` can start threads
         pending = deque()
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) > 4 * workers:
+            if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker(setup: Callable | None, setup_args: tuple) -> None:
+    threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
+    if setup:
+        setup(*setup_args)
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # the parent is gone without a word to the pool (SIGKILL), which would wait for work forever
 
 
 def say(text: str, enabled: bool = True) -> None:
@@ -50,30 +66,43 @@ def say(text: str, enabled: bool = True) -> None:
         console.print(text, markup=False)
 
 
-@contextmanager
-def progress_bar(label: str, total: int, unit: str, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A function that counts on: a bar on a terminal, else a line now and then; a summary line at the end."""
-    start = last_line = time.monotonic()
-    done = 0
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not (enabled and console.is_terminal),
-    ) as bar:
-        task = bar.add_task(label, total=total)
+class Rates:
+    """Counts and their rates: a bar on a terminal, else a line now and then; a summary line at the end.
 
-        def advance(count: int) -> None:
-            nonlocal done, last_line
-            done += count
-            bar.advance(task, count)
-            if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY:
-                last_line = time.monotonic()
-                say(f"{label}: {done:,} of {total:,} {unit}", enabled)
+    `total` is of the first unit, where it is known. Use as a context; count as in `advance(documents=5, tokens=9)`.
+    """
 
-        yield advance
-    seconds = time.monotonic() - start
-    say(f"{label}: {done:,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.0f}/s)", enabled)
+    def __init__(self, label: str, enabled: bool, total: int | None = None, **done: int):
+        self.label, self.enabled, self.total = label, enabled, total
+        self.counts: Counter[str] = Counter(done)  # what an earlier start had done is in the counts, not in the rates
+        self.before = dict(done)
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeElapsedColumn(),
+        ]
+        hidden = not (enabled and console.is_terminal)
+        self.bar = Progress(*columns, console=console, transient=True, disable=hidden)
+
+    def __enter__(self) -> "Rates":
+        self.start = self.last_line = time.monotonic()
+        self.bar.start()
+        self.task = self.bar.add_task(self.label, total=self.total, rates="")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.stop()
+        say(f"{self.label}: {self.rates()} in {time.monotonic() - self.start:.1f} s", self.enabled)
+
+    def advance(self, **counts: int) -> None:
+        self.counts.update(counts)
+        self.bar.update(self.task, completed=next(iter(self.counts.values())), rates=self.rates())
+        if not console.is_terminal and time.monotonic() - self.last_line > LINE_EVERY:
+            self.last_line = time.monotonic()
+            say(f"{self.label}: {self.rates()}", self.enabled)
+
+    def rates(self) -> str:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        each = ((unit, count, (count - self.before.get(unit, 0)) / seconds) for unit, count in self.counts.items())
+        return ", ".join(f"{count:,} {unit} ({rate:,.0f}/s)" for unit, count, rate in each)

@@ -1,11 +1,14 @@
 """Token shards on disk: llm.c's .bin files and the manifest that says what they are.
 
-A shard is a header of 256 int32 (20240520, version 1, the number of tokens, zeros) and its tokens as uint16. The data
-in a folder exists when its `manifest.json` does.
+A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens: magic 20240520 and
+version 1 for uint16, 20240801 and 7 for uint32, as llm.c has them for GPT-2's and Llama 3's vocabularies. Beside it
+`<shard>.index.npy` holds the offsets (uint32) at which its documents start. The data in a folder exists when its
+`manifest.json` does.
 """
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -15,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ConfigError, TokenizerConfig
+from configs.errors import ConfigError
+from configs.schema_data import TokenizerConfig
+from data.documents import SPLITS
 
-MAGIC = 20240520
-VERSION = 1
+MAGIC, VERSION = 20240520, 1  # of uint16 shards
+FORMATS = {"uint16": (MAGIC, VERSION), "uint32": (20240801, 7)}
 HEADER_BYTES = 256 * 4
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
-SPLITS = ("train", "val")
+MANIFEST_VERSION = 2
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Shard:
     tokens: int
     documents: int  # that end in this shard
     sha256: str  # of the whole file
+    offset: int = HEADER_BYTES  # where the tokens start; nanoGPT's .bin files have no header
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Manifest:
     unigram_entropy: float  # nats a token, of the train split's token distribution
     skipped: dict[str, int]  # documents left out, by reason
     fingerprint: str  # of all tokens and the tokenizer
+    source: str  # fingerprint of the documents' files; empty where the shards came from elsewhere
+    token_dtype: str = "uint16"
     version: int = MANIFEST_VERSION
 
     def tokens(self, split: str) -> int:
@@ -87,55 +94,33 @@ def fingerprint_of(splits: dict[str, Split], tokenizer_fingerprint: str) -> str:
     return hashlib.sha256("\n".join([*checksums, tokenizer_fingerprint]).encode()).hexdigest()
 
 
-def header(tokens: int) -> np.ndarray:
+def header(tokens: int, dtype) -> np.ndarray:
     values = np.zeros(256, dtype="<i4")
-    values[:3] = MAGIC, VERSION, tokens
+    values[:3] = *FORMATS[np.dtype(dtype).name], tokens
     return values
 
 
-class ShardWriter:
-    """Write the documents of one split into `<split>_000000.bin`, ..., of `shard_tokens` tokens each but the last."""
+def map_tokens(path: Path, dtype: str, offset: int = HEADER_BYTES) -> np.ndarray:
+    """A shard's tokens, mapped into memory."""
+    # A plain array of the mapping: slicing numpy's memmap class costs five times as much.
+    return np.asarray(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset))
 
-    def __init__(self, dir: Path, split: str, shard_tokens: int, vocab_size: int):
-        if vocab_size > 2**16:
-            raise ConfigError(f"tokenizer.vocab_size={vocab_size}: shards store tokens as uint16, so at most {2**16}")
-        if shard_tokens >= 2**31:
-            raise ConfigError(f"data.shard_tokens={shard_tokens}: must be less than 2^31, the header's limit")
-        self.dir, self.split, self.shard_tokens, self.vocab_size = Path(dir), split, shard_tokens, vocab_size
-        self.shards: list[Shard] = []
-        self._parts: list[np.ndarray] = []
-        self._tokens = self._documents = 0
 
-    def write(self, document: np.ndarray) -> None:
-        """Append one document's tokens, end-of-text included. ValueError for a token outside the vocabulary."""
-        if len(document) and not 0 <= document.min() <= document.max() < self.vocab_size:
-            raise ValueError(f"token {document.max()} is outside the vocabulary of {self.vocab_size}")
-        while len(document) > (room := self.shard_tokens - self._tokens):
-            self._append(document[:room])
-            self._save()
-            document = document[room:]
-        self._append(document)
-        self._documents += 1
+def document_index(tokens: np.ndarray, end_of_text: int, at_start: bool) -> tuple[np.ndarray, int]:
+    """(the offsets at which documents start, how many documents end) in a shard; `at_start`: it starts with one."""
+    ends = np.flatnonzero(tokens == end_of_text)
+    starts = ends[ends < len(tokens) - 1] + 1
+    return np.concatenate(([0] * at_start, starts)).astype(np.uint32), len(ends)
 
-    def close(self) -> list[Shard]:
-        """Write what is left; the shards of the split."""
-        if self._tokens:
-            self._save()
-        return self.shards
 
-    def _append(self, tokens: np.ndarray) -> None:
-        self._parts.append(tokens.astype("<u2"))
-        self._tokens += len(tokens)
+def index_file(shard: Path) -> Path:
+    return shard.with_suffix(".index.npy")
 
-    def _save(self) -> None:
-        parts = [header(self._tokens).tobytes(), np.concatenate(self._parts).data]
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-        file = f"{self.split}_{len(self.shards):06d}.bin"
-        write_atomically(self.dir / file, parts)
-        self.shards.append(Shard(file, self._tokens, self._documents, digest.hexdigest()))
-        self._parts, self._tokens, self._documents = [], 0, 0
+
+def save_index(shard: Path, starts: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, starts)
+    write_atomically(index_file(shard), [content.getvalue()])
 
 
 def read_manifest(dir: str | Path) -> Manifest:
@@ -160,25 +145,28 @@ def read_manifest(dir: str | Path) -> Manifest:
         raise ConfigError(f"{path}: is not a whole manifest ({error}); remove {dir} and prepare it again") from error
 
 
-def problem_with(path: Path, tokens: int) -> str | None:
-    """What a quick look finds wrong with a shard that should hold `tokens` tokens: its size and its header."""
+def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
+    """What a quick look finds wrong with a shard: its size and its header."""
     try:
         size = path.stat().st_size
         start = np.fromfile(path, dtype="<i4", count=3)
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    expected = HEADER_BYTES + 2 * tokens
+    expected = shard.offset + np.dtype(dtype).itemsize * shard.tokens
     if size != expected:
-        return f"{path}: has {size} bytes, must have {expected} ({tokens} tokens)"
-    if list(start[:2]) != [MAGIC, VERSION]:
-        return f"{path}: starts with {list(map(int, start[:2]))}, must start with {[MAGIC, VERSION]}: not a token shard"
-    if start[2] != tokens:
-        return f"{path}: its header says {start[2]} tokens, the manifest {tokens}"
+        return f"{path}: has {size} bytes, must have {expected} ({shard.tokens} tokens)"
+    if not shard.offset:
+        return None
+    kind = list(FORMATS[dtype])
+    if list(start[:2]) != kind:
+        return f"{path}: starts with {list(map(int, start[:2]))}, must start with {kind}: not a shard of {dtype} tokens"
+    if start[2] != shard.tokens:
+        return f"{path}: its header says {start[2]} tokens, the manifest {shard.tokens}"
     return None
 
 
 class TokenShards:
-    """The shards of one split, mapped into memory: `arrays` holds one uint16 array of tokens a shard.
+    """The shards of one split, mapped into memory: `arrays` holds one array of tokens (uint16 or uint32) a shard.
 
     ConfigError where the data is not prepared, or where a shard has the wrong size or header.
     """
@@ -186,17 +174,24 @@ class TokenShards:
     def __init__(self, dir: str | Path, split: str):
         self.dir, self.split = Path(dir), split
         self.manifest = read_manifest(dir)
-        shards = self.manifest.splits[split].shards
-        problems = [found for shard in shards if (found := problem_with(self.dir / shard.file, shard.tokens))]
+        shards, dtype = self.manifest.splits[split].shards, self.manifest.token_dtype
+        problems = [found for shard in shards if (found := problem_with(self.dir / shard.file, shard, dtype))]
         if problems:
             again = f"remove {dir} and run `python -m data.prepare data={self.manifest.name}` to make it again"
             raise ConfigError(*(f"{problem}; {again}" for problem in problems))
-        self.arrays = [np.memmap(self.dir / shard.file, dtype="<u2", mode="r", offset=HEADER_BYTES) for shard in shards]
+        self.arrays = [map_tokens(self.dir / shard.file, dtype, shard.offset) for shard in shards]
         self.tokens = self.manifest.tokens(split)
 
+    def documents(self) -> list[np.ndarray]:
+        """The index of each shard: the offsets (uint32) at which its documents start."""
+        return [np.load(index_file(self.dir / shard.file)) for shard in self.manifest.splits[self.split].shards]
 
-def verify(dir: str | Path) -> list[str]:
-    """Read everything and compare it with the manifest's checksums and counts; what is wrong, one line a problem."""
+
+def verify(dir: str | Path, end_of_text: int | None = None) -> list[str]:
+    """Read everything and compare it with the manifest's checksums and counts; what is wrong, one line a problem.
+
+    With the tokenizer's `end_of_text` the document indexes are compared with the tokens too.
+    """
     dir = Path(dir)
     try:
         manifest = read_manifest(dir)
@@ -205,15 +200,25 @@ def verify(dir: str | Path) -> list[str]:
     problems = []
     for split in SPLITS:
         expected = manifest.splits[split]
+        at_start = True
         for shard in expected.shards:
             path = dir / shard.file
-            if found := problem_with(path, shard.tokens):
+            if found := problem_with(path, shard, manifest.token_dtype):
                 problems.append(found)
+                at_start = None  # nobody knows about the next
                 continue
             with open(path, "rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if sha256 != shard.sha256:
                 problems.append(f"{path}: its sha256 is {sha256}, the manifest says {shard.sha256}")
+            elif end_of_text is not None:
+                tokens = map_tokens(path, manifest.token_dtype, shard.offset)
+                found = at_start is not None and problem_with_index(
+                    path, shard, *document_index(tokens, end_of_text, at_start)
+                )
+                if found:
+                    problems.append(found)
+                at_start = bool(tokens[-1] == end_of_text)
         for key in ("tokens", "documents"):
             total = sum(getattr(shard, key) for shard in expected.shards)
             if total != getattr(expected, key):
@@ -223,3 +228,15 @@ def verify(dir: str | Path) -> list[str]:
     if fingerprint_of(manifest.splits, manifest.tokenizer["fingerprint"]) != manifest.fingerprint:
         problems.append(f"{dir / MANIFEST_FILE}: the fingerprint is not that of its shards and tokenizer")
     return problems
+
+
+def problem_with_index(path: Path, shard: Shard, starts: np.ndarray, documents: int) -> str | None:
+    try:
+        index = np.load(index_file(path))
+    except (OSError, ValueError) as error:
+        return f"{index_file(path)}: cannot be read ({error})"
+    if not np.array_equal(index, starts):
+        return f"{index_file(path)}: is not the index of the documents in {path.name}"
+    if documents != shard.documents:
+        return f"{path}: {documents} documents end in it, the manifest says {shard.documents}"
+    return None

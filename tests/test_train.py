@@ -211,7 +211,8 @@ def test_config_errors_come_together_and_create_nothing(tmp_path):
     before = sorted(ROOT.iterdir())
     done = command(
         "train.py", f"run.dir={tmp_path}/run", "optim.lr=-1", "trainer.max_stepz=5", "model.q_rank=0",
-        "trainer.micro_batch_size=3", "model.head_dim=31", "tokenizer.vocab_size=70000", "trainer.seq_len=abc",
+        "trainer.micro_batch_size=3", "model.head_dim=31", "tokenizer.vocab_size=70000", "data.token_dtype=uint16",
+        "trainer.seq_len=abc",
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for message in (
@@ -219,7 +220,7 @@ def test_config_errors_come_together_and_create_nothing(tmp_path):
         "trainer.max_stepz: unknown key; did you mean trainer.max_steps?",
         "model.q_rank=0: must be at least 1",
         "model.head_dim=31: RoPE turns pairs of features, so it must be even",
-        "tokenizer.vocab_size=70000: shards store tokens as uint16, so at most 65536",
+        "tokenizer.vocab_size=70000: data.token_dtype=uint16 holds at most 65536; set data.token_dtype=auto",
         "trainer.seq_len=abc: must be an integer",
     ):
         assert message in done.stderr

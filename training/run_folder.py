@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from configs.load import load
 from configs.schema import Config, ConfigError, to_dict
 from data.loader import EvalLoader, TrainLoader
-from data.prepare import ensure_prepared, prepared
+from data.prepare import ON_FIRST_USE, ensure_prepared, prepared
 from data.shards import TokenShards
 from training.checkpoint import write_atomic
 from training.metrics import Metrics, plot_loss, read_metrics
@@ -43,7 +43,7 @@ def check_core(config: Config, runtime: Runtime) -> None:
 
 
 def check_data(config: Config, runtime: Runtime) -> None:
-    if config.data.source == "builtin" and not prepared(config):
+    if config.data.source in ON_FIRST_USE and not prepared(config):
         return  # prepared on first use
     ensure_prepared(config)
     seq_len, micro = config.trainer.seq_len, config.trainer.micro_batch_size

@@ -8,11 +8,11 @@ import pytest
 from configs.schema import ConfigError
 from data.shards import (
     MAGIC,
-    ShardWriter,
     TokenShards,
     read_manifest,
     verify,
 )
+from data.writer import ShardWriter
 
 
 @pytest.fixture
@@ -23,22 +23,30 @@ def copy(small, tmp_path):
 
 def test_round_trip_is_exact(tmp_path):
     generator = np.random.default_rng(0)
-    documents = [generator.integers(0, 50257, size) for size in (1, 999, 0, 2500, 1000, 3)]
-    writer = ShardWriter(tmp_path, "train", shard_tokens=1000, vocab_size=50257)
+    documents = [generator.integers(0, 50256, size) for size in (1, 999, 0, 2500, 1000, 3)]
+    documents = [np.append(document[:-1], 50256) for document in documents]
+    writer = ShardWriter(tmp_path, "train", 1000, 50257, 50256, "uint16")
     for document in documents:
         writer.write(document)
     shards = writer.close()
-    assert [shard.tokens for shard in shards] == [1000, 1000, 1000, 1000, 503]
+    writer.publish()
+    assert [shard.tokens for shard in shards] == [1000, 1000, 1000, 1000, 504]
     assert sum(shard.documents for shard in shards) == len(documents)
     parts = [np.fromfile(tmp_path / shard.file, dtype=np.uint16, offset=1024) for shard in shards]
     np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(documents))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"train_{i:06d}.bin" for i in range(5)]
+    assert sorted(path.name for path in tmp_path.glob("*.bin")) == [f"train_{i:06d}.bin" for i in range(5)]
+    assert not list(tmp_path.glob("*.open")) and not list(tmp_path.glob(".*"))
+    lengths, starts = np.cumsum([0, *map(len, documents)])[:-1], []
+    for number in range(5):
+        starts += (1000 * number + np.load(tmp_path / f"train_{number:06d}.index.npy")).tolist()
+    assert starts == lengths.tolist()
 
 
 def test_llm_c_header(tmp_path):
-    writer = ShardWriter(tmp_path, "val", shard_tokens=10, vocab_size=70)
+    writer = ShardWriter(tmp_path, "val", 10, 70, 0, "uint16")
     writer.write(np.array([1, 2, 69]))
     writer.close()
+    writer.publish()
     raw = (tmp_path / "val_000000.bin").read_bytes()
     assert raw[:12] == b"\x88\xd8\x34\x01" + b"\x01\x00\x00\x00" + b"\x03\x00\x00\x00"
     assert int.from_bytes(raw[:4], "little") == MAGIC == 20240520
@@ -46,12 +54,12 @@ def test_llm_c_header(tmp_path):
 
 
 def test_vocabulary_must_fit(tmp_path):
-    with pytest.raises(ConfigError, match="tokenizer.vocab_size=65537: shards store tokens as uint16"):
-        ShardWriter(tmp_path, "train", 10, vocab_size=65537)
+    with pytest.raises(ConfigError, match="tokenizer.vocab_size=65537: does not fit into shards of uint16"):
+        ShardWriter(tmp_path, "train", 10, 65537, 0, "uint16")
     with pytest.raises(ConfigError, match=r"data.shard_tokens=2147483648: must be less than 2\^31"):
-        ShardWriter(tmp_path, "train", 2**31, vocab_size=10)
+        ShardWriter(tmp_path, "train", 2**31, 10, 0, "uint16")
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        ShardWriter(tmp_path, "train", 10, vocab_size=10).write(np.array([10]))
+        ShardWriter(tmp_path, "train", 10, 10, 0, "uint16").write(np.array([10]))
 
 
 def test_manifest_and_shards_agree(small):
@@ -75,9 +83,9 @@ def test_missing_manifest(tmp_path):
     "content, message",
     [
         ("{", "is not JSON"),
-        ("[]", "has version None, must be 1"),
-        ('{"version": 99}', "has version 99, must be 1"),
-        ('{"version": 1}', "is not a whole manifest"),
+        ("[]", "has version None, must be 2"),
+        ('{"version": 99}', "has version 99, must be 2"),
+        ('{"version": 2}', "is not a whole manifest"),
     ],
 )
 def test_bad_manifest(copy, content, message):
@@ -102,8 +110,8 @@ def test_torn_shard(copy):
 @pytest.mark.parametrize(
     "position, value, message",
     [
-        (0, 1, "not a token shard"),
-        (1, 2, "not a token shard"),
+        (0, 1, "not a shard of uint16 tokens"),
+        (1, 2, "not a shard of uint16 tokens"),
         (2, 7, "its header says 7 tokens, the manifest 4000"),
     ],
 )
@@ -129,3 +137,45 @@ def test_verify_finds_a_flipped_bit_and_wrong_counts(copy):
     (copy / "manifest.json").write_text(json.dumps(fields))
     problems = "\n".join(verify(copy))
     assert "tokens, its shards have" in problems and "fingerprint" in problems
+
+
+def test_large_vocabularies_are_uint32_with_llama_3s_header(tmp_path):
+    tokens = np.array([70_000, 2, 100_255, 100_256], dtype=np.uint32)
+    writer = ShardWriter(tmp_path, "train", 10, 100_257, 100_256, "uint32")
+    writer.write(tokens)
+    writer.close()
+    writer.publish()
+    raw = (tmp_path / "train_000000.bin").read_bytes()
+    assert np.frombuffer(raw[:12], "<i4").tolist() == [20240801, 7, 4] and len(raw) == 1024 + 16
+    np.testing.assert_array_equal(np.frombuffer(raw[1024:], "<u4"), tokens)
+
+
+def test_a_writer_goes_on_from_its_state(tmp_path):
+    def writer(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return ShardWriter(tmp_path / name, "train", 100, 50, 0, "uint16")
+
+    tokens = np.random.default_rng(0).integers(0, 50, 1000)
+    whole, torn = writer("whole"), writer("torn")
+    whole.write(tokens)
+    torn.write(tokens[:333])
+    state = torn.state()
+    torn.write(tokens[333:700])  # after the state was taken: to be forgotten
+    torn.state()  # all of it reaches the disk
+    again = writer("torn")
+    again.restore(state)
+    assert {path.name for path in (tmp_path / "torn").glob("*.bin")} == {f"train_{i:06d}.bin" for i in range(3)}
+    again.write(tokens[333:])
+    assert again.close() == whole.close()
+    again.publish()
+    whole.publish()
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes()
+
+
+def test_verify_finds_a_wrong_index(copy):
+    np.save(copy / "train_000001.index.npy", np.array([3], dtype=np.uint32))
+    (copy / "val_000000.index.npy").unlink()
+    assert verify(copy) == []
+    first, second = verify(copy, end_of_text=1)
+    assert "train_000001.index.npy: is not the index" in first and "val_000000.index.npy: cannot be read" in second

@@ -1,9 +1,12 @@
 import dataclasses
 
+import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from configs.schema import ConfigError, TokenizerConfig
-from data.tokenizers import MODEL_FILE, load_tokenizer, train_sentencepiece
+from data.tokenizers import MODEL_FILE, load_tokenizer, new_tokenizer, train_sentencepiece
 from tests.data.conftest import texts
 
 SENTENCEPIECE = TokenizerConfig("sentencepiece-320", "sentencepiece", 320)
@@ -31,7 +34,9 @@ HARD = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     dir = tmp_path_factory.mktemp("tokenizer")
-    return train_sentencepiece(texts(100), SENTENCEPIECE, dir / MODEL_FILE), dir
+    tokenizer = train_sentencepiece(texts(100), SENTENCEPIECE)
+    tokenizer.save(dir)
+    return tokenizer, dir
 
 
 def gpt2():
@@ -60,25 +65,33 @@ def test_gpt2_is_gpt2():
     tokenizer = gpt2()
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50256)
-    assert tokenizer.encode_batch(["Hello", " world"]) == [[15496], [995]]
+    assert tokenizer.encode_documents(["Hello", " world"]).tolist() == [15496, 50256, 995, 50256]
 
 
-def test_training_is_deterministic_and_loading_gives_the_same(trained, tmp_path):
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
+def test_documents_in_a_row_are_the_documents_one_by_one(trained, kind):
+    tokenizer = trained[0] if kind == "sentencepiece" else gpt2()
+    row = tokenizer.encode_documents(HARD)
+    assert row.dtype == np.uint32 and tokenizer.encode_documents([]).tolist() == []
+    assert row.tolist() == [token for text in HARD for token in [*tokenizer.encode(text), tokenizer.end_of_text]]
+
+
+def test_training_is_deterministic_and_loading_gives_the_same(trained):
     tokenizer, dir = trained
-    again = train_sentencepiece(texts(100), SENTENCEPIECE, tmp_path / MODEL_FILE)
+    again = train_sentencepiece(texts(100), SENTENCEPIECE)
     loaded = load_tokenizer(SENTENCEPIECE, dir)
     assert tokenizer.fingerprint == again.fingerprint == loaded.fingerprint
-    assert loaded.encode_batch(HARD) == [tokenizer.encode(text) for text in HARD]
-    assert train_sentencepiece(texts(90), SENTENCEPIECE, tmp_path / "other").fingerprint != tokenizer.fingerprint
+    assert [loaded.encode(text) for text in HARD] == [tokenizer.encode(text) for text in HARD]
+    assert train_sentencepiece(texts(90), SENTENCEPIECE).fingerprint != tokenizer.fingerprint
 
 
-def test_too_little_text(tmp_path):
+def test_too_little_text():
     with pytest.raises(ConfigError, match=r"tokenizer.vocab_size=320: the text to train on is too small, at most \d+"):
-        train_sentencepiece(["hello world"], SENTENCEPIECE, tmp_path / MODEL_FILE)
+        train_sentencepiece(["hello world"], SENTENCEPIECE)
     with pytest.raises(ConfigError, match="there is no text"):
-        train_sentencepiece([], SENTENCEPIECE, tmp_path / MODEL_FILE)
+        train_sentencepiece([], SENTENCEPIECE)
     with pytest.raises(ConfigError, match=r"tokenizer.vocab_size=262: the characters of the text alone need \d+"):
-        train_sentencepiece(texts(10), dataclasses.replace(SENTENCEPIECE, vocab_size=262), tmp_path / MODEL_FILE)
+        train_sentencepiece(texts(10), dataclasses.replace(SENTENCEPIECE, vocab_size=262))
 
 
 def test_load_errors(trained, tmp_path):
@@ -109,3 +122,69 @@ def test_no_network_and_no_cache(tmp_path, monkeypatch):
         monkeypatch.setenv(key, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(ConfigError, match="tokenizer.encoding=gpt2: .* TIKTOKEN_CACHE_DIR"):
         load_tokenizer(GPT2, tmp_path)
+
+
+def test_tiktoken_is_stored_with_the_data(tmp_path, monkeypatch):
+    tokenizer = gpt2()
+    tokenizer.save(tmp_path)
+    monkeypatch.setattr("data.tokenizers.load_tiktoken", lambda encoding: pytest.fail("asked tiktoken"))
+    stored = load_tokenizer(GPT2, tmp_path)
+    assert stored.fingerprint == tokenizer.fingerprint and stored.end_of_text == 50256
+    assert [stored.encode(text) for text in HARD] == [tokenizer.encode(text) for text in HARD]
+    (tmp_path / "tokenizer.tiktoken.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tokenizer.tiktoken.json: is not a stored tokenizer"):
+        load_tokenizer(GPT2, tmp_path)
+
+
+def test_a_given_sentencepiece_model(trained, tmp_path):
+    tokenizer, dir = trained
+    given = dataclasses.replace(SENTENCEPIECE, path=str(dir / MODEL_FILE))
+    assert new_tokenizer(given).fingerprint == tokenizer.fingerprint
+    with pytest.raises(ConfigError, match="tokenizer.path=nowhere.model: there is no such file"):
+        new_tokenizer(dataclasses.replace(given, path="nowhere.model"))
+    with pytest.raises(ConfigError, match="tokenizer.vocab_size=512: .* has 320 tokens"):
+        new_tokenizer(dataclasses.replace(given, vocab_size=512))
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """(config, folder) of a byte-level BPE trained with Hugging Face's library."""
+    dir = tmp_path_factory.mktemp("hf")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts(50), vocab_size=400, special_tokens=["<|endoftext|>", "<pad>"])
+    bpe.save(str(dir / "tokenizer.json"))
+    return TokenizerConfig("mine", "huggingface", bpe.get_vocab_size(), path=str(dir)), dir
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hugging_face_is_lossless_where_its_model_is(hugging_face, text):
+    tokenizer = new_tokenizer(hugging_face[0])
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.end_of_text not in ids
+    assert tokenizer.encode_documents([text, "x"]).tolist() == [
+        *ids, tokenizer.end_of_text, *tokenizer.encode("x"), tokenizer.end_of_text
+    ]  # fmt: skip
+
+
+def test_hugging_face_is_stored_with_the_data(hugging_face, tmp_path):
+    config, dir = hugging_face
+    tokenizer = new_tokenizer(config)
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(config, tmp_path).fingerprint == tokenizer.fingerprint
+    assert new_tokenizer(dataclasses.replace(config, path=str(dir / "tokenizer.json"))).vocab_size == config.vocab_size
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(dir / "tokenizer.json"))
+    fast.save_pretrained(tmp_path / "saved")
+    saved = new_tokenizer(dataclasses.replace(config, path=str(tmp_path / "saved")))
+    assert saved.encode(HARD[9]) == tokenizer.encode(HARD[9])
+
+
+def test_hugging_face_errors(hugging_face, tmp_path):
+    config, dir = hugging_face
+    with pytest.raises(ConfigError, match="tokenizer.end_of_text='</s>': .* special tokens are '<pad>', '<|endoftext|"):
+        new_tokenizer(dataclasses.replace(config, end_of_text="</s>"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in (str(tmp_path), "nobody/has-this"):
+        with pytest.raises(ConfigError, match=f"tokenizer.path={path}: is neither"):
+            new_tokenizer(dataclasses.replace(config, path=path))
+    with pytest.raises(ConfigError, match="holds no tokenizer.json: run"):
+        load_tokenizer(config, dir / "nothing")

@@ -1,0 +1,170 @@
+"""A preparation killed at any moment and started again ends with the bytes of an undisturbed one."""
+
+import gzip
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.schema import ConfigError
+from data.build import Preparation
+from data.prepare import prepare
+from data.shards import Manifest, TokenShards, verify
+from data.tokenizers import train_sentencepiece
+from data.writer import ShardWriter
+from tests.data.conftest import make_config, texts, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+KILLS = 20
+
+
+def contents(dir):
+    return {path.name: path.read_bytes() for path in sorted(dir.iterdir())}
+
+
+def start(config):
+    """A preparation in a process of its own, which leads a group of processes with its workers."""
+
+    def run():
+        os.setsid()
+        prepare(config, progress=False)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def finished(partial):
+    return {path.name: path.stat().st_mtime_ns for path in partial.glob("*.bin")}
+
+
+def nobody_left(group) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_moments(tmp_path, workers):
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", texts(900, seed=i)) for i in range(4)]
+    options = {"shard_tokens": 3000, "val_fraction": 0.1, "workers": workers}
+    began = time.monotonic()
+    prepare(make_config(tmp_path / "undisturbed", files, **options), progress=False)
+    seconds = time.monotonic() - began
+    config = make_config(tmp_path / "shards", files, **options)
+    partial, dir = tmp_path / "shards.partial", tmp_path / "shards"
+    generator = random.Random(workers)
+    kills, before, last_shard = 0, {}, len(list((tmp_path / "undisturbed").glob("train_*.bin"))) - 1
+    while kills < KILLS // 2:  # ten for each number of workers
+        process = start(config)
+        while process.is_alive() and len(finished(partial)) <= len(before):
+            time.sleep(0.001)  # until it has finished another shard
+        time.sleep(generator.uniform(0, seconds / KILLS))
+        process.kill()
+        process.join()
+        assert nobody_left(process.pid) and process.exitcode in (0, -signal.SIGKILL)
+        if dir.exists():
+            break
+        kills += 1
+        now = finished(partial)
+        assert before.items() <= now.items()  # nothing finished was written again
+        before = now
+    assert kills == KILLS // 2 or len(before) >= last_shard // 2, (kills, len(before))
+    prepare(config, progress=False)
+    assert contents(dir) == contents(tmp_path / "undisturbed")  # shards, indexes, tokenizer and manifest
+    assert verify(dir, end_of_text=1) == [] and not partial.exists()
+
+
+@pytest.mark.parametrize("moment", ["publish", "save", "manifest", "unlink", "rename"])
+def test_killed_at_each_moment_of_the_end(tmp_path, moment):
+    """The moments that a random kill hardly ever meets: between the last shard and the folder's own name."""
+    file = write_jsonl(tmp_path / "a.jsonl", texts(300))
+    undisturbed = make_config(tmp_path / "undisturbed", [file], shard_tokens=3000)
+    prepare(undisturbed, progress=False)
+    config = make_config(tmp_path / "shards", [file], shard_tokens=3000)
+    where = {
+        "publish": (ShardWriter, "publish", 6), "save": (Preparation, "save", 3), "manifest": (Manifest, "save", 1),
+        "unlink": (Path, "unlink", 1), "rename": (Path, "rename", 1),
+    }[moment]  # fmt: skip
+
+    def run():
+        owner, name, times = where
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def killed(*args, **kwargs):
+            if next(calls) >= times:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, killed)
+        prepare(config, progress=False)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and finished(tmp_path / "shards.partial")
+    before = finished(tmp_path / "shards.partial")
+    prepare(config, progress=False)
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+    assert before.items() <= finished(tmp_path / "shards").items()
+
+
+def test_a_killed_command_goes_on_and_says_so(tmp_path):
+    file = write_jsonl(tmp_path / "many.jsonl", texts(20_000))
+    overrides = ["data=files", f"data.files=[{file}]", f"data.dir={tmp_path}/shards", "tokenizer.vocab_size=320"]
+    command = [sys.executable, "-m", "data.prepare", *overrides, "data.shard_tokens=50000", "data.workers=2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(finished(tmp_path / "shards.partial")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert nobody_left(process.pid)
+    with pytest.raises(ConfigError, match="not prepared"):
+        TokenShards(tmp_path / "shards", "train")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "going on after" in done.stderr and "Training" not in done.stderr, done.stderr
+    assert verify(tmp_path / "shards", end_of_text=1) == [] and not (tmp_path / "shards.partial").exists()
+
+
+def test_other_settings_or_other_files_start_again(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", texts(400))
+    partial = tmp_path / "shards.partial"
+    for change in ("file", "settings"):
+        process = start(make_config(tmp_path / "shards", [file], shard_tokens=2000))
+        while process.is_alive() and not finished(partial):
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert finished(partial)
+        if change == "file":
+            write_jsonl(file, texts(300, seed=5))
+        options = {"shard_tokens": 2000 if change == "file" else 2500}
+        made = prepare(make_config(tmp_path / "shards", [file], **options), progress=False)
+        other = prepare(make_config(tmp_path / f"new-{change}", [file], **options), progress=False)
+        assert made.fingerprint == other.fingerprint
+        shutil.rmtree(tmp_path / "shards")
+
+
+def test_a_source_that_breaks_keeps_what_is_done(tmp_path):
+    good = write_jsonl(tmp_path / "a.jsonl", texts(1500))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:-2000])
+    config = make_config(tmp_path / "shards", [good, tmp_path / "b.jsonl.gz"], shard_tokens=2000)
+    config.tokenizer.path = str(tmp_path / "tokenizer.model")
+    train_sentencepiece(texts(100), config.tokenizer).save(tmp_path)
+    with pytest.raises(ConfigError, match="b.jsonl.gz: cannot be read .*; copy it again"):
+        prepare(config, progress=False)
+    assert len(finished(tmp_path / "shards.partial")) > 5

@@ -1,0 +1,211 @@
+"""Streams of documents: every kind of file, the hub's loader on local folders, mixtures, and going on in the middle."""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+
+import datasets
+import pyarrow
+import pytest
+
+from configs.schema import ConfigError, DataConfig
+from data.documents import NotText, Tokeniser, encoded
+from data.prepare import prepare
+from data.sources import open_documents
+from data.tokenizers import train_sentencepiece
+from tests.data.conftest import make_config, texts, write_jsonl
+from tests.data.test_tokenizers import SENTENCEPIECE
+
+PACK = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True),
+}
+
+
+def read(config):
+    return [document["text"] for document in open_documents(config.data)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json.gz", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "parquet", "txt", "md.gz"])
+def test_file_kinds(tmp_path, kind):
+    documents = texts(6)
+    for i, text in enumerate(documents):
+        file, (kind_of_content, *packed) = tmp_path / f"{i}.{kind}", kind.split(".")
+        if kind == "parquet":
+            datasets.Dataset.from_dict({"id": [1], "body": [text]}).to_parquet(file)
+            continue
+        content = (text if kind_of_content in ("txt", "md") else json.dumps({"body": text}) + "\n").encode()
+        file.write_bytes(PACK[packed[0]](content) if packed else content)
+    config = make_config(tmp_path / "shards", [tmp_path / f"[0-9].{kind}"], column="body")
+    assert read(config) == documents
+
+
+BAD_LINES = [
+    b"\n", b'{"text": null}\n', b'{"other": "no text"}\n', b'{"text": 3}\n', b'{"text": ["x"]}\n', b'"a string"\n',
+    b'{"text": ""}\n', b'{"text": " \\n"}\n', b'{"text": "lone \\ud800 surrogate"}\n', b'{"text": "bad \xff byte"}\n',
+    b'{"text": "to\n', b'{"text": "' + b"x" * 300 + b'"}\n', b'{"text": "' + b"x" * 30_000 + b'"}\n',
+]  # fmt: skip
+REASONS = {"empty": 2, "invalid UTF-8": 2, "missing": 2, "not JSON": 1, "not text": 3, "too long": 2}
+
+
+def test_bad_documents_are_counted_by_reason_and_skipped(tmp_path):
+    good = [json.dumps({"text": text[:200]}).encode() + b"\n" for text in texts(60)]
+    mixed = [line for pair in itertools.zip_longest(good, BAD_LINES, fillvalue=b"") for line in pair]
+    (tmp_path / "mixed.jsonl").write_bytes(b"".join(mixed))
+    (tmp_path / "good.jsonl").write_bytes(b"".join(good))
+    made = {
+        name: prepare(
+            make_config(tmp_path / name, [tmp_path / f"{name}.jsonl"], max_document_bytes=250, vocab_size=300),
+            progress=False,
+        )
+        for name in ("mixed", "good")
+    }
+    assert made["mixed"].skipped == REASONS and made["good"].skipped == {}
+    assert made["mixed"].fingerprint == made["good"].fingerprint
+
+
+def test_bad_values_in_parquet_and_text_files(tmp_path):
+    datasets.Dataset.from_dict({"text": [None, "", "good"]}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    found = read(make_config(tmp_path, [tmp_path / "a.parquet"])) + read(make_config(tmp_path, [tmp_path / "b.txt"]))
+    reasons = [value.reason if isinstance(value := encoded(text, 100), NotText) else value for text in found]
+    assert reasons == ["missing", "empty", b"good", "invalid UTF-8"]
+
+
+def test_a_tokeniser_splits_by_hash_and_counts():
+    tokenizer = train_sentencepiece(texts(100), SENTENCEPIECE)
+    documents = [{"text": text} for text in [*texts(50), None, "é"]]
+    done = Tokeniser(tokenizer, val_up_to=0.5, max_bytes=10_000)(documents)
+    assert done.documents["train"] + done.documents["val"] == 51 and min(done.documents.values()) > 10
+    assert sum(done.bytes.values()) == sum(map(len, texts(50))) + 2 and done.skipped == {"missing": 1}
+    assert all((tokens == tokenizer.end_of_text).sum() == done.documents[s] for s, tokens in done.tokens.items())
+
+
+def test_no_document_holds_text(tmp_path):
+    file = write_jsonl(tmp_path / "some.jsonl", [1, 2, None])
+    with pytest.raises(ConfigError, match="data.column=text: no document holds text .2 not text, 1 missing."):
+        prepare(make_config(tmp_path / "shards", [file]), progress=False)
+
+
+def test_bad_files(tmp_path):
+    def load(*files, column="text"):
+        return read(make_config(tmp_path / "shards", files, column=column))
+
+    good = write_jsonl(tmp_path / "good.jsonl", texts(3))
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.bin").write_bytes(b"123")
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet at all")
+    (tmp_path / "empty.jsonl").touch()
+    datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "good.parquet")
+    with pytest.raises(ConfigError, match="data.files: no file matches '.*nothing.jsonl'"):
+        load(good, tmp_path / "nothing.jsonl")
+    with pytest.raises(ConfigError, match=r"data.files=\[\]: must name the files"):
+        load()
+    with pytest.raises(ConfigError, match="a.bin has no known extension: must be one of .parquet, .jsonl"):
+        load(tmp_path / "a.bin")
+    with pytest.raises(ConfigError, match="of several kinds, json lines .*good.jsonl.*, text .*a.txt"):
+        load(good, tmp_path / "a.txt")
+    for file in (good, tmp_path / "good.parquet"):
+        with pytest.raises(ConfigError, match="data.column=body: no such column .*columns there: text"):
+            load(file, column="body")
+    with pytest.raises(ConfigError, match="empty.jsonl.* cannot be read as json lines: there is nothing in it"):
+        load(tmp_path / "empty.jsonl")
+    with pytest.raises(ConfigError, match="cannot be read as parquet: .*"):
+        load(tmp_path / "broken.parquet")
+
+
+def on_the_hub(folder, documents, column="content"):
+    """A data set as it lies on the hub: a card that names the configurations and their files."""
+    (folder / "sample").mkdir(parents=True)
+    for i in range(3):
+        part = datasets.Dataset.from_dict({column: documents[i::3], "id": list(range(len(documents[i::3])))})
+        part.to_parquet(folder / f"sample/{i:03d}.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: sample-10\n  data_files:\n  - split: train\n    path: sample/*.parquet\n---\n"
+    )
+
+
+def test_packed_files_of_several_parts_and_torn_ones(tmp_path):
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts(40)]
+    for kind, pack in PACK.items():
+        file = tmp_path / f"a.jsonl.{kind}"
+        file.write_bytes(pack(b"".join(lines[:20])) + pack(b"".join(lines[20:])))
+        assert read(make_config(tmp_path, [file])) == texts(40)
+        file.write_bytes(file.read_bytes()[:-30])
+        with pytest.raises(ConfigError, match=f"a.jsonl.{kind}: cannot be read .*; copy it again"):
+            read(make_config(tmp_path, [file]))
+
+
+def hub(path, **keys):
+    return DataConfig("hub", "hub", "shards", path=str(path), subset="sample-10", column="content", **keys)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_hubs_loader(tmp_path, streaming, monkeypatch):
+    on_the_hub(tmp_path / "set", texts(30))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = [document["text"] for document in open_documents(hub(tmp_path / "set", streaming=streaming))]
+    assert found == [text for i in range(3) for text in texts(30)[i::3]]
+
+
+def test_the_hubs_mistakes(tmp_path):
+    on_the_hub(tmp_path / "set", texts(3), column="words")
+    with pytest.raises(ConfigError, match="data.column=content: no such column in the documents; columns there: words"):
+        open_documents(hub(tmp_path / "set"))
+    wrong = hub(tmp_path / "set", split="test")
+    with pytest.raises(ConfigError, match="data.path=.*set: cannot be read as a Hugging Face data set: .*test"):
+        open_documents(wrong)
+    with pytest.raises(ConfigError, match="data.path=nobody/nothing: cannot be read as a Hugging Face data set"):
+        open_documents(hub("nobody/nothing"))
+
+
+def sources(tmp_path):
+    """One configuration of each kind."""
+    write_jsonl(tmp_path / "a.jsonl", [f"a {i}" for i in range(40)])
+    write_jsonl(tmp_path / "b.jsonl", [f"b {i}" for i in range(60)])
+    on_the_hub(tmp_path / "set", [f"hub {i}" for i in range(90)])
+    files = make_config(tmp_path, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]).data
+    part = {"source": "hub", "path": str(tmp_path / "set"), "subset": "sample-10", "column": "content"}
+    parts = [{"weight": 1, "source": "files", "files": [str(tmp_path / "*.jsonl")]}, {"weight": 2.5} | part]
+    return {
+        "files": files,
+        "hub": hub(tmp_path / "set"),
+        "mixture": DataConfig("mixture", "mixture", "shards", mixture=parts),
+    }
+
+
+@pytest.mark.parametrize("kind", ["files", "hub", "mixture"])
+def test_every_stream_goes_on_where_its_state_says(tmp_path, kind):
+    config = sources(tmp_path)[kind]
+    stream, found, states = open_documents(config), [], []
+    for document in stream:
+        found.append(document["text"])
+        states.append(json.loads(json.dumps(stream.state_dict())))
+    assert len(found) > 80
+    for place in (0, 1, 39, 40, 60, len(found) - 2):
+        again = open_documents(config)
+        again.load_state_dict(states[place])
+        assert [document["text"] for document in again] == found[place + 1 :]
+    assert [document["text"] for document in stream] == found  # and from the start where there is none
+
+
+def test_a_mixture_keeps_its_shares(tmp_path):
+    found = [document["text"].split()[0] for document in open_documents(sources(tmp_path)["mixture"])]
+    assert 120 <= len(found) <= 127  # the hub's 90 are used up first: 90 / 2.5 of the others
+    for length in (7, 35, 70, len(found)):
+        assert abs(found[:length].count("hub") - length * 2.5 / 3.5) <= 1
+
+
+def test_mistakes_in_a_mixture_are_named():
+    config = DataConfig(
+        "m", "mixture", "x", mixture=[{"weight": 0, "source": "hub"}, {"source": "web", "fils": [], "files": "a"}]
+    )
+    found = "\n".join(config.errors())
+    for message in ("[0].weight=0: must be", "[0].path is not set", "[1].source='web'", "[1].weight=None",
+                    "[1].fils: unknown key", "[1].files='a': must be a list"):  # fmt: skip
+        assert f"data.mixture{message}" in found
+    assert "data.mixture=[]" in "".join(DataConfig("m", "mixture", "x").errors())
