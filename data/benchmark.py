@@ -12,6 +12,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.app import app
+from configs.load import load_extended
 from configs.schema import Config
 from data.build import Preparation, make_tokenizer, tokenise_all, validation_up_to
 from data.documents import encoded
@@ -31,11 +34,15 @@ from data.shards import HEADER_BYTES, map_tokens
 from data.sources import open_documents
 from data.tokenizers import Tokenizer, load_tokenizer
 
-TEXT_BYTES = 60_000_000  # the documents are repeated up to about this much
 SHARD_TOKENS = 100_000_000
-ROUNDS = 3
 SEQ_LEN, BATCH = 1024, 16  # of the loaders
 LOADER_BATCHES = 600
+
+
+@dataclass
+class BenchmarkConfig(Config):
+    text_bytes: int = 60_000_000  # the documents are repeated up to about this much
+    rounds: int = 3
 
 
 class Listed:
@@ -51,16 +58,16 @@ class Listed:
         return {}
 
 
-def read_texts(config: Config) -> list[str]:
-    """Good documents of the source, over and over up to TEXT_BYTES."""
+def read_texts(config: BenchmarkConfig) -> list[str]:
+    """Good documents of the source, over and over up to `text_bytes`."""
     found, size = [], 0
     for document in open_documents(config.data):
         if isinstance(content := encoded(document["text"], config.data.max_document_bytes), bytes):
             found.append(document["text"])
             size += len(content)
-        if size > TEXT_BYTES:
+        if size > config.text_bytes:
             return found
-    return [text for text, _ in zip(cycle(found), range(len(found) * round(TEXT_BYTES / size)), strict=False)]
+    return [text for text, _ in zip(cycle(found), range(len(found) * round(config.text_bytes / size)), strict=False)]
 
 
 # --- the plain loops
@@ -135,16 +142,16 @@ def rate(function: Callable, *args) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def measure(sides: dict[str, Callable[[], float]]) -> dict[str, float]:
+def measure(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """The median rate of each side over rounds in which every side has its turn."""
     rates = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, side in sides.items():
             rates[name].append(side())
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def main(config: Config) -> None:
+def main(config: BenchmarkConfig) -> None:
     workers = config.data.workers = count_workers(config.data.workers)
     config.data.shard_tokens = SHARD_TOKENS
     texts = read_texts(config)
@@ -162,10 +169,11 @@ def main(config: Config) -> None:
                     bare, texts, config, dir, workers
                 ),
                 f"{config.tokenizer.name} alone on 1 process": lambda: rate(bare, one, config, dir, 1),
-            }
+            },
+            config.rounds,
         )
         show.print(table("Preparation", made), f"{sum(map(len, texts)) / 1e6:.0f} M characters, {workers} processes")
-        loaded = measure(loaders(config, dir, preparation(texts, config, dir, val_up_to)[1]))
+        loaded = measure(loaders(config, dir, preparation(texts, config, dir, val_up_to)[1]), config.rounds)
     show.print(table("Loader", loaded), f"{BATCH} sequences of {SEQ_LEN} tokens a batch, one thread")
 
 
@@ -194,4 +202,4 @@ def table(title: str, rates: dict[str, float]) -> Table:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app(main)
+    app(main, load=partial(load_extended, cls=BenchmarkConfig))
