@@ -74,7 +74,7 @@ def train(config: Config, runtime, console: TrainingConsole) -> int:
 
     # --- model, optimizer, engine: the weights are in place before DeepSpeed shards them, the moments after
     torch.manual_seed(config.run.seed)
-    network = TransformerConfig.from_config(config)
+    network = TransformerConfig.from_config(config, tokenizer.end_of_text)
     model = Transformer(network, runtime.autocast_dtype, recompute=trainer.activation_checkpointing)
     resumed = load_start(config, model, manifest.fingerprint, console)
     model.to(device)

@@ -131,6 +131,23 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
     return name_run(Config(**blocks, device=device))
 
 
+def load_extended(tree: DictConfig, cls: type):
+    """`load` for a command with top-level keys of its own: those that the dataclass `cls` adds to `Config`."""
+    common = {field.name for field in dataclasses.fields(Config)}
+    fields = [field for field in dataclasses.fields(cls) if field.name not in common]
+    own = dataclasses.make_dataclass("Own", [(f.name, f.type, dataclasses.field(default=f.default)) for f in fields])
+    names = {field.name for field in fields}
+    errors: list[str] = []
+    values = _merge(own, OmegaConf.masked_copy(tree, [key for key in tree if key in names]), "", errors)
+    try:
+        config = load(OmegaConf.masked_copy(tree, [key for key in tree if key not in names]))
+    except ConfigError as error:
+        errors.extend(error.errors)
+    if errors:
+        raise ConfigError(*errors)
+    return cls(**vars(config), **vars(values))
+
+
 def load_flat(tree: DictConfig, cls: type):
     """The small configuration of an evaluation command, as `load` does it for a run."""
     errors: list[str] = []

@@ -136,18 +136,12 @@ def tokenise_all(
 ) -> None:
     setup = {"setup": set_tokeniser, "setup_args": (config, dir, val_up_to, data.max_document_bytes)}
     before = {"documents": made.documents.total() + made.skipped.total(), "tokens": made.tokens.total()}
-    tasks = sources.batches(stream, is_full)
+    tasks = sources.batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)
     with Rates("Tokenising", progress, **before) as rates:
         for done, state in ordered_map(tokenise, tasks, data.workers, **setup):
             made.add(done, state)
             documents = sum(done.documents.values()) + done.skipped.total()
             rates.advance(documents=documents, tokens=sum(map(len, done.tokens.values())))
-
-
-def is_full(documents: list[dict]) -> bool:
-    if len(documents) >= TASK_DOCUMENTS:
-        return True
-    return sum(len(d["text"]) for d in documents if isinstance(d["text"], str)) >= TASK_CHARACTERS
 
 
 def finish(

@@ -3,6 +3,9 @@
 A sample is `seq_len + 1` consecutive tokens of one shard: a shard of n tokens holds (n - 1) // seq_len of them, sample
 i starting at token i * seq_len. Which samples a step sees is a pure function of the seed and the step; the number of
 processes, the micro-batch size and restarts only decide who reads them.
+
+So a loader has no state to save: the seed, the step and the batch size are all there is, which the checkpoint and the
+run's configuration hold, with the fingerprint of the data that they number.
 """
 
 import hashlib

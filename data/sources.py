@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -261,16 +261,16 @@ def quiet() -> Iterator[list[logging.LogRecord]]:
         logger.handlers = handlers
 
 
-def batches(stream: Stream, full: Callable[[list[dict]], bool]) -> Iterator[tuple[list[dict], dict]]:
-    """(documents, the stream's state after them), a batch ending where it is `full`.
+def batches(stream: Stream, documents: int, characters: int) -> Iterator[tuple[list[dict], dict]]:
+    """(documents, the stream's state after them), a batch ending with so many documents or characters.
 
     ConfigError where the source stops in the middle: a broken file, or a network that was gone for too long.
     """
-    batch = []
-    documents = iter(stream)
+    batch, size = [], 0
+    remaining = iter(stream)
     while True:
         try:
-            document = next(documents, None)
+            document = next(remaining, None)
         except ConfigError:
             raise
         except Exception as error:  # of any of the libraries that read and download
@@ -279,8 +279,9 @@ def batches(stream: Stream, full: Callable[[list[dict]], bool]) -> Iterator[tupl
         if document is None:
             break
         batch.append(document)
-        if full(batch):
+        size += len(document["text"]) if isinstance(document["text"], str) else 0
+        if len(batch) >= documents or size >= characters:
             yield batch, stream.state_dict()
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch, stream.state_dict()

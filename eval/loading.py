@@ -36,10 +36,10 @@ def load_run(run: str, device: str = "auto", dtype: str = "auto") -> LoadedRun:
     if found is None:
         raise ConfigError(f"run={run}: has no whole checkpoint yet")
     runtime = find_runtime(config)
-    model = Transformer(TransformerConfig.from_config(config), runtime.autocast_dtype)
+    tokenizer = load_tokenizer(config.tokenizer, config.data.dir)
+    model = Transformer(TransformerConfig.from_config(config, tokenizer.end_of_text), runtime.autocast_dtype)
     load_weights(model, found)
     facts = read_manifest(found)
-    tokenizer = load_tokenizer(config.tokenizer, config.data.dir)
     return LoadedRun(
         folder, config, facts["step"], facts["tokens"], model.to(runtime.device).eval(), tokenizer, runtime
     )

@@ -24,15 +24,27 @@ class TransformerConfig:
     d_ff: int
     vocab_size: int
     norm_eps: float = 1e-6
+    document_end: int | None = None  # the token that ends a document, where documents do not see each other
 
     @classmethod
-    def from_config(cls, config) -> "TransformerConfig":
-        """From a `configs.schema.Config`."""
+    def from_config(cls, config, end_of_text: int | None = None) -> "TransformerConfig":
+        """From a `configs.schema.Config`, and the tokenizer's end-of-text token for `data.document_mask`."""
         size = config.size
         return cls(
             config.model, config.core, size.n_layers, size.d_model, size.d_ff, config.tokenizer.padded_vocab_size,
-            size.norm_eps,
+            size.norm_eps, end_of_text if config.data.document_mask else None,
         )  # fmt: skip
+
+
+def split_documents(tokens: Tensor, document_end: int) -> tuple[Tensor, Tensor]:
+    """(the position of each token in its document, the number of its document), both [B, T], for tokens [B, T].
+
+    `document_end` is its document's last token; what a sequence starts with counts as a document's start.
+    """
+    starts = F.pad(tokens[:, :-1] == document_end, (1, 0))
+    places = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    first = torch.where(starts, places, 0).cummax(dim=1).values
+    return places - first, starts.cumsum(dim=1)
 
 
 class Transformer(nn.Module):
@@ -43,6 +55,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, autocast_dtype: torch.dtype | None = None, recompute: bool = False):
         super().__init__()
+        if config.document_end is not None and not config.core.masks_documents:
+            raise ValueError(f"core={config.core.name}: cannot mask documents (data.document_mask); use core=sdpa")
         self.config = config
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute  # drop each block's activations and compute them again in the backward pass
@@ -60,8 +74,10 @@ class Transformer(nn.Module):
         batch has.
         """
         with self._autocast(tokens.device.type):
-            positions = torch.arange(tokens.size(1), device=tokens.device)[None]
-            mask = AttentionMask(causal=True)
+            positions, documents = torch.arange(tokens.size(1), device=tokens.device)[None], None
+            if self.config.document_end is not None:
+                positions, documents = split_documents(tokens, self.config.document_end)
+            mask = AttentionMask(causal=True, documents=documents)
             x = self.embedding(tokens)
             for block in self.blocks:
                 if self.recompute and self.training:

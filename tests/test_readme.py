@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs.app import compose
@@ -33,11 +34,22 @@ def checkout(small_data, tmp_path_factory):
     for name in tracked:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
+    write_shards(folder / "fineweb10B")
     (folder / "corpus").mkdir()
     texts = [path.read_text() for path in sorted((small_data_folder(small_data)).glob("*.txt"))]
     (folder / "corpus/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     run(folder, [sys.executable, "train.py", "run.name=first", *SMALL_RUN, *small_data])
     return folder
+
+
+def write_shards(folder):
+    """What llm.c's scripts leave."""
+    folder.mkdir()
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 20_000
+    for split in ("train", "val"):
+        tokens = np.arange(20_000, dtype="<u2")
+        (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
 
 
 def small_data_folder(small_data):
@@ -61,9 +73,17 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
         [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     )
     rest = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words[1:]]
+    if any(word.startswith("data=fineweb") for word in rest):
+        return [*python, *rest, "--cfg", "job"]  # from the hub
+    if "data.benchmark" in rest:
+        return [*python, *rest, "text_bytes=200000", "rounds=1"]
     if "train.py" not in rest or "--cfg" in rest:
         return [*python, *rest]
-    own_data = [] if "data=files" in rest else ["data=files", "tokenizer.vocab_size=512", *small_data]
+    own_data = (
+        []
+        if any(word.startswith("data=") for word in rest)
+        else ["data=files", "tokenizer.vocab_size=512", *small_data]
+    )
     mla = SMALL_MLA if "model=mla" in rest else []
     return [*python, *rest, *SHRINK, *own_data, *mla]
 

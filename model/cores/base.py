@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,14 +14,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query sees. Queries are the last T of the S positions."""
+    """Which keys a query sees. Queries are the last T of the S positions.
+
+    `documents` [B, S] numbers the document of each position: a query sees keys of its own only.
+    """
 
     causal: bool = True
+    documents: Tensor | None = None
 
     def allowed(self, n_queries: int, n_keys: int, device=None) -> Tensor:
-        """The mask spelt out: [T, S] booleans, true where the query sees the key."""
+        """The mask spelt out: [T, S] booleans, true where the query sees the key; [B, 1, T, S] with documents."""
         seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-        return seen.tril(n_keys - n_queries) if self.causal else seen
+        seen = seen.tril(n_keys - n_queries) if self.causal else seen
+        if self.documents is None:
+            return seen
+        same = self.documents[:, -n_queries:, None] == self.documents[:, None, :]
+        return (seen & same)[:, None]
 
     def mean_keys(self, seq_len: int) -> float:
         """Keys a query sees, averaged over a sequence."""
@@ -36,6 +44,7 @@ class AttentionCore(ABC):
     """
 
     name: str
+    masks_documents: ClassVar[bool] = False  # whether it honours AttentionMask.documents; others are refused with them
 
     def errors(self):
         """Mistakes in the core's own keys, one message each."""

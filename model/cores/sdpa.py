@@ -1,6 +1,7 @@
 """Full attention through PyTorch's scaled_dot_product_attention (flash kernels where they apply)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from model.cores.base import AttentionCore, AttentionMask
 @dataclass
 class SDPA(AttentionCore):
     name: str = "sdpa"
+    masks_documents: ClassVar[bool] = True
 
     def __call__(self, qkv, rotate, positions: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         dense = rotate(qkv, positions).materialize()
@@ -20,7 +22,8 @@ class SDPA(AttentionCore):
         if width < q.size(-1):  # flash kernels want one width; padding is cheaper than the plain path
             v = F.pad(v, (0, q.size(-1) - width))
         grouped = q.size(1) != k.size(1)
-        if mask.causal and q.size(2) != k.size(2):  # is_causal aligns to the top left, a cache to the bottom right
+        # is_causal aligns to the top left, a cache to the bottom right; and it knows no documents
+        if mask.documents is not None or (mask.causal and q.size(2) != k.size(2)):
             allowed = mask.allowed(q.size(2), k.size(2), q.device)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
         else:

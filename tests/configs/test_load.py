@@ -1,13 +1,14 @@
 """Every YAML composes; every mistake is named, all of them together."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from configs.app import CONFIGS, GROUPS, compose
-from configs.load import load, load_flat
-from configs.schema import ConfigError, EvalConfig, SampleConfig, to_dict
+from configs.load import load, load_extended, load_flat
+from configs.schema import Config, ConfigError, EvalConfig, SampleConfig, to_dict
 
 
 def config(*overrides):
@@ -128,3 +129,19 @@ def test_the_horizon_is_whatever_comes_first():
     assert config("trainer.max_steps=10", f"trainer.max_tokens={per_step * 4 - 1}").trainer.horizon == 4
     assert config("trainer.max_steps=3", f"trainer.max_tokens={per_step * 4}").trainer.horizon == 3
     assert config("trainer.max_steps=null", f"trainer.max_tokens={per_step * 9}").trainer.horizon == 9
+
+
+@dataclass
+class Extended(Config):
+    rounds: int = 3
+
+
+def test_commands_with_keys_of_their_own():
+    tree = compose("train", ["rounds=5", "size=small"])
+    made = load_extended(tree, Extended)
+    assert made.rounds == 5 and made.size.name == "small" and load_extended(compose("train", []), Extended).rounds == 3
+    with pytest.raises(ConfigError) as caught:
+        load_extended(compose("train", ["rounds=many", "optim.lr=-1"]), Extended)
+    assert caught.value.errors == ["rounds=many: must be an integer", "optim.lr=-1.0: must be a positive number"]
+    with pytest.raises(ConfigError, match="rounds: unknown key"):
+        load(tree)

@@ -1,3 +1,4 @@
+import random
 import threading
 from itertools import islice, pairwise
 from types import SimpleNamespace
@@ -73,6 +74,26 @@ def test_order_does_not_depend_on_world_size_or_micro_batch():
         expected = step_samples(shards, step, micro=8, world=1)
         for micro, world in ((1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (1, 8)):
             np.testing.assert_array_equal(step_samples(shards, step, micro, world), expected)
+
+
+@pytest.mark.parametrize("case", range(25))
+def test_random_machines_and_restarts_see_the_same_global_batches(case):
+    """A run on random machines, stopped at random steps and started on others, beside one process that never stops."""
+    generator = random.Random(case)
+    shards = made_up(*(generator.randint(SEQ_LEN + 1, 900) for _ in range(generator.randint(1, 5))))
+    total, steps, seed = generator.choice([4, 6, 8, 12, 24]), generator.randint(3, 12), generator.randint(0, 99)
+    expected = np.concatenate([loader(shards, total, total, seed=seed).micro_batch(step, 0) for step in range(steps)])
+    stops = sorted({0, steps, *(generator.randint(0, steps) for _ in range(3))})
+    found = []
+    for start, end in pairwise(stops):
+        world = generator.choice([n for n in range(1, total + 1) if total % n == 0])
+        micro = generator.choice([n for n in range(1, total // world + 1) if total // world % n == 0])
+        ranks = [iter(loader(shards, micro, total, rank, world, seed).batches(start, end)) for rank in range(world)]
+        for _ in range((end - start) * total // (micro * world)):
+            for tokens, targets in map(next, ranks):
+                found.append(torch.cat((tokens, targets[:, -1:]), dim=1).numpy())
+        assert all(next(each, None) is None for each in ranks)
+    np.testing.assert_array_equal(np.concatenate(found), expected)
 
 
 def test_every_epoch_reads_every_sample_once_and_in_another_order():

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from configs.schema import ConfigError, TokenizerConfig
-from data.inspect import inspect
+from data.inspect import document_lengths, inspect
 from data.prepare import ensure_prepared, prepare
 from data.shards import TokenShards, read_manifest, verify
 from data.tokenizers import load_tokenizer
@@ -146,11 +146,23 @@ def test_two_at_once_prepare_once(tmp_path):
 def test_inspect(small, tmp_path):
     dir = small[1]
     console = Console(record=True, width=120, file=open(os.devnull, "w"))
-    assert inspect(dir, console) == []
+    assert inspect(dir, console, seq_len=100, out=tmp_path / "plot.png") == []
     shown = console.export_text()
-    assert "unigram entropy" in shown and "Document" in shown and "all shards match" in shown
+    for part in ("unigram entropy", "tokens per byte", "all shards match", "Document 0.", "plot.png",
+                 "documents that fit into seq_len=100", "most frequent tokens"):  # fmt: skip
+        assert part in shown, part
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ConfigError, match="not prepared"):
         inspect(tmp_path, console)
+    with pytest.raises(ConfigError, match="nowhere/plot.png: cannot be written"):
+        inspect(dir, console, out=tmp_path / "nowhere/plot.png")
+
+
+def test_document_lengths(small):
+    config, dir = small
+    tokenizer, shards = load_tokenizer(config.tokenizer, dir), TokenShards(dir, "train")
+    lengths = np.concatenate(list(document_lengths(shards)))
+    assert lengths.tolist() == [len(tokenizer.encode(text)) + 1 for text in decoded(config, dir, "train")]
 
 
 def test_commands(tmp_path):
@@ -166,7 +178,7 @@ def test_commands(tmp_path):
     assert missing.returncode == 2 and "not prepared: run `python -m data.prepare" in missing.stderr
     made = run("data.prepare")
     assert made.returncode == 0 and "Tokenising" in made.stderr, made.stderr
-    assert run("data.inspect").returncode == 0
+    assert run("data.inspect").returncode == 0 and (dir / "lengths.png").exists()
     shard = dir / "train_000000.bin"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -1,0 +1,89 @@
+"""With `data.document_mask` a row of documents is what its documents are alone, for every mechanism."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from configs.schema import ConfigError
+from model.cores.base import AttentionMask
+from model.cores.sdpa import SDPA
+from model.transformer import Transformer, TransformerConfig, split_documents
+from tests.model.helpers import MODELS, small_config, wake_up
+
+END = 7
+
+
+@dataclass
+class Blind(SDPA):
+    """A core that does not say that it masks documents."""
+
+    name: str = "blind"
+    masks_documents = False
+
+
+def masked(model, **options):
+    torch.manual_seed(0)
+    config = TransformerConfig.from_config(small_config(model, "data.document_mask=true"), end_of_text=END)
+    return wake_up(Transformer(config, **options))
+
+
+def row_of(lengths, end_last=True):
+    """Documents of random tokens [sum of lengths], each but perhaps the last ending with END."""
+    tokens = torch.randint(END + 1, 300, (sum(lengths),))
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    tokens[ends if end_last else ends[:-1]] = END
+    return tokens
+
+
+def test_positions_and_documents():
+    tokens = torch.tensor([[5, 5, END, 5, END, END, 5], [END, 5, 5, 5, 5, 5, 5]])
+    positions, documents = split_documents(tokens, END)
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
+    assert documents.tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+
+
+def test_the_mask_spelt_out():
+    documents = torch.tensor([[0, 0, 1, 1]])
+    assert AttentionMask(documents=documents).allowed(4, 4)[0, 0].int().tolist() == [
+        [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]
+    ]  # fmt: skip
+    assert AttentionMask(documents=documents).allowed(1, 4)[0, 0].int().tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_row_equals_its_documents_alone(model, recompute):
+    net = masked(model, recompute=recompute)
+    lengths = [[5, 1, 9, 4], [13, 6]]
+    rows = torch.stack([row_of(lengths[0]), row_of(lengths[1], end_last=False)])
+    together = net(rows)
+    for row, logits, sizes in zip(rows, together, lengths, strict=True):
+        for document, ours in zip(row.split(sizes), logits.split(sizes), strict=True):
+            torch.testing.assert_close(ours, net(document[None])[0], atol=1e-5, rtol=1e-4)
+    targets = torch.randint(0, 300, rows.shape)
+    net(rows, targets).backward()
+    whole = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    for row, target, sizes in zip(rows, targets, lengths, strict=True):
+        for document, wanted in zip(row.split(sizes), target.split(sizes), strict=True):
+            net(document[None], wanted[None]).backward()
+    for ours, theirs in zip(whole, net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_without_the_mask_documents_see_each_other(model):
+    net = masked(model)
+    net.config.document_end = None
+    row = row_of([5, 6])
+    assert not torch.allclose(net(row[None])[0, 5:], net(row[None, 5:])[0], atol=1e-4)
+
+
+def test_cores_that_cannot_are_refused():
+    with pytest.raises(ConfigError, match="data.document_mask=true: core=blind cannot mask documents; use core=sdpa"):
+        small_config("mha", "data.document_mask=true", f"core._target_={__name__}.Blind", "core.name=blind")
+    config = TransformerConfig.from_config(small_config("mha", "data.document_mask=true"), end_of_text=END)
+    config.core = Blind()
+    with pytest.raises(ValueError, match="core=blind: cannot mask documents"):
+        Transformer(config)
