@@ -104,26 +104,23 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
             errors.append(f"{key}: unknown key; " + did_you_mean(key, list(hints)))
     device = tree.get("device", "auto")
     errors.extend(check_machine(types.SimpleNamespace(device=device)))
-    model, size, core, trainer = (blocks[key] for key in ("model", "size", "core", "trainer"))
+    model, size = blocks["model"], blocks["size"]
     if model and size:
-        blocks["model"] = model = fill_by_size(model, size.name)
+        blocks["model"] = fill_by_size(model, size.name)
         size.d_ff = size.d_ff if size.d_ff is not None else 8 * size.d_model // 3
-    found = {key: list(block.errors()) for key, block in blocks.items() if block}
-    errors.extend(error for block_errors in found.values() for error in block_errors)
-    needed = [key for key in ("model", "size", "core", "trainer") if not blocks[key] or found[key]]
-    if not needed:
-        blocks["model"] = fill_heads(model, core, size.name, size.d_model, size.match, trainer.seq_len)
-    data, tokenizer = blocks["data"], blocks["tokenizer"]
-    if data and tokenizer and not found["data"] + found["tokenizer"]:
+    sound = set()
+    for key, block in blocks.items():
+        found = list(block.errors()) if block else []
+        errors.extend(found)
+        if block and not found:
+            sound.add(key)
+    if sound >= {"model", "size", "core", "trainer"}:
+        blocks["model"] = fill_heads(blocks["model"], blocks["core"], size, blocks["trainer"].seq_len)
+    if sound >= {"data", "tokenizer", "core"}:
+        errors.extend(data_errors(blocks["data"], blocks["tokenizer"], blocks["core"]))
+    if "trainer" in sound:
         try:
-            data.dtype_for(tokenizer.vocab_size)
-        except ConfigError as error:
-            errors.extend(error.errors)
-    if data and data.document_mask and blocks["core"] and not blocks["core"].masks_documents:
-        errors.append(f"data.document_mask=true: core={blocks['core'].name} cannot mask documents; use core=sdpa")
-    if trainer and not found["trainer"]:
-        try:
-            trainer.accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))
+            blocks["trainer"].accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))
         except ConfigError as error:
             errors.extend(error.errors)
     if errors:
@@ -146,6 +143,16 @@ def load_extended(tree: DictConfig, cls: type):
     if errors:
         raise ConfigError(*errors)
     return cls(**vars(config), **vars(values))
+
+
+def data_errors(data, tokenizer, core):
+    """Mistakes between the data, its tokenizer and the core."""
+    try:
+        data.dtype_for(tokenizer.vocab_size)
+    except ConfigError as error:
+        yield from error.errors
+    if data.document_mask and not core.masks_documents:
+        yield f"data.document_mask=true: core={core.name} cannot mask documents; use core=sdpa"
 
 
 def load_flat(tree: DictConfig, cls: type):

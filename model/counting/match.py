@@ -24,19 +24,18 @@ def fill_by_size(attention: AttentionConfig, size_name: str) -> AttentionConfig:
     return dataclasses.replace(attention, **{key: values[key] for key in empty & values.keys()})
 
 
-def fill_heads(
-    attention: AttentionConfig, core: AttentionCore, size_name: str, d_model: int, match: str, seq_len: int
-) -> AttentionConfig:
-    """`attention` with what `match` leaves open decided; an explicit `n_heads` stands."""
-    if match == "kv_bytes":
+def fill_heads(attention: AttentionConfig, core: AttentionCore, size, seq_len: int) -> AttentionConfig:
+    """`attention` with what is open decided as `size.match` (of a SizeConfig) says; an `n_heads` stands."""
+    d_model = size.d_model
+    if size.match == "kv_bytes":
         return match_cache(attention, d_model)
     if attention.n_heads is not None:
         return attention
-    if match == "flops":
+    if size.match == "flops":
         target = attention_flops_per_token(mha_of(d_model, attention.head_dim), core, d_model, seq_len)
         return match_heads(attention, target, lambda a: attention_flops_per_token(a, core, d_model, seq_len))
     # The paper's count, while it is matched: another width, rank or head_dim may undo that.
-    paper = attention.by_size.get(size_name, {}).get("n_heads")
+    paper = attention.by_size.get(size.name, {}).get("n_heads")
     if paper is not None:
         chosen = dataclasses.replace(attention, n_heads=paper)
         if abs(chosen.num_params(d_model) / (4 * d_model**2) - 1) <= PAPER_TOLERANCE:
