@@ -5,12 +5,18 @@ import gzip
 import itertools
 import json
 import lzma
+import multiprocessing
+import os
+import signal
 
 import datasets
 import pyarrow
 import pytest
 
+from configs.app import compose
+from configs.load import load
 from configs.schema import ConfigError, DataConfig
+from data.build import Preparation
 from data.documents import NotText, Tokeniser, encoded
 from data.prepare import prepare
 from data.sources import open_documents
@@ -118,14 +124,14 @@ def test_bad_files(tmp_path):
         load(tmp_path / "broken.parquet")
 
 
-def on_the_hub(folder, documents, column="content"):
+def on_the_hub(folder, documents, column="content", subset="sample-10"):
     """A data set as it lies on the hub: a card that names the configurations and their files."""
     (folder / "sample").mkdir(parents=True)
     for i in range(3):
         part = datasets.Dataset.from_dict({column: documents[i::3], "id": list(range(len(documents[i::3])))})
         part.to_parquet(folder / f"sample/{i:03d}.parquet")
     (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: sample-10\n  data_files:\n  - split: train\n    path: sample/*.parquet\n---\n"
+        f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n  - split: train\n    path: sample/*.parquet\n---\n"
     )
 
 
@@ -209,3 +215,31 @@ def test_mistakes_in_a_mixture_are_named():
                     "[1].fils: unknown key", "[1].files='a': must be a list"):  # fmt: skip
         assert f"data.mixture{message}" in found
     assert "data.mixture=[]" in "".join(DataConfig("m", "mixture", "x").errors())
+
+
+def test_the_shipped_hub_configuration_prepares_a_local_copy(tmp_path):
+    """`data=fineweb_edu_10b` as it is, but for a path that is a folder, killed in the middle and gone on with."""
+    on_the_hub(tmp_path / "set", texts(1500), column="text", subset="sample-10BT")
+    overrides = ["data=fineweb_edu_10b", f"data.path={tmp_path}/set", "data.val_fraction=0.01", "data.workers=1",
+                 "tokenizer.vocab_size=320", "data.shard_tokens=5000"]  # fmt: skip
+    config = load(compose("train", [*overrides, f"data.dir={tmp_path}/undisturbed"]))
+    undisturbed = prepare(config, progress=False)
+    assert undisturbed.documents("train") + undisturbed.documents("val") == 1500
+
+    def killed_after(tasks):
+        original, calls = Preparation.add, itertools.count(1)
+
+        def add(self, *args):
+            original(self, *args)
+            if next(calls) == tasks:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Preparation.add = add
+        prepare(config, progress=False)
+
+    config.data.dir = str(tmp_path / "shards")
+    process = multiprocessing.get_context("fork").Process(target=killed_after, args=(2,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and list((tmp_path / "shards.partial").glob("*.bin"))
+    assert prepare(config, progress=False).fingerprint == undisturbed.fingerprint
