@@ -23,18 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.schema import ConfigError
+from data.shards import write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the new one, never part of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_atomically(path, [text.encode()])
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
