@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import ConfigError
-from configs.errors import at_least as _at_least
+from configs.errors import ConfigError, at_least
 from configs.schema_data import DataConfig, TokenizerConfig
 from model.attention.base import AttentionConfig
 from model.cores.base import AttentionCore
@@ -60,7 +59,7 @@ class SizeConfig:
     match_tolerance: float = 0.05  # beyond it a run says that it is not matched
 
     def errors(self):
-        yield from _at_least(1, "size", self, "n_layers", "d_model", "head_dim", "d_ff")
+        yield from at_least(1, "size", self, "n_layers", "d_model", "head_dim", "d_ff")
         if self.match not in ("params", "flops", "kv_bytes"):
             yield f"size.match={self.match!r}: must be params, flops or kv_bytes"
         if not self.match_tolerance >= 0:
@@ -108,7 +107,7 @@ class ScheduleConfig:
     def errors(self):
         if self.name not in ("cosine", "wsd"):
             yield f"schedule.name={self.name!r}: must be cosine or wsd"
-        yield from _at_least(0, "schedule", self, "warmup_steps")
+        yield from at_least(0, "schedule", self, "warmup_steps")
         if not 0 <= self.min_lr_ratio <= 1:
             yield f"schedule.min_lr_ratio={self.min_lr_ratio}: must lie in [0, 1]"
         if not 0 <= self.decay_fraction <= 1:
@@ -198,9 +197,9 @@ class TrainerConfig:
 
     def errors(self):
         sizes = ("seq_len", "micro_batch_size", "global_batch_size")
-        yield from _at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
-        yield from _at_least(0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples")
-        yield from _at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps")
+        yield from at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
+        yield from at_least(0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples")
+        yield from at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps")
         if self.max_steps is None and self.max_tokens is None:
             yield "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"
         if self.resume not in ("auto", "never"):
@@ -258,7 +257,7 @@ class EvalConfig:
     dtype: str = "auto"
 
     def errors(self):
-        yield from _at_least(1, "", self, "limit", "batch_size")
+        yield from at_least(1, "", self, "limit", "batch_size")
         yield from check_machine(self)
 
 
@@ -277,8 +276,8 @@ class SampleConfig:
     dtype: str = "auto"
 
     def errors(self):
-        yield from _at_least(1, "", self, "count", "max_new_tokens", "top_k")
-        yield from _at_least(0, "", self, "temperature")
+        yield from at_least(1, "", self, "count", "max_new_tokens", "top_k")
+        yield from at_least(0, "", self, "temperature")
         yield from check_machine(self)
 
 
@@ -297,7 +296,7 @@ class CountingConfig:
     overrides: list[str] = field(default_factory=list)
 
     def errors(self):
-        yield from _at_least(1, "", self, "seq_len")
+        yield from at_least(1, "", self, "seq_len")
         if self.match not in ("params", "flops", "kv_bytes"):
             yield f"match={self.match!r}: must be params, flops or kv_bytes"
         if self.memory is not None:

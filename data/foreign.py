@@ -5,7 +5,6 @@ once to make what is missing: the document indexes, the counts and the manifest.
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from data.shards import (
     fingerprint_of,
     map_tokens,
     save_index,
+    sha256_of,
 )
 from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer
 
@@ -120,10 +120,8 @@ def index(task: tuple[Path, bool, TokenizerConfig, Path]) -> tuple[Shard, np.nda
         )
     starts, documents = document_index(tokens, load_tokenizer(config, dir).end_of_text, at_start)
     save_index(path, starts)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     counts = np.bincount(tokens, minlength=config.vocab_size)
-    return Shard(path.name, len(tokens), documents, sha256, offset), counts
+    return Shard(path.name, len(tokens), documents, sha256_of(path), offset), counts
 
 
 def measured(shards: list[Shard], tokens: np.ndarray, tokenizer: Tokenizer) -> Split:

@@ -89,6 +89,12 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     os.replace(partial, path)
 
 
+def sha256_of(path: Path) -> str:
+    """The checksum of a whole file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fingerprint_of(splits: dict[str, Split], tokenizer_fingerprint: str) -> str:
     checksums = [shard.sha256 for split in SPLITS for shard in splits[split].shards]
     return hashlib.sha256("\n".join([*checksums, tokenizer_fingerprint]).encode()).hexdigest()
@@ -207,8 +213,7 @@ def verify(dir: str | Path, end_of_text: int | None = None) -> list[str]:
                 problems.append(found)
                 at_start = None  # nobody knows about the next
                 continue
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = sha256_of(path)
             if sha256 != shard.sha256:
                 problems.append(f"{path}: its sha256 is {sha256}, the manifest says {shard.sha256}")
             elif end_of_text is not None:

@@ -1,7 +1,6 @@
 """Writing token shards so that a killed preparation can go on: what is journalled is there, what is not is cut off."""
 
 import dataclasses
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError
-from data.shards import HEADER_BYTES, Shard, document_index, header, map_tokens, save_index
+from data.shards import HEADER_BYTES, Shard, document_index, header, map_tokens, save_index, sha256_of
 
 OPEN = ".open"  # the ending of a shard that is not journalled as finished
 
@@ -100,8 +99,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(path)
         tokens = map_tokens(path, self.dtype)
         starts, documents = document_index(tokens, self.end_of_text, self._at_start)
         file = path.name.removesuffix(OPEN)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.schema import ConfigError
-from data.shards import write_atomically
+from data.shards import sha256_of, write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -69,7 +69,7 @@ def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) 
         save_file(named, path)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.iterdir())}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
     manifest = {**manifest, "versions": versions, "files": files}
     write_atomic(folder / "manifest.json", json.dumps(manifest | {"checksum": seal(manifest)}, indent=2))
@@ -106,11 +106,6 @@ def seal(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one line each; empty if it is whole."""
     try:
@@ -129,7 +124,7 @@ def problems(folder: Path) -> list[str]:
             found.append(f"{path}: is missing")
         elif path.stat().st_size != facts["bytes"]:
             found.append(f"{path}: has {path.stat().st_size} bytes instead of {facts['bytes']}")
-        elif sha256(path) != facts["sha256"]:
+        elif sha256_of(path) != facts["sha256"]:
             found.append(f"{path}: does not have the checksum of its manifest")
     return found
 

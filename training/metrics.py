@@ -69,9 +69,7 @@ class Metrics:
         write_atomic(self.run_dir / "summary.json", json.dumps(facts, indent=2) + "\n")
         self._wandb(lambda run: run.summary.update(facts))
         if plot:
-            import wandb
-
-            self._wandb(lambda run: run.log({"loss": wandb.Image(str(plot))}))
+            self._wandb(lambda run: log_image(run, plot))
 
     def close(self, exit_code: int = 0) -> None:
         self.file.close()
@@ -85,6 +83,12 @@ class Metrics:
         except Exception as error:  # a dashboard is no reason to stop training
             print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
             self.wandb = None
+
+
+def log_image(run, path: Path) -> None:
+    import wandb
+
+    run.log({path.stem: wandb.Image(str(path))})
 
 
 def read_metrics(path: Path) -> list[dict]:
