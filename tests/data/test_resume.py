@@ -1,5 +1,6 @@
 """A preparation killed at any moment and started again ends with the bytes of an undisturbed one."""
 
+import contextlib
 import gzip
 import itertools
 import multiprocessing
@@ -43,7 +44,12 @@ def start(config):
 
 
 def finished(partial):
-    return {path.name: path.stat().st_mtime_ns for path in partial.glob("*.bin")}
+    """The finished shards of a folder; it may take its final name while we look."""
+    times = {}
+    for path in partial.glob("*.bin"):
+        with contextlib.suppress(FileNotFoundError):
+            times[path.name] = path.stat().st_mtime_ns
+    return times
 
 
 def nobody_left(group) -> bool:
@@ -67,7 +73,7 @@ def test_killed_at_random_moments(tmp_path, workers):
     config = make_config(tmp_path / "shards", files, **options)
     partial, dir = tmp_path / "shards.partial", tmp_path / "shards"
     generator = random.Random(workers)
-    kills, before, last_shard = 0, {}, len(list((tmp_path / "undisturbed").glob("train_*.bin"))) - 1
+    kills, before = 0, {}
     while kills < KILLS // 2:  # ten for each number of workers
         process = start(config)
         while process.is_alive() and len(finished(partial)) <= len(before):
@@ -76,13 +82,15 @@ def test_killed_at_random_moments(tmp_path, workers):
         process.kill()
         process.join()
         assert nobody_left(process.pid) and process.exitcode in (0, -signal.SIGKILL)
-        if dir.exists():
-            break
+        if dir.exists():  # it was quicker than we: it has to be right, and another one begins
+            assert contents(dir) == contents(tmp_path / "undisturbed")
+            shutil.rmtree(dir)
+            before = {}
+            continue
         kills += 1
         now = finished(partial)
         assert before.items() <= now.items()  # nothing finished was written again
         before = now
-    assert kills == KILLS // 2 or len(before) >= last_shard // 2, (kills, len(before))
     prepare(config, progress=False)
     assert contents(dir) == contents(tmp_path / "undisturbed")  # shards, indexes, tokenizer and manifest
     assert verify(dir, end_of_text=1) == [] and not partial.exists()
