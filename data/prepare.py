@@ -132,7 +132,12 @@ def describe(manifest: Manifest) -> str:
 
 
 def main(config: Config) -> None:
-    prepare(config, progress=int(os.environ.get("RANK", 0)) == 0)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    manifest = prepare(config, progress=is_main)
+    if is_main:
+        from training.wandb_run import log_preparation  # it needs torch, which preparing does not
+
+        log_preparation(config, manifest)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from eval.loading import LoadedRun
 from training.checkpoint import newest, write_atomic
-from training.metrics import start_wandb
+from training.wandb_run import log_evaluation
 
 
 @dataclass
@@ -85,18 +85,15 @@ def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor:
     return (f"_step_{step:08d}" if older else "") + scaled
 
 
-def log(run: LoadedRun, metrics: dict[str, float]) -> None:
-    """Add the results to a run that is not in training here: a line of metrics.jsonl, and W&B, at the run's step."""
+def log(run: LoadedRun, metrics: dict[str, float], path: Path) -> None:
+    """Add the results to a run that is not in training here: a line of metrics.jsonl, and W&B, at the run's step.
+
+    `path` is what `save` returned.
+    """
     line = {"step": run.step, "tokens": run.tokens} | finite(metrics)
     with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")  # one write, which a training process that appends too does not cut
-    dashboard = start_wandb(run.config, {}, run.dir)
-    if dashboard is not None:
-        try:
-            dashboard.log(line)
-            dashboard.finish()
-        except Exception as error:  # a dashboard is no reason to fail
-            print(f"W&B failed (metrics.jsonl has everything): {error}")
+    log_evaluation(run.config, path.stem, json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png")))
 
 
 def show(outcome: Outcome, path: Path) -> None:

@@ -47,7 +47,7 @@ def main(config: EvalConfig) -> int:
         variant = variant_of(run, config.step, config.rope_scaling, config.rope_factor)
         path = save(run, config.suite.name, outcome, config.limit, variant)
         if config.rope_scaling == "none":
-            log(run, outcome.metrics(config.suite.name))
+            log(run, outcome.metrics(config.suite.name), path)
         show(outcome, path)
     return 0
 

@@ -1,6 +1,5 @@
-"""Where numbers go: metrics.jsonl (the truth), W&B (a view of it that may fail), the terminal, and loss.png."""
+"""Where numbers go: metrics.jsonl (the truth), W&B (a view of it, training/wandb_run.py), and loss.png."""
 
-import hashlib
 import json
 import math
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from training.checkpoint import write_atomic
+from training.wandb_run import WandbRun
 
 # Dense bf16 matrix throughput in FLOP/s by the maker's data sheets (without sparsity); longest matching name wins.
 PEAK_BF16_FLOPS = {
@@ -47,14 +47,14 @@ def memory_gb(device: torch.device) -> float:
 
 
 class Metrics:
-    """Rank 0's record of a run. `log` writes a JSON line and passes it to W&B; other ranks make no such object."""
+    """Rank 0's record of a run. `log` writes a JSON line, which W&B then shows; other ranks make no such object."""
 
     def __init__(self, config, tree: dict, start_step: int):
         self.run_dir = Path(config.run.dir)
         self.path = self.run_dir / "metrics.jsonl"
         drop_lines_after(self.path, start_step)
         self.file = open(self.path, "a", encoding="utf-8")
-        self.wandb = start_wandb(config, tree, self.run_dir)
+        self.wandb = WandbRun(config, tree)
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """One line; a number that is not finite becomes null, which JSON can hold."""
@@ -62,33 +62,21 @@ class Metrics:
         line |= {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        self._wandb(lambda run: run.log(line))
+        self.wandb.catch_up()
 
-    def summarize(self, facts: dict, plot: Path | None = None) -> None:
-        """summary.json, and the same in W&B's summary beside the plot."""
+    def summarize(self, facts: dict, plot: Path | None = None, texts: list[str] | None = None) -> None:
+        """summary.json, and the same in W&B's summary beside the plot and the sample texts."""
         write_atomic(self.run_dir / "summary.json", json.dumps(facts, indent=2) + "\n")
-        self._wandb(lambda run: run.summary.update(facts))
+        self.wandb.catch_up()
+        self.wandb.summarize(facts)
         if plot:
-            self._wandb(lambda run: log_image(run, plot))
+            self.wandb.show_images([plot])
+        if texts:
+            self.wandb.show_texts("samples", texts)
 
     def close(self, exit_code: int = 0) -> None:
         self.file.close()
-        self._wandb(lambda run: run.finish(exit_code=exit_code))
-
-    def _wandb(self, action) -> None:
-        if self.wandb is None:
-            return
-        try:
-            action(self.wandb)
-        except Exception as error:  # a dashboard is no reason to stop training
-            print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
-            self.wandb = None
-
-
-def log_image(run, path: Path) -> None:
-    import wandb
-
-    run.log({path.stem: wandb.Image(str(path))})
+        self.wandb.finish(exit_code)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -108,52 +96,6 @@ def drop_lines_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def wandb_mode(mode: str) -> str:
-    """`auto` is online where somebody is logged in (WANDB_API_KEY or a netrc entry), else offline."""
-    if mode != "auto":
-        return mode
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    import netrc
-
-    try:
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
-        logged_in = netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        logged_in = False
-    return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"
-
-
-def start_wandb(config, tree: dict, run_dir: Path):
-    """The W&B run of a run folder: its id is a function of the folder, so that requeues and evaluations join it."""
-    mode = wandb_mode(config.wandb.mode)
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=config.wandb.project,
-            group=config.wandb.group,
-            tags=[config.model.name, config.size.name, *config.wandb.tags],
-            name=config.run.name,
-            id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
-            resume="allow" if mode == "online" else None,
-            dir=str(run_dir),
-            mode=mode,
-            reinit="finish_previous",  # a run of this process whose dashboard failed is not to be joined
-            config=tree,
-            settings=wandb.Settings(silent=True, init_timeout=60),
-        )
-        run.define_metric("tokens")
-        run.define_metric("step")
-        run.define_metric("*", step_metric="tokens")
-        return run
-    except Exception as error:
-        print(f"W&B could not start ({error}); metrics.jsonl has everything")
-        return None
 
 
 def plot_loss(run_dir: Path, title: str, unigram_entropy: float | None = None) -> Path:

@@ -81,7 +81,7 @@ def finish(config: Config, counts: dict, unigram_entropy: float, texts: list[str
     last = [line for line in read_metrics(run_dir / "metrics.jsonl") if "val/loss" in line][-1]
     plot = plot_loss(run_dir, config.run.name, unigram_entropy)
     summary = {"run": config.run.name} | counts | last | {"unigram_entropy": unigram_entropy}
-    metrics.summarize(summary, plot)
+    metrics.summarize(summary, plot, texts)
     metrics.close()
     if texts:
         console.say(f"\nA sample:\n\n{texts[0]}")

@@ -1,0 +1,256 @@
+"""A run in W&B: a view of its folder that may fail at any time without harm.
+
+A run folder has one W&B run, whatever the number of requeues and evaluations: its id is a function of the folder, and
+it is filled from metrics.jsonl. What a killed process logged but W&B lost is sent by the next one; what W&B has already is
+not sent again. While a run trains, the training process alone writes to W&B (it passes on what evaluations add to
+metrics.jsonl); once it is done, evaluations do.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.schema import Config, flatten, to_dict
+from model import counting
+from model.transformer import TransformerConfig
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("*.py", "*.txt", "configs", "data", "eval", "model", "training")  # what of the repository a run keeps
+
+# What W&B's summary keeps of a metric beside its last value; benchmarks (eval/...) are shown as they are.
+SUMMARIES = {
+    "train/loss": "min,last",
+    "val/loss": "min,last",
+    "val/perplexity": "min,last",
+    "val/bits_per_byte": "min,last",
+    "optim/grad_norm": "max,last",
+    "perf/tokens_per_second": "mean,max,last",
+    "perf/mfu": "mean,max,last",
+    "perf/memory_gb": "max",
+}
+
+
+def wandb_mode(mode: str) -> str:
+    """`auto` is online where somebody is logged in (WANDB_API_KEY or a netrc entry), else offline."""
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    import netrc
+
+    try:
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+        logged_in = netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        logged_in = False
+    return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"
+
+
+def flat(tree: dict) -> dict:
+    """A configuration as W&B can search it: flat, and without dots, which W&B takes for nesting."""
+    return {key.replace(".", "/"): value for key, value in flatten(tree).items()}
+
+
+def run_id(*parts: str | Path) -> str:
+    """The W&B id of a run folder (and of what else belongs to it)."""
+    folder, *rest = parts
+    return hashlib.sha256("\n".join([str(Path(folder).resolve()), *map(str, rest)]).encode()).hexdigest()[:16]
+
+
+def group_of(config: Config) -> str | None:
+    """The experiment: `wandb.group`, or the folder that a sweep's run folders lie in."""
+    parent = Path(config.run.dir).absolute().parent.name
+    return config.wandb.group or (parent if parent != "runs" else None)
+
+
+def logged_history(run_dir: Path) -> Iterator[dict]:
+    """What the run folder's W&B files hold, in order, read by W&B itself (`wandb leet inspect`)."""
+    name = run_id(run_dir)
+    for path in sorted(Path(run_dir).glob(f"wandb/*run-*-{name}/run-{name}.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        records = subprocess.run(command, capture_output=True, text=True, timeout=600).stdout  # a torn end is no error
+        for line in records.splitlines():
+            record = json.loads(line)
+            if record["type"] == "history":
+                yield record["history"]["item"]
+
+
+def open_run(config: Config, folder: Path, job_type: str, name: str, id: str, settings: dict):
+    """`wandb.init` as every run here does it; None where W&B is disabled or cannot start."""
+    mode = wandb_mode(config.wandb.mode)
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        return wandb.init(
+            project=config.wandb.project,
+            group=group_of(config),
+            job_type=job_type,
+            tags=[config.model.name, config.size.name, *config.wandb.tags],
+            name=name,
+            id=id,
+            resume="allow",  # also offline: `wandb sync` then appends a requeue's file to the run
+            dir=str(folder),
+            mode=mode,
+            reinit="finish_previous",  # a run of this process whose dashboard failed is not to be joined
+            config=settings,
+            settings=wandb.Settings(silent=True, init_timeout=60),
+        )
+    except Exception as error:
+        print(f"W&B could not start ({error}); metrics.jsonl has everything")
+        return None
+
+
+class WandbRun:
+    """The W&B run of a run folder. Every method does nothing once W&B has failed (or is disabled)."""
+
+    def __init__(self, config: Config, tree: dict):
+        self.run_dir = Path(config.run.dir)
+        self.known: dict[tuple[int, str], float | None] = {}  # (step, metric) that W&B has
+        self.file, self.read_bytes = None, 0  # which metrics.jsonl, and how much of it was sent
+        self.run = open_run(config, self.run_dir, "train", config.run.name, run_id(self.run_dir), flat(tree))
+        self._try(lambda run: self._begin(run, config))
+
+    def _begin(self, run, config: Config) -> None:
+        for item in logged_history(self.run_dir):
+            self.known |= {(item.get("step"), key): value for key, value in item.items()}
+        run.define_metric("tokens", summary="max")
+        run.define_metric("step", summary="max")
+        run.define_metric("*", step_metric="tokens")
+        for key, summary in SUMMARIES.items():
+            run.define_metric(key, step_metric="tokens", summary=summary)
+        network = TransformerConfig.from_config(config)
+        run.summary.update(counting.summary(network, config.trainer.seq_len))
+        if not self.known:
+            save_sources(run, self.run_dir)
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Send what metrics.jsonl has and W&B has not."""
+        self._try(self._catch_up)
+
+    def _catch_up(self, run) -> None:
+        path = self.run_dir / "metrics.jsonl"
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            if (which := os.fstat(file.fileno()).st_ino) != self.file:  # the first one, or lines were dropped
+                self.file, self.read_bytes = which, 0
+            file.seek(self.read_bytes)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self.read_bytes += len(whole + end)
+        for text in whole.splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # torn by a killed process
+            step, tokens = line.pop("step"), line.pop("tokens")
+            news = {key: value for key, value in line.items() if not self._has(step, key, value)}
+            if news:
+                run.log({"step": step, "tokens": tokens} | news)
+                self.known |= {(step, key): value for key, value in news.items()}
+
+    def _has(self, step: int, key: str, value: float | None) -> bool:
+        """An evaluation may be repeated with another result; a training step that was gone back over is not."""
+        there = (step, key) in self.known
+        return there and (not key.startswith("eval/") or self.known[step, key] == value)
+
+    def summarize(self, facts: dict) -> None:
+        """Facts beside the metrics, whose summary W&B makes itself."""
+        own = {key: value for key, value in facts.items() if "/" not in key and key not in ("step", "tokens", "run")}
+        self._try(lambda run: run.summary.update(own))
+
+    def show_texts(self, key: str, texts: list[str]) -> None:
+        """Texts as a table, one a row."""
+        self._try(lambda run: run.log({key: table(["sample", "text"], list(enumerate(texts, 1)))}))
+
+    def show_images(self, paths: list[Path]) -> None:
+        self._try(lambda run: run.log(images(paths)))
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.catch_up()
+        self._try(lambda run: run.finish(exit_code=exit_code))
+        self.run = None
+
+    def _try(self, action) -> None:
+        if self.run is None:
+            return
+        try:
+            action(self.run)
+        except Exception as error:  # a dashboard is no reason to stop training
+            print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
+            self.run = None
+
+
+def save_sources(run, run_dir: Path) -> None:
+    """Copies of the code and of the run's config.yaml, in the W&B run's own folder, so that a later sync has them."""
+    for pattern in SOURCES:
+        for found in ROOT.glob(pattern):
+            for path in [found] if found.is_file() else [p for s in ("py", "yaml") for p in found.rglob(f"*.{s}")]:
+                to = Path(run.dir) / "code" / path.relative_to(ROOT)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, to)
+    if (run_dir / "config.yaml").exists():
+        shutil.copyfile(run_dir / "config.yaml", Path(run.dir) / "code" / "run_config.yaml")
+    for depth in ("*", "*/*", "*/*/*", "*/*/*/*"):
+        if any(path.is_file() for path in (Path(run.dir) / "code").glob(depth)):
+            run.save(f"{run.dir}/code/{depth}", base_path=run.dir, policy="now")
+
+
+def table(columns: list[str], rows: list):
+    import wandb
+
+    return wandb.Table(columns=columns, data=[list(row) for row in rows])
+
+
+def images(paths: list[Path]) -> dict:
+    import wandb
+
+    return {f"plots/{path.stem}": wandb.Image(str(path)) for path in paths}
+
+
+def log_job(config: Config, folder: Path, job_type: str, name: str, facts: dict, settings: dict, plots=()) -> None:
+    """A short job beside training (an evaluation, a preparation) as a W&B run of its own, with its facts as summary."""
+    run = open_run(config, folder, job_type, name, run_id(folder, job_type, name), settings)
+    if run is None:
+        return
+    try:
+        run.summary.update(facts)
+        if plots:
+            run.log(images(list(plots)))
+        run.finish()
+    except Exception as error:
+        print(f"W&B failed: {error}")
+
+
+def log_evaluation(config: Config, suite: str, record: dict, plots: list[Path]) -> None:
+    """Show an evaluation whose line is in metrics.jsonl: a job of its own, and, once training is done, in its run.
+
+    `record` is what results/<suite>.json holds. A run that still trains passes the line on itself.
+    """
+    run_dir = Path(config.run.dir)
+    spread = {f"{key}_stderr": value for key, value in record.get("stderr", {}).items()}
+    facts = {f"eval/{suite}/{key}": value for key, value in (record["results"] | spread).items()}
+    settings = {key: record.get(key) for key in ("run", "suite", "step", "tokens", "limit", "versions")}
+    log_job(config, run_dir, "eval", f"{config.run.name} {suite}", facts, settings, plots)
+    if (run_dir / "summary.json").exists():
+        view = WandbRun(config, to_dict(config))
+        if plots:
+            view.show_images(plots)
+        view.finish()
+
+
+def log_preparation(config: Config, manifest) -> None:
+    """Show prepared data where somebody is logged in; offline only by `wandb.mode=offline`, as no run is here yet."""
+    if config.wandb.mode == "auto" and wandb_mode("auto") != "online":
+        return
+    facts = {f"data/{split}/{what}": getattr(manifest, what)(split)
+             for split in ("train", "val") for what in ("tokens", "documents")}  # fmt: skip
+    facts |= {"data/unigram_entropy": manifest.unigram_entropy, "data/fingerprint": manifest.fingerprint}
+    log_job(config, Path(config.data.dir), "prepare", f"prepare {config.data.name}", facts, flat(manifest.settings))
