@@ -1,9 +1,9 @@
 """A run in W&B: a view of its folder that may fail at any time without harm.
 
 A run folder has one W&B run, whatever the number of requeues and evaluations: its id is a function of the folder, and
-it is filled from metrics.jsonl. What a killed process logged but W&B lost is sent by the next one; what W&B has already is
-not sent again. While a run trains, the training process alone writes to W&B (it passes on what evaluations add to
-metrics.jsonl); once it is done, evaluations do.
+it is filled from metrics.jsonl. What a killed process logged but W&B lost is sent by the next one; what W&B has already
+is not sent again, so that steps which are trained a second time keep the values of the first. While a run trains, the
+training process alone writes to W&B, and passes on what evaluations add to metrics.jsonl; then evaluations do it.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from configs.schema import Config, flatten, to_dict
+from data.shards import MANIFEST_FILE, read_manifest
 from model import counting
 from model.transformer import TransformerConfig
 
@@ -68,16 +68,49 @@ def group_of(config: Config) -> str | None:
     return config.wandb.group or (parent if parent != "runs" else None)
 
 
-def logged_history(run_dir: Path) -> Iterator[dict]:
-    """What the run folder's W&B files hold, in order, read by W&B itself (`wandb leet inspect`)."""
+def logged_history(run_dir: Path) -> list[dict]:
+    """What the run folder's W&B files hold, in order."""
+    return [
+        record["history"]["item"]
+        for path in wandb_files(run_dir)
+        for record in read_records(path)
+        if record["type"] == "history"
+    ]
+
+
+def wandb_files(run_dir: Path) -> list[Path]:
+    """One for each process that worked on the run, the oldest first."""
     name = run_id(run_dir)
-    for path in sorted(Path(run_dir).glob(f"wandb/*run-*-{name}/run-{name}.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        records = subprocess.run(command, capture_output=True, text=True, timeout=600).stdout  # a torn end is no error
-        for line in records.splitlines():
-            record = json.loads(line)
-            if record["type"] == "history":
-                yield record["history"]["item"]
+    found = Path(run_dir).glob(f"wandb/*run-*-{name}/run-{name}.wandb")
+    return sorted(path for path in found if not path.parent.is_symlink())  # `latest-run` is one of them again
+
+
+def mend(path: Path) -> None:
+    """Cut a .wandb file off after its last whole record, or remove it where it has none: `wandb sync` goes no further
+    in a run than to a torn file. The format is LevelDB's log (blocks of 32 KiB; checksum, length and kind before each
+    part of a record) behind 7 bytes of W&B's."""
+    block, header, whole_or_last = 32768, 7, (1, 4)
+    data, at, end = path.read_bytes(), 7, 7
+    while at + header <= len(data):
+        if (left := block - at % block) < header:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if not 1 <= kind <= 4 or at + header + length > len(data):
+            break
+        at += header + length
+        end = at if kind in whole_or_last else end
+    if end == 7:
+        shutil.rmtree(path.parent)
+    elif end < len(data):
+        os.truncate(path, end)
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a .wandb file, read by W&B itself (`wandb leet inspect`); a torn end is left out."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=600).stdout
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def open_run(config: Config, folder: Path, job_type: str, name: str, id: str, settings: dict):
@@ -114,19 +147,34 @@ class WandbRun:
         self.run_dir = Path(config.run.dir)
         self.known: dict[tuple[int, str], float | None] = {}  # (step, metric) that W&B has
         self.file, self.read_bytes = None, 0  # which metrics.jsonl, and how much of it was sent
-        self.run = open_run(config, self.run_dir, "train", config.run.name, run_id(self.run_dir), flat(tree))
-        self._try(lambda run: self._begin(run, config))
+        self.run = None
+        if wandb_mode(config.wandb.mode) != "disabled":
+            self._recall()
+            self.run = open_run(config, self.run_dir, "train", config.run.name, run_id(self.run_dir), flat(tree))
+            self._try(lambda run: self._begin(run, config))
+
+    def _recall(self) -> None:
+        """Read what W&B has of the processes before, and mend what a killed one left."""
+        for path in wandb_files(self.run_dir):
+            try:
+                mend(path)
+                if not path.exists():
+                    continue
+                items = [record["history"]["item"] for record in read_records(path) if record["type"] == "history"]
+            except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+                print(f"{path}: cannot be read ({error}); W&B may show its steps twice")
+                continue
+            for item in items:
+                self.known |= {(item.get("step"), key): value for key, value in item.items()}
 
     def _begin(self, run, config: Config) -> None:
-        for item in logged_history(self.run_dir):
-            self.known |= {(item.get("step"), key): value for key, value in item.items()}
         run.define_metric("tokens", summary="max")
         run.define_metric("step", summary="max")
         run.define_metric("*", step_metric="tokens")
         for key, summary in SUMMARIES.items():
             run.define_metric(key, step_metric="tokens", summary=summary)
         network = TransformerConfig.from_config(config)
-        run.summary.update(counting.summary(network, config.trainer.seq_len))
+        run.summary.update(counting.summary(network, config.trainer.seq_len) | fingerprints(Path(config.data.dir)))
         if not self.known:
             save_sources(run, self.run_dir)
         self.catch_up()
@@ -186,6 +234,17 @@ class WandbRun:
         except Exception as error:  # a dashboard is no reason to stop training
             print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
             self.run = None
+
+
+def fingerprints(data_dir: Path) -> dict[str, str]:
+    """Of the data that a run is trained on, and its tokenizer."""
+    if not (data_dir / MANIFEST_FILE).exists():
+        return {}
+    manifest = read_manifest(data_dir)
+    return {
+        "data_fingerprint": manifest.fingerprint,
+        "tokenizer_fingerprint": manifest.tokenizer.get("fingerprint", ""),
+    }
 
 
 def save_sources(run, run_dir: Path) -> None:

@@ -44,7 +44,7 @@ def benchmark(suite: str, methods: list[Method]) -> Table:
             scores = [f"{row['scores'][key.split('/')[0]]:.2f}" for key in keys]
             rows.append([f"published: {row['model']}", count(row["params"]), *scores, f"{row['average']:.2f}"])
         notes.append(
-            f"Published: the TPA paper (arXiv 2501.06425) at {size}, the nearest size that it has, after 49 B tokens of "
+            f"Published: the TPA paper (arXiv 2501.06425) at {size}, the nearest size it has, after 49 B tokens of "
             "FineWeb-Edu-100B; it gives no standard errors."
         )
     return Table(columns, rows, notes)

@@ -193,11 +193,10 @@ def read_json(path: Path) -> dict:
 
 
 def newest_facts(folder: Path) -> dict:
-    """What the manifest of the newest checkpoint says, without reading its tensors."""
-    for path in sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True):
-        if facts := read_json(path):
-            return facts
-    return {}
+    """What the manifest of the newest checkpoint says, without reading its tensors; W&B's runs have it in a file."""
+    manifests = sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True)
+    found = (read_json(path) for path in [*manifests, folder / "checkpoint_facts.json"] if path.exists())
+    return next((facts for facts in found if facts), {})
 
 
 def name_methods(runs: list[Run]) -> list[Method]:
