@@ -44,13 +44,13 @@ class Runs(dict):
         if run_id not in self:
             return None
         run = self[run_id]
+        counts = {f"{key}LineCount": len(run[key]) for key in ("history", "events")}
         tails = {
             f"{key}Tail": json.dumps([json.dumps(line) for line in run[key][-1:]]) for key in ("history", "events")
         }
-        return tails | {"id": "UnVu", "name": run_id, "displayName": run_id, "summaryMetrics": json.dumps(run["summary"]),
-                        "logLineCount": 0, "historyLineCount": len(run["history"]), "eventsLineCount": len(run["events"]),
-                        "config": json.dumps(run["config"]), "tags": [], "notes": None,
-                        "wandbConfig": json.dumps({"t": 1})}  # fmt: skip
+        texts = {"config": run["config"], "summaryMetrics": run["summary"], "wandbConfig": {"t": 1}}
+        fixed = {"id": "UnVu", "name": run_id, "displayName": run_id, "logLineCount": 0, "tags": [], "notes": None}
+        return fixed | counts | tails | {key: json.dumps(value) for key, value in texts.items()}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,73 @@
+"""The dashboards are built of wandb-workspaces' own objects and validated by its models, without a network."""
+
+import json
+
+import pytest
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+from configs.errors import ConfigError
+from configs.schema_compare import DashboardConfig
+from eval.dashboard import benchmark_metrics, main, panels, parse, report, workspace
+from eval.published import tasks
+
+SECTIONS = ["Loss & perplexity", "Benchmarks", "Speed & memory", "KV cache", "Optimisation", "Health"]
+
+
+def test_the_workspace_survives_the_library_and_back():
+    view = workspace(DashboardConfig("t6", group="night"), "me")._to_model()
+    text = view.spec.model_dump_json(by_alias=True, exclude_none=True)  # what `save` sends
+    again = ws.Workspace._from_model(type(view).model_validate(view.model_dump() | {"spec": view.spec}))
+    assert [section.name for section in again.sections] == SECTIONS
+    assert all(section.panels for section in again.sections) and again.settings.x_axis == "tokens"
+    loss = again.sections[0].panels[0]
+    assert isinstance(loss, wr.LinePlot) and loss.x.name == "tokens" and [y.name for y in loss.y] == ["val/loss"]
+    filters = json.loads(text)["section"]["runSets"][0]["filters"]["filters"]
+    assert {f["key"]["name"]: f["value"] for f in filters} == {"jobType": "train", "group": "night"}
+    assert "config:model/name.value" in text and "summary:val/loss.min" in text
+
+
+def test_the_report_compares_the_methods_of_a_group():
+    built = report(DashboardConfig("t6", group="night"), "me")
+    model = built._to_model()
+    grids = [block for block in built.blocks if isinstance(block, wr.PanelGrid)]
+    assert len(grids) == len(SECTIONS) + 1 and model.display_name.endswith(": night")
+    spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
+    runsets = [block["metadata"]["runSets"][0] for block in spec["blocks"] if block["type"] == "panel-grid"]
+    assert all(runset["grouping"] == [{"section": "config", "name": "model/name.value"}] for runset in runsets)
+    again = wr.Report._from_model(model)
+    lines = [
+        p
+        for block in again.blocks
+        if isinstance(block, wr.PanelGrid)
+        for p in block.panels
+        if isinstance(p, wr.LinePlot)
+    ]
+    assert lines and all(plot.groupby_rangefunc == "stderr" for plot in lines)
+
+
+def test_the_panels_show_metrics_that_runs_log():
+    shown = {
+        key for found in panels([]).values() for panel in found if isinstance(panel, wr.LinePlot) for key in panel.y
+    }
+    assert {"val/loss", "optim/grad_norm", "optim/skipped_steps", "perf/mfu"} <= shown
+    paper = {f"eval/{task}/{metric}" for task, metric in tasks("paper_zeroshot").items()}
+    assert paper < set(benchmark_metrics([])) <= shown
+    assert benchmark_metrics(["eval/x/acc"]) == ["eval/x/acc"]
+
+
+def test_it_can_be_printed_and_bad_input_is_named(capsys, monkeypatch, tmp_path):
+    assert main(parse(["project=t6", "dry_run=true"])) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"workspace", "report"}
+    for arguments, message in (
+        ([], "project is not set"),
+        (["project=t6", "grup=x"], "did you mean group"),
+        (["project=me/t6"], "must be the project alone"),
+        (["t6"], "must be key=value"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(arguments)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="needs a network and `wandb login`"):
+        main(parse(["project=t6", "entity=me"]))
