@@ -18,11 +18,11 @@ from training.metrics import start_wandb
 
 @dataclass
 class Outcome:
-    """Results by flat key: `loss`, or `<task>/<metric>` where they belong to tasks (`by_task`)."""
+    """Results by flat key: `loss`, or `<task>/<metric>` where they belong to tasks."""
 
     results: dict[str, float]
     stderr: dict[str, float] = field(default_factory=dict)
-    by_task: bool = False
+    tasks: dict[str, str] | None = None  # the tasks to log, and the names to log them by; None: there are no tasks
     versions: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)  # what else the JSON file holds: curves, settings
     shown: list[RenderableType] = field(default_factory=list)  # in the terminal; default: the results
@@ -30,10 +30,14 @@ class Outcome:
 
     def metrics(self, suite: str) -> dict[str, float]:
         """The results by the names that they have in metrics.jsonl and W&B."""
-        return {
-            f"eval/{key}" if self.by_task and "/" in key else f"eval/{suite}/{key}": value
-            for key, value in self.results.items()
-        }
+        named = {}
+        for key, value in self.results.items():
+            task, slash, metric = key.partition("/")
+            if self.tasks is None or not slash:
+                named[f"eval/{suite}/{key}"] = value
+            elif task in self.tasks:
+                named[f"eval/{self.tasks[task]}/{metric}"] = value
+        return named
 
 
 def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
@@ -102,6 +106,7 @@ def log(run: LoadedRun, metrics: dict[str, float]) -> None:
 def show(outcome: Outcome, path: Path) -> None:
     """Print the results and where they are."""
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # a table is better cut by the terminal than wrapped
     for item in outcome.shown:
         console.print(item)
     if not outcome.shown:

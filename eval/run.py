@@ -25,7 +25,7 @@ def kind_of(suite: SuiteConfig):
     if isinstance(suite, PerplexitySuite):
         from eval.perplexity import perplexity_suite as found
     elif isinstance(suite, HarnessSuite):
-        from eval.harness import harness_suite as found
+        from eval.benchmarks import harness_suite as found
     elif isinstance(suite, LongContextSuite):
         from eval.long_context import long_context_suite as found
     else:
