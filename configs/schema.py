@@ -206,7 +206,9 @@ class TrainerConfig:
     def errors(self):
         sizes = ("seq_len", "micro_batch_size", "global_batch_size")
         yield from at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
-        yield from at_least(0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples", "benchmark_every")
+        yield from at_least(
+            0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples", "benchmark_every"
+        )
         yield from at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps", "benchmark_limit")
         suites = {path.stem for path in SUITES.glob("*.yaml")}
         for name in self.benchmarks:

@@ -116,9 +116,7 @@ def headline(suite: HarnessSuite, task: str, results: dict[str, float]) -> str:
 class Scores:
     """The table row of a run beside the paper's for the nearest size, in percent."""
 
-    def __init__(
-        self, run: LoadedRun, suite: HarnessSuite, counted: dict[str, str], results: dict, stderr: dict
-    ):
+    def __init__(self, run: LoadedRun, suite: HarnessSuite, counted: dict[str, str], results: dict, stderr: dict):
         self.tasks = list(counted)
         self.header = [SHORT.get(task, task) for task in self.tasks]
         params = sum(p.numel() for p in run.model.parameters())

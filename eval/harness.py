@@ -106,7 +106,9 @@ class HarnessModel(TemplateLM):
         ]
         rank, world_size = (0, 1) if self.run.lockstep else ranks.place()
         texts = {}
-        for batch in track(batches[rank::world_size], description="generating", transient=True, disable=ranks.place()[0] != 0):
+        for batch in track(
+            batches[rank::world_size], description="generating", transient=True, disable=ranks.place()[0] != 0
+        ):
             written = self.generate([ids for _, ids, _ in batch], batch[0][2])
             texts |= {number: text for (number, *_), text in zip(batch, written, strict=True)}
         texts = ranks.together(texts)

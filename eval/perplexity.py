@@ -89,7 +89,11 @@ def perplexity_suite(run: LoadedRun, config: EvalConfig) -> Outcome:
 def measure(run: LoadedRun, text: Text, windows: Windows, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
     """(sum of losses, number of tokens) of each window, position and group of document lengths: float64 [n, 2] each."""
     groups = 1 + max(int(group_of(np.array(len(stream)))) for stream in text.streams)
-    sums = {"windows": np.zeros((len(windows), 2)), "positions": np.zeros((seq_len, 2)), "lengths": np.zeros((groups, 2))}
+    sums = {
+        "windows": np.zeros((len(windows), 2)),
+        "positions": np.zeros((seq_len, 2)),
+        "lengths": np.zeros((groups, 2)),
+    }
     losses = token_losses(run, text, windows, batch_size)
     for number, stream, first, begin, values in losses:
         sums["windows"][number] += values.sum(), len(values)

@@ -54,9 +54,7 @@ def rope_frequencies(dim: int, base: float, device=None) -> Tensor:
     return base ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
-def rope_tables(
-    positions: Tensor, dim: int, base: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., dim/2] in fp32 for `positions` [...]; computed on use, so no length limit."""
     frequencies = (scaling.frequencies if scaling else rope_frequencies)(dim, base, device=positions.device)
     angles = positions[..., None].float() * frequencies

@@ -1,23 +1,18 @@
 """lm-evaluation-harness on our models: the same numbers as its own `hf` model on the same weights."""
 
-import json
-import math
 import os
 from types import SimpleNamespace
 
 import lm_eval
 import numpy as np
 import pytest
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from configs.app import compose
 from configs.load import load_flat
-from configs.schema import ConfigError
 from configs.schema_eval import EvalConfig
-from eval import cloze, published
-from eval import run as eval_run
+from eval import cloze
 from eval.benchmarks import harness_suite
 from eval.harness import HarnessModel
 from eval.scoring import share_rows
@@ -49,7 +44,9 @@ def pairs():
     """Contexts of every length up to several windows, with short and long continuations, and shared contexts."""
     long = " ".join(TEXTS[:2]) + " "
     contexts = ["", "If", "The class ", long, long * 3]
-    return [(context, answer) for context in contexts for answer in (" A", " B", " x = 1", " " + TEXTS[1], " if a", "\n")]
+    return [
+        (context, answer) for context in contexts for answer in (" A", " B", " x = 1", " " + TEXTS[1], " if a", "\n")
+    ]
 
 
 def test_log_likelihoods_and_greedy_flags_are_those_of_the_harnesss_hf_model(ours, hf, pairs):
@@ -106,7 +103,9 @@ def test_cloze_scores_are_those_of_the_harnesss_hf_model(ours, hf):
 @pytest.mark.skipif("T6_BENCHMARKS" not in os.environ, reason="T6_BENCHMARKS names no folder of benchmarks")
 @pytest.mark.parametrize("task", ["hellaswag", "arc_easy"])
 def test_benchmark_scores_are_those_of_the_harnesss_hf_model(ours, hf, task):
-    config = suite("suite=harness", f"suite.tasks=[{task}]", f"suite.data_dir={os.environ['T6_BENCHMARKS']}", "limit=200")
+    config = suite(
+        "suite=harness", f"suite.tasks=[{task}]", f"suite.data_dir={os.environ['T6_BENCHMARKS']}", "limit=200"
+    )
     found = harness_suite(ours, config).results
     expected = lm_eval.simple_evaluate(
         hf, tasks=load_tasks(config.suite, ours), task_manager=TaskManager(include_defaults=False), limit=200,
