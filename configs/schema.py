@@ -210,10 +210,10 @@ class TrainerConfig:
             0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples", "benchmark_every"
         )
         yield from at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps", "benchmark_limit")
-        suites = {path.stem for path in SUITES.glob("*.yaml")}
+        suites = sorted(path.stem for path in SUITES.glob("*.yaml"))
         for name in self.benchmarks:
             if name not in suites:
-                yield f"trainer.benchmarks: there is no configs/suite/{name}.yaml; there are {', '.join(sorted(suites))}"
+                yield f"trainer.benchmarks: there is no configs/suite/{name}.yaml; there are {', '.join(suites)}"
         if self.max_steps is None and self.max_tokens is None:
             yield "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"
         if self.resume not in ("auto", "never"):

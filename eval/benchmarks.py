@@ -48,8 +48,8 @@ def harness_suite(run: LoadedRun, config: EvalConfig) -> Outcome | None:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Without the harness's log and progress bars, and with the random state of Python, numpy and torch, which it seeds,
-    as it was before."""
+    """Without the harness's log and progress bars, and with the random state of Python, numpy and torch as it was: the
+    harness seeds them all."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
     logger = logging.getLogger("lm_eval")
@@ -92,7 +92,7 @@ def outcome(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
     shots = f"_{suite.num_fewshot}shot" if suite.num_fewshot else ""
     questions = {task: counts["effective"] for task, counts in found["n-samples"].items()}
     return Outcome(
-        results, stderr, tasks={task: task + shots for task in counted}, versions=versions | {"tasks": found["versions"]},
+        results, stderr, {task: task + shots for task in counted}, versions | {"tasks": found["versions"]},
         details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions},
         shown=[table.rich()], files=files,
     )  # fmt: skip

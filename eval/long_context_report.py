@@ -100,7 +100,7 @@ def heat_maps(sweep: "Sweep") -> Callable[[Path], None]:
                 values = [getattr(points[length], name) or blank for length in sweep.lengths]
                 limits = {"vmin": 0, "vmax": 1} if row == 0 else {"vmin": -8, "vmax": 0}
                 one, grid = axes[row, column], np.array(values).T
-                image = one.imshow(grid, aspect="auto", cmap="RdYlGn", **limits)
+                one.imshow(grid, aspect="auto", cmap="RdYlGn", **limits)
                 for (y, x), value in np.ndenumerate(grid):
                     if np.isfinite(value):
                         one.text(

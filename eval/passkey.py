@@ -18,7 +18,7 @@ ANSWER = " {key}"
 def prompt(tokenizer: Tokenizer, key: str, length: int, depth: float) -> tuple[list[int], list[int]] | None:
     """(context, answer), together `length` + 1 tokens: what a model sees of them is `length`.
 
-    `depth` says where the needle is: 0 at the start of the filler, 1 at its end. None where `length` has no room for it.
+    `depth` says where the needle is: 0 at the start of the filler, 1 at its end. None where there is no room for it.
     """
     start = [tokenizer.end_of_text, *tokenizer.encode(INTRODUCTION)]
     needle, question = tokenizer.encode(NEEDLE.format(key=key)), tokenizer.encode(QUESTION)

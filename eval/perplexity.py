@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def plot(curves: dict, seq_len: int, title: str, path: Path) -> None:
     left.plot(places, losses, alpha=0.3, linewidth=0.8)
     edges = np.unique(np.geomspace(1, seq_len + 1, 17).astype(int))
     weights = np.array(by_position["tokens"])
-    inside = [(places >= low) & (places < high) for low, high in zip(edges, edges[1:], strict=False)]
+    inside = [(places >= low) & (places < high) for low, high in pairwise(edges)]
     points = [(np.average(places[i], weights=weights[i]), np.average(losses[i], weights=weights[i]))
               for i in inside if i.any()]  # fmt: skip
     left.plot(*zip(*points, strict=True), marker="o", markersize=4)

@@ -20,8 +20,9 @@ from eval.loading import LoadedRun
 
 # Where the harness keeps the tasks of our suites: looking only there saves the seconds that its whole index takes.
 FOLDERS = {
-    "arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "hellaswag": "hellaswag", "mmlu": "mmlu/default",
-    "openbookqa": "openbookqa", "piqa": "piqa", "sciq": "sciq", "winogrande": "winogrande", "wikitext": "wikitext",
+    "arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "hellaswag": "hellaswag",
+    "mmlu": "mmlu/default", "openbookqa": "openbookqa", "piqa": "piqa", "sciq": "sciq", "winogrande": "winogrande",
+    "wikitext": "wikitext",
 }  # fmt: skip
 SPLITS = ("train", "validation", "test", "dev")
 

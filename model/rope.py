@@ -13,10 +13,10 @@ SCALINGS = ("none", "linear", "ntk", "yarn")
 class RopeScaling:
     """How a model trained at `original_length` is made to read texts `factor` times as long, without training.
 
-    linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows, so that the slowest
-    pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn fewer than `slow` times over the
-    original length are divided by the factor, those that turn more than `fast` times stay, and the logits are sharpened
-    (Peng et al., arXiv 2309.00071).
+    linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows, so that the
+    slowest pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn fewer than `slow` times
+    over the original length are divided by the factor, those that turn more than `fast` times stay, and the logits are
+    sharpened (Peng et al., arXiv 2309.00071).
     """
 
     kind: str

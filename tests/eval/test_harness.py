@@ -102,9 +102,11 @@ def test_cloze_scores_are_those_of_the_harnesss_hf_model(ours, hf):
 
 @pytest.mark.skipif("T6_BENCHMARKS" not in os.environ, reason="T6_BENCHMARKS names no folder of benchmarks")
 @pytest.mark.parametrize("task", ["hellaswag", "arc_easy"])
-def test_benchmark_scores_are_those_of_the_harnesss_hf_model(ours, hf, task):
+def test_benchmark_scores_are_those_of_the_harnesss_hf_model(ours, theirs, their_tokenizer, task):
+    hf = HFLM(pretrained=theirs, tokenizer=their_tokenizer, max_length=256, batch_size=8, device="cpu")
+    folder = os.environ["T6_BENCHMARKS"]
     config = suite(
-        "suite=harness", f"suite.tasks=[{task}]", f"suite.data_dir={os.environ['T6_BENCHMARKS']}", "limit=200"
+        "suite=harness", f"suite.tasks=[{task}]", f"suite.data_dir={folder}", "suite.max_length=256", "limit=200"
     )
     found = harness_suite(ours, config).results
     expected = lm_eval.simple_evaluate(
