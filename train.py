@@ -20,6 +20,7 @@ from data.loader import EvalLoader, TrainLoader
 from data.prepare import ensure_prepared
 from data.shards import TokenShards
 from data.tokenizers import load_tokenizer
+from eval.in_training import Benchmarks
 from eval.perplexity import bits_per_byte, evaluate, perplexity
 from eval.sample import sample_texts
 from model import counting
@@ -72,6 +73,8 @@ def train(config: Config, runtime, console: TrainingConsole) -> int:
     eval_sequences = trainer.eval_batches and trainer.eval_batches * trainer.global_batch_size
     val_data = EvalLoader(val_shards, trainer.seq_len, micro_batch_size, *ranks, max_samples=eval_sequences)
 
+    benchmarks = Benchmarks(config, runtime, tokenizer, console.say)
+
     # --- model, optimizer, engine: the weights are in place before DeepSpeed shards them, the moments after
     torch.manual_seed(config.run.seed)
     network = TransformerConfig.from_config(config, tokenizer.end_of_text)
@@ -91,7 +94,7 @@ def train(config: Config, runtime, console: TrainingConsole) -> int:
     metrics = Metrics(config, create_run_folder(config), start_step) if runtime.is_main else None
     console.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
 
-    keep = checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best)
+    keep = benchmarks.keep(checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best))
 
     def save(step: int, val_loss: float | None) -> bool:
         facts = {
@@ -152,16 +155,21 @@ def train(config: Config, runtime, console: TrainingConsole) -> int:
                     "val/perplexity": perplexity(val_loss),
                     "val/bits_per_byte": bits_per_byte(val_loss, manifest.bytes_per_token("val")),
                 }
+            if benchmarks.due(step):
+                logged |= benchmarks.run(engine.module, step)
             if metrics and logged:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
+                benchmarks.collect(metrics.log)
             console.update(step, logged)
 
             if skipped_in_a_row >= trainer.max_bad_steps:
                 console.say(f"giving up at step {step}: the gradient was not finite {skipped_in_a_row} steps in a row")
                 return 1
             preempted = any_rank(preemption.requested is not None, device) and not is_last
-            if is_due(step, trainer.checkpoint_every) or is_last or preempted:
+            if is_due(step, trainer.checkpoint_every) or benchmarks.due(step) or is_last or preempted:
                 saved = save(step, logged.get("val/loss"))
+                if saved and benchmarks.due(step):
+                    benchmarks.submit(step)
                 if is_last and not saved:
                     return 1
             if preempted:

@@ -119,7 +119,7 @@ class Scores:
     def __init__(self, run: LoadedRun, suite: HarnessSuite, counted: dict[str, str], results: dict, stderr: dict):
         self.tasks = list(counted)
         self.header = [SHORT.get(task, task) for task in self.tasks]
-        params = sum(p.numel() for p in run.model.parameters())
+        params = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())  # the former under ZeRO-3
         keys = [f"{task}/{metric}" for task, metric in counted.items()]
         if averaged := "average" in results:
             self.header.append("average")

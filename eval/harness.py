@@ -85,8 +85,7 @@ class HarnessModel(TemplateLM):
         def progress(batches):
             return track(batches, description="scoring", transient=True, disable=ranks.place()[0] != 0)
 
-        with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled again for every length
-            return log_likelihoods(self.model, pieces, self.max_length, self.batch_size, self._device, progress)
+        return log_likelihoods(self.model, pieces, self.max_length, self.batch_size, self._device, progress)
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
@@ -123,13 +122,12 @@ class HarnessModel(TemplateLM):
         tokens = torch.tensor(contexts, device=self._device)
         left, start = settings["max_gen_toks"], tokens.size(1)
         texts = [""] * len(contexts)
-        with torch.compiler.set_stance("force_eager"):
-            while left > 0:
-                tokens = self.model.generate(
-                    tokens, min(left, GENERATED_AT_ONCE), self.max_length, temperature, settings.get("top_k"), generator
-                )
-                left -= GENERATED_AT_ONCE
-                texts = [self.tokenizer.decode(row[start:]) for row in tokens.tolist()]
-                if all(any(stop in text for stop in stops if stop) for text in texts):
-                    break
+        while left > 0:
+            tokens = self.model.generate(
+                tokens, min(left, GENERATED_AT_ONCE), self.max_length, temperature, settings.get("top_k"), generator
+            )
+            left -= GENERATED_AT_ONCE
+            texts = [self.tokenizer.decode(row[start:]) for row in tokens.tolist()]
+            if all(any(stop in text for stop in stops if stop) for text in texts):
+                break
         return [postprocess_generated_text(text, stops, None) for text in texts]

@@ -89,11 +89,20 @@ def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor:
     return (f"_step_{step:08d}" if older else "") + scaled
 
 
-def log(run: LoadedRun, metrics: dict[str, float]) -> None:
-    """Add the results to a run that is not in training here: a line of metrics.jsonl, and W&B, at the run's step."""
-    line = {"step": run.step, "tokens": run.tokens} | finite(metrics)
+def log(run: LoadedRun, suite: str, metrics: dict[str, float]) -> None:
+    """Add the results to the run, at the step that they belong to: a line of metrics.jsonl, and W&B.
+
+    A run that is not finished has one writer, the training process: it finds them in results/inbox and logs them.
+    """
+    facts, metrics = {"step": run.step, "tokens": run.tokens}, finite(metrics)
+    inbox = run.dir / "results" / "inbox"
+    if not (run.dir / "summary.json").exists():
+        inbox.mkdir(parents=True, exist_ok=True)
+        write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(facts | {"metrics": metrics}))
+        return
+    line = facts | metrics
     with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")  # one write, which a training process that appends too does not cut
+        file.write(json.dumps(line) + "\n")
     dashboard = start_wandb(run.config, {}, run.dir)
     if dashboard is not None:
         try:

@@ -9,6 +9,7 @@ import torch
 from configs.app import app
 from configs.load import load_flat
 from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig
+from eval.in_training import pending
 from eval.loading import LoadedRun, load_run
 from eval.ranks import process_group
 from eval.results import Outcome, log, save, show, variant_of
@@ -33,6 +34,14 @@ def kind_of(suite: SuiteConfig):
     return found
 
 
+def check_suite(suite: SuiteConfig) -> None:
+    """ConfigError for what can be found missing without a model."""
+    if isinstance(suite, HarnessSuite):
+        from eval.tasks import load_tasks
+
+        load_tasks(suite, None)
+
+
 def main(config: EvalConfig) -> int:
     if getattr(config.suite, "prefetch", False):
         from eval.tasks import prefetch
@@ -47,7 +56,8 @@ def main(config: EvalConfig) -> int:
         variant = variant_of(run, config.step, config.rope_scaling, config.rope_factor)
         path = save(run, config.suite.name, outcome, config.limit, variant)
         if config.rope_scaling == "none":
-            log(run, outcome.metrics(config.suite.name))
+            log(run, config.suite.name, outcome.metrics(config.suite.name))
+        pending(run.dir / "results" / "inbox", config.suite.name, run.step).unlink(missing_ok=True)
         show(outcome, path)
     return 0
 

@@ -78,11 +78,14 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def load_tasks(suite: HarnessSuite, run: LoadedRun | None) -> list[Task | Group]:
-    """The suite's tasks as what the harness's TaskManager.load takes. ConfigError names those that cannot be had."""
-    ours = {name: cloze.task(name, run) for name in suite.tasks if name in cloze.TASKS and run is not None}
-    others = [name for name in suite.tasks if name not in ours]
+    """The suite's tasks; ours, which are made from a run's data, only where there is a run.
+
+    ConfigError names those that cannot be had.
+    """
+    ours = [cloze.task(name, run) for name in suite.tasks if name in cloze.TASKS and run is not None]
+    others = [name for name in suite.tasks if name not in cloze.TASKS]
     if not others:
-        return list(ours.values())
+        return ours
     manager, errors, found = find_tasks(others), [], []
     known = [*manager.all_tasks, *cloze.TASKS]
     if suite.data_dir and not suite.prefetch and not Path(suite.data_dir).is_dir():
@@ -103,7 +106,7 @@ def load_tasks(suite: HarnessSuite, run: LoadedRun | None) -> list[Task | Group]
             )
     if errors:
         raise ConfigError(*errors)
-    return [*ours.values(), *found]
+    return [*ours, *found]
 
 
 def find_tasks(names: list[str]) -> TaskManager:
@@ -132,9 +135,9 @@ def leaves(items: list[Task | Group]) -> Iterator[Task]:
 def prefetch(suite: HarnessSuite) -> None:
     """Write the questions of the suite's tasks to suite.data_dir, from the network."""
     folder, console = Path(suite.data_dir), Console(highlight=False, soft_wrap=True)
-    wanted = [task for task in leaves(load_tasks(suite, None)) if task.config.task not in cloze.TASKS]
+    found = load_tasks(suite, None)
     folder.mkdir(parents=True, exist_ok=True)
-    for task in wanted:
+    for task in leaves(found):
         config = task.config
         splits = {config.training_split, config.validation_split, config.test_split, config.fewshot_split} - {None}
         for split in sorted(splits & set(task.dataset)):
