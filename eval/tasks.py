@@ -112,9 +112,11 @@ def load_tasks(suite: HarnessSuite, run: LoadedRun | None) -> list[Task | Group]
 def find_tasks(names: list[str]) -> TaskManager:
     """A TaskManager that knows at least these."""
     root = Path(lm_eval.tasks.__file__).parent
-    if all(name in FOLDERS for name in names):
-        folders = sorted({str(root / FOLDERS[name]) for name in names})
-        return TaskManager(include_path=folders, include_defaults=False)
+    folders = {FOLDERS.get(name) or FOLDERS.get(name.split("_")[0]) for name in names}
+    if None not in folders:
+        manager = TaskManager(include_path=sorted(str(root / folder) for folder in folders), include_defaults=False)
+        if all(name in manager.all_tasks for name in names):
+            return manager
     return TaskManager()
 
 

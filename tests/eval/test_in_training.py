@@ -20,7 +20,9 @@ BENCHMARKS = ["trainer.benchmark_every=4", "trainer.benchmarks=[builtin_cloze]",
 
 
 def lines(folder, *, evaluations: bool) -> list[dict]:
-    return [line for line in read_metrics(folder / "metrics.jsonl") if any("eval/" in key for key in line) == evaluations]
+    return [
+        line for line in read_metrics(folder / "metrics.jsonl") if any("eval/" in key for key in line) == evaluations
+    ]
 
 
 def test_benchmarks_are_logged_at_their_step_and_leave_no_trace_in_training(small_run, tmp_path):
@@ -28,7 +30,9 @@ def test_benchmarks_are_logged_at_their_step_and_leave_no_trace_in_training(smal
     assert train.main(load(compose("train", plain))) == train.main(load(compose("train", other))) == 0
     before, after = read_metrics(tmp_path / "plain/metrics.jsonl"), read_metrics(tmp_path / "other/metrics.jsonl")
     for one, two in zip(before, after, strict=True):
-        assert {key: two[key] for key in one if "perf" not in key} == {key: one[key] for key in one if "perf" not in key}
+        assert {key: two[key] for key in one if "perf" not in key} == {
+            key: one[key] for key in one if "perf" not in key
+        }
     scored = {line["step"]: line["eval/cloze/acc_norm"] for line in after if "eval/cloze/acc_norm" in line}
     assert scored.keys() == {4, 8}
     record = json.loads((tmp_path / "other/results/builtin_cloze.json").read_text())
@@ -63,7 +67,9 @@ def test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps(
     submitted = tmp_path / "submitted"
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {submitted}\nenv | grep -c WORLD_SIZE >> {tmp_path}/leaks\necho 7\n')
+    sbatch.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$*" >> {submitted}\nenv | grep -c WORLD_SIZE >> {tmp_path}/leaks\necho 7\n'
+    )
     sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(in_training, "SCRIPT", sbatch)
@@ -75,7 +81,13 @@ def test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps(
         return original(self, step)
 
     monkeypatch.setattr(in_training.Benchmarks, "due", due)
-    overrides = [*small_run, *BENCHMARKS, "trainer.benchmark_every=2", "trainer.benchmark_job=true", "trainer.keep_checkpoints=1"]
+    overrides = [
+        *small_run,
+        *BENCHMARKS,
+        "trainer.benchmark_every=2",
+        "trainer.benchmark_job=true",
+        "trainer.keep_checkpoints=1",
+    ]
     assert train.main(load(compose("train", overrides))) == 0
     assert [line.split()[-1] for line in submitted.read_text().splitlines()] == [f"step={n}" for n in (2, 4, 6, 8)]
     assert set((tmp_path / "leaks").read_text().split()) == {"0"}
