@@ -26,8 +26,8 @@ OF_THE_JOB = ("SLURM_", "SBATCH_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_"
 class Benchmarks:
     """What `trainer.benchmark_every` and `trainer.benchmarks` ask for. ConfigError where a suite cannot be had."""
 
-    def __init__(self, config: Config, runtime: Runtime, tokenizer: Tokenizer, say: Callable[[str], None]):
-        self.config, self.runtime, self.tokenizer, self.say = config, runtime, tokenizer, say
+    def __init__(self, config: Config, runtime: Runtime, say: Callable[[str], None]):
+        self.config, self.runtime, self.say = config, runtime, say
         trainer = config.trainer
         self.every = trainer.benchmark_every if trainer.benchmarks else None
         self.inbox = Path(config.run.dir) / "results" / "inbox"
@@ -61,10 +61,16 @@ class Benchmarks:
         """The last step counts too."""
         return bool(self.every) and (step % self.every == 0 or step == self.config.trainer.horizon)
 
-    def run(self, model: Transformer, step: int) -> dict[str, float]:
+    def job_due(self, step: int) -> bool:
+        return self.config.trainer.benchmark_job and self.due(step)
+
+    def run(
+        self, model: Transformer, tokenizer: Tokenizer, step: int, alive: Callable[[str], None] = lambda doing: None
+    ) -> dict[str, float]:
         """Run the suites on the model as it stands; their results by the names of metrics.jsonl (rank 0 has them).
 
-        Nothing random of training's is touched. A suite that fails costs its results, not the run.
+        Nothing random of training's is touched. A suite that fails costs its results, not the run. `alive` is told of
+        every forward pass.
         """
         if self.config.trainer.benchmark_job:
             return {}
@@ -73,11 +79,12 @@ class Benchmarks:
 
         here = LoadedRun(
             Path(self.config.run.dir), self.config, step, step * self.config.trainer.tokens_per_step, model,
-            self.tokenizer, self.runtime, lockstep=self.config.deepspeed.stage == 3,
+            tokenizer, self.runtime, lockstep=self.config.deepspeed.stage == 3,
         )  # fmt: skip
         found: dict[str, float] = {}
         training = model.training
         model.eval()
+        sign = model.register_forward_pre_hook(lambda *_: alive(f"step {step}, benchmarks"))
         for name, suite in self.suites.items():
             try:
                 with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled for every length
@@ -90,13 +97,14 @@ class Benchmarks:
                     found |= scores
             except Exception as error:
                 self.say(f"step {step}: the benchmark {name} failed, training goes on: {error}")
+        sign.remove()
         model.train(training)
         return found
 
     # --- as jobs of their own
     def submit(self, step: int) -> None:
         """Submit the suites on the checkpoint of `step`, which stays until they are done; rank 0 does it."""
-        if not (self.config.trainer.benchmark_job and self.runtime.is_main):
+        if not self.runtime.is_main:
             return
         self.inbox.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if not of_the_job(key)}
