@@ -134,4 +134,6 @@ class EvalConfig:
             yield "rope_scaling and rope_factor go together, as in rope_scaling=yarn rope_factor=4"
         elif self.rope_factor is not None and not self.rope_factor >= 1:
             yield f"rope_factor={self.rope_factor}: must be at least 1"
+        if self.rope_scaling != "none" and isinstance(self.suite, LongContextSuite):
+            yield f"rope_scaling={self.rope_scaling}: suite=long_context takes suite.scalings=[{self.rope_scaling}]"
         yield from check_machine(self)

@@ -14,7 +14,7 @@ from training.setup import Runtime, find_runtime
 
 @dataclass
 class LoadedRun:
-    """`model` is in eval mode on the runtime's device; under ZeRO-3 all ranks must call it the same number of times."""
+    """`model` is in eval mode on the runtime's device. `lockstep`: all ranks must call it equally often (ZeRO-3)."""
 
     dir: Path
     config: Config
@@ -23,6 +23,7 @@ class LoadedRun:
     model: Transformer
     tokenizer: Tokenizer
     runtime: Runtime
+    lockstep: bool = False
 
     @property
     def context(self) -> int:

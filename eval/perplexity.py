@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,11 @@ def perplexity_suite(run: LoadedRun, config: EvalConfig) -> Outcome:
 def measure(run: LoadedRun, text: Text, windows: Windows, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
     """(sum of losses, number of tokens) of each window, position and group of document lengths: float64 [n, 2] each."""
     groups = 1 + max(int(group_of(np.array(len(stream)))) for stream in text.streams)
-    sums = {"windows": np.zeros((len(windows), 2)), "positions": np.zeros((seq_len, 2)), "lengths": np.zeros((groups, 2))}
+    sums = {
+        "windows": np.zeros((len(windows), 2)),
+        "positions": np.zeros((seq_len, 2)),
+        "lengths": np.zeros((groups, 2)),
+    }
     losses = token_losses(run, text, windows, batch_size)
     for number, stream, first, begin, values in losses:
         sums["windows"][number] += values.sum(), len(values)
@@ -148,7 +153,7 @@ def plot(curves: dict, seq_len: int, title: str, path: Path) -> None:
     left.plot(places, losses, alpha=0.3, linewidth=0.8)
     edges = np.unique(np.geomspace(1, seq_len + 1, 17).astype(int))
     weights = np.array(by_position["tokens"])
-    inside = [(places >= low) & (places < high) for low, high in zip(edges, edges[1:], strict=False)]
+    inside = [(places >= low) & (places < high) for low, high in pairwise(edges)]
     points = [(np.average(places[i], weights=weights[i]), np.average(losses[i], weights=weights[i]))
               for i in inside if i.any()]  # fmt: skip
     left.plot(*zip(*points, strict=True), marker="o", markersize=4)

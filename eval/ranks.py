@@ -29,6 +29,11 @@ def grouped() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def place() -> tuple[int, int]:
+    """(this process's rank, the number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def total(values: Tensor) -> Tensor:
     """The sum over all ranks, on every rank; `values` is changed in place."""
     if grouped():
@@ -43,6 +48,15 @@ def largest(value: int, device: torch.device) -> int:
     number = torch.tensor(value, device=device)
     dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
+
+
+def together(parts: dict) -> dict:
+    """The ranks' dicts as one, on every rank."""
+    if not grouped():
+        return parts
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, parts)
+    return {key: value for one in gathered for key, value in one.items()}
 
 
 def from_main(make):

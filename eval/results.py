@@ -18,11 +18,11 @@ from training.wandb_run import log_evaluation
 
 @dataclass
 class Outcome:
-    """Results by flat key: `loss`, or `<task>/<metric>` where they belong to tasks (`by_task`)."""
+    """Results by flat key: `loss`, or `<task>/<metric>` where they belong to tasks."""
 
     results: dict[str, float]
     stderr: dict[str, float] = field(default_factory=dict)
-    by_task: bool = False
+    tasks: dict[str, str] | None = None  # the tasks to log, and the names to log them by; None: there are no tasks
     versions: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)  # what else the JSON file holds: curves, settings
     shown: list[RenderableType] = field(default_factory=list)  # in the terminal; default: the results
@@ -30,10 +30,14 @@ class Outcome:
 
     def metrics(self, suite: str) -> dict[str, float]:
         """The results by the names that they have in metrics.jsonl and W&B."""
-        return {
-            f"eval/{key}" if self.by_task and "/" in key else f"eval/{suite}/{key}": value
-            for key, value in self.results.items()
-        }
+        named = {}
+        for key, value in self.results.items():
+            task, slash, metric = key.partition("/")
+            if self.tasks is None or not slash:
+                named[f"eval/{suite}/{key}"] = value
+            elif task in self.tasks:
+                named[f"eval/{self.tasks[task]}/{metric}"] = value
+        return named
 
 
 def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
@@ -85,20 +89,27 @@ def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor:
     return (f"_step_{step:08d}" if older else "") + scaled
 
 
-def log(run: LoadedRun, metrics: dict[str, float], path: Path) -> None:
-    """Add the results to a run that is not in training here: a line of metrics.jsonl, and W&B, at the run's step.
+def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> None:
+    """Add the results to the run, at the step that they belong to: a line of metrics.jsonl, and W&B.
 
-    `path` is what `save` returned.
+    A run that is not finished has one writer, the training process: it finds them in results/inbox and logs them. `path`
+    is what `save` returned.
     """
-    line = {"step": run.step, "tokens": run.tokens} | finite(metrics)
-    with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")  # one write, which a training process that appends too does not cut
+    facts, metrics = {"step": run.step, "tokens": run.tokens}, finite(metrics)
+    inbox = run.dir / "results" / "inbox"
+    if not (run.dir / "summary.json").exists():
+        inbox.mkdir(parents=True, exist_ok=True)
+        write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(facts | {"metrics": metrics}))
+    else:
+        with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(facts | metrics) + "\n")
     log_evaluation(run.config, path.stem, json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png")))
 
 
 def show(outcome: Outcome, path: Path) -> None:
     """Print the results and where they are."""
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # a table is better cut by the terminal than wrapped
     for item in outcome.shown:
         console.print(item)
     if not outcome.shown:

@@ -9,6 +9,7 @@ import torch
 from configs.app import app
 from configs.load import load_flat
 from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig
+from eval.in_training import pending
 from eval.loading import LoadedRun, load_run
 from eval.ranks import process_group
 from eval.results import Outcome, log, save, show, variant_of
@@ -25,12 +26,20 @@ def kind_of(suite: SuiteConfig):
     if isinstance(suite, PerplexitySuite):
         from eval.perplexity import perplexity_suite as found
     elif isinstance(suite, HarnessSuite):
-        from eval.harness import harness_suite as found
+        from eval.benchmarks import harness_suite as found
     elif isinstance(suite, LongContextSuite):
         from eval.long_context import long_context_suite as found
     else:
         raise TypeError(f"{type(suite).__name__}: no kind of suite")
     return found
+
+
+def check_suite(suite: SuiteConfig) -> None:
+    """ConfigError for what can be found missing without a model."""
+    if isinstance(suite, HarnessSuite):
+        from eval.tasks import load_tasks
+
+        load_tasks(suite, None)
 
 
 def main(config: EvalConfig) -> int:
@@ -47,7 +56,8 @@ def main(config: EvalConfig) -> int:
         variant = variant_of(run, config.step, config.rope_scaling, config.rope_factor)
         path = save(run, config.suite.name, outcome, config.limit, variant)
         if config.rope_scaling == "none":
-            log(run, outcome.metrics(config.suite.name), path)
+            log(run, config.suite.name, outcome.metrics(config.suite.name), path)
+        pending(run.dir / "results" / "inbox", config.suite.name, run.step).unlink(missing_ok=True)
         show(outcome, path)
     return 0
 

@@ -41,12 +41,15 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
     if source.files or source.path:
         return encode_documents(source, run)
     folder = source.data_dir or run.config.data.dir
-    shards = TokenShards(folder, "val")
+    try:
+        shards = TokenShards(folder, "val")
+    except ConfigError as error:  # which speaks of the data block
+        raise ConfigError(*(line.replace("data.dir", "suite.data_dir") for line in error.errors)) from None
     manifest = shards.manifest
     if source.data_dir and manifest.tokenizer.get("fingerprint") != run.tokenizer.fingerprint:
         raise ConfigError(
-            f"suite.data_dir={folder}: was tokenised by {manifest.tokenizer.get('name')}, which is not the tokenizer of "
-            f"{run.dir}; prepare it again with that one, or give the text itself with suite.files="
+            f"suite.data_dir={folder}: was tokenised by {manifest.tokenizer.get('name')}, which is not the tokenizer "
+            f"of {run.dir}; prepare it again with that one, or give the text itself with suite.files="
         )
     return Text(
         f"{manifest.name}, validation", shards.arrays, manifest.bytes_per_token("val"), shards.documents(),

@@ -13,10 +13,10 @@ SCALINGS = ("none", "linear", "ntk", "yarn")
 class RopeScaling:
     """How a model trained at `original_length` is made to read texts `factor` times as long, without training.
 
-    linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows, so that the slowest
-    pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn fewer than `slow` times over the
-    original length are divided by the factor, those that turn more than `fast` times stay, and the logits are sharpened
-    (Peng et al., arXiv 2309.00071).
+    linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows, so that the
+    slowest pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn fewer than `slow` times
+    over the original length are divided by the factor, those that turn more than `fast` times stay, and the logits are
+    sharpened (Peng et al., arXiv 2309.00071).
     """
 
     kind: str
@@ -54,9 +54,7 @@ def rope_frequencies(dim: int, base: float, device=None) -> Tensor:
     return base ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
-def rope_tables(
-    positions: Tensor, dim: int, base: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., dim/2] in fp32 for `positions` [...]; computed on use, so no length limit."""
     frequencies = (scaling.frequencies if scaling else rope_frequencies)(dim, base, device=positions.device)
     angles = positions[..., None].float() * frequencies

@@ -211,8 +211,10 @@ class WandbRun:
 
     def summarize(self, facts: dict) -> None:
         """Facts beside the metrics, whose summary W&B makes itself."""
-        own = {key: value for key, value in facts.items() if "/" not in key and key not in ("step", "tokens", "run")}
-        self._try(lambda run: run.summary.update(own))
+        self.note({key: v for key, v in facts.items() if "/" not in key and key not in ("step", "tokens", "run")})
+
+    def note(self, facts: dict) -> None:
+        self._try(lambda run: run.summary.update(facts))
 
     def show_texts(self, key: str, texts: list[str]) -> None:
         """Texts as a table, one a row."""
@@ -289,9 +291,9 @@ def log_job(config: Config, folder: Path, job_type: str, name: str, facts: dict,
 
 
 def log_evaluation(config: Config, suite: str, record: dict, plots: list[Path]) -> None:
-    """Show an evaluation whose line is in metrics.jsonl: a job of its own, and, once training is done, in its run.
+    """Show an evaluation: as a job of its own, and, once training is done, in its run, from metrics.jsonl's new line.
 
-    `record` is what results/<suite>.json holds. A run that still trains passes the line on itself.
+    `record` is what results/<suite>.json holds. The process of a run that still trains shows the line itself.
     """
     run_dir = Path(config.run.dir)
     spread = {f"{key}_stderr": value for key, value in record.get("stderr", {}).items()}
