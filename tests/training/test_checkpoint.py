@@ -107,7 +107,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differing_keys(finished
 def test_weights_are_not_taken_over_from_another_tokenizer(finished, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
-    (folder / "a.txt").write_text("other words make other pieces, numbered 0123456789. " * 3000)
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"other words make other pieces, numbered {number}. " * 600)
     data = [f"data.files=['{folder}/*.txt']", f"data.dir={tmp_path}/shards", "data.val_fraction=0.2"]
     overrides = [*SMALL_RUN, *data, "tokenizer.vocab_size=300", f"run.dir={tmp_path}/run"]
     prepare(load(compose("train", overrides)), progress=False)
