@@ -13,7 +13,7 @@ class CompareConfig:
     out: str | None = None  # default: the runs' common parent/compare
     baseline: str | None = None  # the method that the others are compared with; default: mha, else the first
     metric: str | None = None  # default: val/loss, or val/bits_per_byte where tokenizers differ
-    target: float | None = None  # of the metric, for the tokens to reach it; default: the worst method's last
+    target: float | None = None  # of the metric, for the tokens to reach it; default: the worst run's last
     confidence: float = 0.95
     smoothing: float = 0.02  # of training curves: the share of a run that a point averages over
     tolerance: float = 0.05  # of matching: parameters and FLOPs; with `reference`, of the gate (default there: 0.01)

@@ -92,8 +92,8 @@ def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor:
 def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> None:
     """Add the results to the run, at the step that they belong to: a line of metrics.jsonl, and W&B.
 
-    A run that is not finished has one writer, the training process: it finds them in results/inbox and logs them. `path`
-    is what `save` returned.
+    A run that is not finished has one writer, the training process: it finds them in results/inbox and logs them.
+    `path` is what `save` returned.
     """
     facts, metrics = {"step": run.step, "tokens": run.tokens}, finite(metrics)
     inbox = run.dir / "results" / "inbox"

@@ -5,7 +5,7 @@ RUN is a run folder, a folder of a sweep (every run in it), or wandb:ENTITY/PROJ
   out=DIR            where the report goes; default: the runs' common parent/compare
   baseline=METHOD    what the others are compared with; default: mha, else the first
   metric=KEY         what is compared; default: val/loss, or val/bits_per_byte where only the tokenizers differ
-  target=NUMBER      of the metric, for the tokens that it takes; default: the worst method's last
+  target=NUMBER      of the metric, for the tokens that it takes; default: the worst run's last
   confidence=0.95    of the intervals
   smoothing=0.02     of training curves: the share of a run that a point averages over
   tolerance=0.05     of parameters and FLOPs, to be called matched
@@ -39,7 +39,6 @@ from configs.schema_compare import CompareConfig
 from eval.compare import gate, report, tables
 from eval.compare.collect import Method, name_methods, read_run, run_folders
 from eval.compare.fairness import Fairness, check, verdict
-from eval.compare.statistics import estimate
 
 
 def parse(arguments: list[str]) -> CompareConfig:
@@ -94,8 +93,7 @@ def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> 
     tokens = max(shared) if shared else None
     target = config.target
     if target is None:
-        last = [estimate(list(method.at(metric, tokens).values()), config.confidence) for method in methods]
-        target = max((found.mean for found in last if found), default=None)
+        target = max((value for method in methods for value in method.at(metric, tokens).values()), default=None)
     return tables.Question(metric, tokens, baseline, config.confidence, target)
 
 

@@ -14,7 +14,7 @@ from data.shards import MANIFEST_FILE, read_manifest
 from model import counting
 from model.transformer import TransformerConfig
 from training.metrics import read_metrics
-from training.run_folder import read_config
+from training.run_folder import read_config, read_events
 
 
 @dataclass
@@ -160,20 +160,16 @@ def read_run(folder: Path) -> Run:
     config = read_config(folder)
     results, decoding = read_results(folder)
     return Run(
-        folder, config, read_metrics(folder / "metrics.jsonl"), read_lines(folder / "events.jsonl"), results, decoding,
+        folder, config, read_metrics(folder / "metrics.jsonl"), read_events(folder), results, decoding,
         newest_facts(folder), (folder / "summary.json").is_file(),
     )  # fmt: skip
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [line for line in read_metrics(path) if isinstance(line, dict)]
 
 
 def read_results(folder: Path) -> tuple[dict[str, dict], list[dict]]:
     """(evaluations by file, points of decoding benchmarks) in a run's results; what cannot be read is named."""
     suites, decoding = {}, []
     for path in sorted(folder.glob("results/*.json*")):
-        lines = read_lines(path) if path.suffix == ".jsonl" else [read_json(path)]
+        lines = read_metrics(path) if path.suffix == ".jsonl" else [read_json(path)]
         for record in lines:
             if "results" in record and "suite" in record:
                 suites[path.stem] = record

@@ -13,12 +13,23 @@ from eval.plots import new_figure, save_figure
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#BCBD22")
 MARKERS = "osD^vPX*<>"
 
+TIME_UNITS = (("s", 1, 300), ("minutes", 60, 7200), ("hours", 3600, math.inf))  # and up to how many seconds
+
 Axis = tuple[str, Callable[[Run, int], float | None]]
-AXES: list[Axis] = [
-    ("tokens", lambda run, tokens: tokens),
-    ("training FLOPs", lambda run, tokens: tokens * run.counts["training_flops_per_token"]),
-    ("training time (hours)", lambda run, tokens: run.seconds[tokens] / 3600 if tokens in run.seconds else None),
-]
+
+
+def axes_for(methods: list[Method]) -> list[Axis]:
+    """Tokens, operations, and time in the unit that suits the longest run."""
+    longest = max((seconds for method in methods for run in method.runs for seconds in run.seconds.values()), default=0)
+    unit, length = next((u, n) for u, n, up_to in TIME_UNITS if longest < up_to)
+    return [
+        ("tokens", lambda run, tokens: tokens),
+        ("training FLOPs", lambda run, tokens: tokens * run.counts["training_flops_per_token"]),
+        (
+            f"training time ({unit})",
+            lambda run, tokens: run.seconds[tokens] / length if tokens in run.seconds else None,
+        ),
+    ]
 
 
 def style(number: int) -> dict:
@@ -31,8 +42,9 @@ def curves(methods: list[Method], share: float, path: Path, perplexity: bool = F
     A line is the mean over a method's runs; against time, where runs have different points, each run has its own.
     """
     shown = (lambda y: math.exp(min(y, 50))) if perplexity else (lambda y: y)
-    figure, panels = new_figure(columns=len(AXES), width=5.6, height=4.6)
-    for panel, (label, place) in zip(panels, AXES, strict=True):
+    axes = axes_for(methods)
+    figure, panels = new_figure(columns=len(axes), width=5.6, height=4.6)
+    for panel, (label, place) in zip(panels, axes, strict=True):
         by_time = label.startswith("training time")
         for number, method in enumerate(methods):
             color = style(number)

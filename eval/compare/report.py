@@ -18,10 +18,11 @@ from training.checkpoint import write_atomic
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1180px; margin: 2em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; padding-bottom: .2em; }
-table { border-collapse: collapse; margin: .8em 0; font-size: .87em; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8em 0; font-size: .87em; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .7em; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
 th { border-bottom: 2px solid #888; text-align: left; } td { white-space: nowrap; }
-img { max-width: 100%; } code { font-size: .92em; background: #f3f3f3; padding: .1em .3em; }
+img { max-width: 100%; width: 100%; } img.narrow { width: 680px; } code { font-size: .92em; background: #f3f3f3; padding: .1em .3em; }
 blockquote { margin: 1em 0; padding: .4em 1em; border-left: 5px solid #999; background: #f6f6f6; }
 blockquote.bad { border-color: #b00020; background: #fdf0f0; } blockquote.good { border-color: #1b7f3b; background: #effaf2; }
 p.note { color: #555; font-size: .87em; }
@@ -136,9 +137,12 @@ def page(text: str, folder: Path) -> str:
         body = body.replace("<blockquote>", f'<blockquote class="{mark[1]}">', 1).replace(mark[0], "")
     body = re.sub(r"<p><em>(.*?)</em></p>", r'<p class="note">\1</p>', body)
 
+    body = body.replace("<table>", '<div class="wide">\n<table>').replace("</table>", "</table>\n</div>")
+
     def embed(match: re.Match) -> str:
         data = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
+        narrow = "" if match[1] in ("loss.png", "perplexity.png") else 'class="narrow" '
+        return f'{narrow}src="data:image/png;base64,{data}"'
 
     body = re.sub(r'src="([^"]+\.png)"', embed, body)
     title = html.escape(text.splitlines()[0].removeprefix("# "))

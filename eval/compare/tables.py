@@ -206,7 +206,7 @@ def decode_speed(method: Method) -> tuple[str, str]:
 
 
 def health(methods: list[Method]) -> Table:
-    columns = ["run", "method", "seed", "state", "skipped steps", "restarts", "went back"]
+    columns = ["run", "method", "seed", "state", "skipped steps", "restarts", "rollbacks", "failed saves"]
     columns += ["median gradient norm", "largest"]
     rows = [health_of(run) for method in methods for run in method.runs]
     return Table(columns, rows, ["Gradient norms before clipping, of the steps that were logged."])
@@ -223,7 +223,7 @@ def health_of(run: Run) -> list[str]:
         "finished" if run.finished else f"step {step:,} of {horizon:,}",
         DASH if skipped is None else f"{skipped:,.0f}",
         DASH if restarts is None else str(restarts),
-        str(run.count("went_back")) if run.events else DASH,
+        *(str(run.count(event)) if run.events else DASH for event in ("rollback", "save_failed")),
         number(run.typical("optim/grad_norm"), 3),
         number(max(norms, default=None), 3),
     ]

@@ -82,7 +82,7 @@ def test_the_final_table_is_that_of_the_runs(sweep):
     gaps = [last["t6", s] - last["mha", s] for s in (0, 1)]
     low, high = stats.t.interval(0.95, 1, loc=sum(gaps) / 2, scale=stats.sem(gaps))
     assert row[-1] == f"{sum(gaps) / 2:+.4f} ± {(high - low) / 2:.4f}" and row[1] == "2"
-    assert tables.health(methods).rows[0][3:6] == ["finished", "0", tables.DASH]
+    assert tables.health(methods).rows[0][3:8] == ["finished", "0", "0", "0", "0"]
 
 
 def first_lines(text: str) -> str:
@@ -128,7 +128,7 @@ def test_a_run_that_still_trains_is_compared_at_the_tokens_that_all_have(sweep, 
 
 def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path):
     copy(sweep / "t6_0", tmp_path / "run")
-    events = [{"time": 1.0, "event": "start", "step": 0}, {"time": 2.0, "event": "went_back", "step": 4},
+    events = [{"time": 1.0, "event": "start", "step": 0}, {"time": 2.0, "event": "rollback", "step": 4},
               {"time": 3.0, "event": "start", "step": 4}]  # fmt: skip
     (tmp_path / "run/events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (tmp_path / "run/results").mkdir()
@@ -145,7 +145,7 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     assert "| published: TPA | 124M | 51.26 | 27.39 |" in text and "| mha | 131k | - | - |" in text
     assert "## Evaluation: perplexity" in text and "148.4132" in text
     row = next(line for line in text.splitlines() if line.startswith("| run | t6 | 0 | finished"))
-    assert row.split(" | ")[5:7] == ["1", "1"]  # one restart, one return
+    assert row.split(" | ")[5:8] == ["1", "1", "0"]  # one restart, one rollback
     assert "Decoding: batch 1 at 9 tokens on cpu" in text and text.count("| 100 |") == 1
 
 
