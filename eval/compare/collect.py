@@ -11,6 +11,7 @@ from typing import Any
 from configs.errors import ConfigError
 from configs.schema import Config
 from data.shards import MANIFEST_FILE, read_manifest
+from eval import published
 from model import counting
 from model.transformer import TransformerConfig
 from training.metrics import read_metrics
@@ -125,6 +126,16 @@ class Method:
                 found.setdefault(run.seed, []).append(value)
         return {seed: sum(values) / len(values) for seed, values in found.items()}
 
+    def lately(self, key: str, tokens: int | None) -> dict[int, float]:
+        """A noisy metric by seed: the mean over the last tenth of the tokens until `tokens` (None: until the end)."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs:
+            end = run.tokens if tokens is None else tokens
+            values = [value for at, value in run.points(key) if 0.9 * end <= at <= end]
+            if values:
+                found.setdefault(run.seed, []).append(sum(values) / len(values))
+        return {seed: sum(values) / len(values) for seed, values in found.items()}
+
     def curve(self, key: str) -> list[tuple[int, float]]:
         """(tokens, mean over the runs) where all of them have logged the metric."""
         series = [dict(run.points(key)) for run in self.runs]
@@ -195,10 +206,16 @@ def newest_facts(folder: Path) -> dict:
     return next((facts for facts in found if facts), {})
 
 
+def usual_order(run: Run) -> int:
+    """The paper's mechanisms as it lists them, then all others."""
+    known, name = list(published.NAMES), run.config.model.name
+    return known.index(name) if name in known else len(known)
+
+
 def name_methods(runs: list[Run]) -> list[Method]:
-    """The runs by method, in the order given. A method is called by its mechanism, and by what else tells it apart."""
+    """The runs by method, in the usual order. A method is called by its mechanism, and by what else tells it apart."""
     by_settings: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=usual_order):
         settings = {key: value for key, value in run.identity.items() if key != "run.seed"}
         by_settings.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     groups = list(by_settings.values())

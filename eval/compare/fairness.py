@@ -18,13 +18,18 @@ class Check:
     values: dict[str, str]  # by method
     why: str = ""
 
-    def sentence(self) -> str:
+    def grouped(self, most: int | None = None) -> str:
+        """Which methods have what; the value alone where all have it."""
         groups: dict[str, list[str]] = {}
         for method, value in self.values.items():
             groups.setdefault(value, []).append(method)
-        shown = "; ".join(f"{', '.join(methods)}: {value}" for value, methods in list(groups.items())[:4])
-        more = f"; and {len(groups) - 4} other values" if len(groups) > 4 else ""
-        return f"{self.name}: {shown}{more}" + (f". {self.why}" if self.why else "")
+        if len(groups) == 1:
+            return next(iter(groups))
+        shown = "; ".join(f"{', '.join(methods)}: {value}" for value, methods in list(groups.items())[:most])
+        return shown + (f"; and {len(groups) - most} other values" if most and len(groups) > most else "")
+
+    def sentence(self) -> str:
+        return f"{self.name}: {self.grouped(6)}" + (f". {self.why}" if self.why else "")
 
 
 @dataclass
@@ -140,7 +145,7 @@ def verdict(fairness: Fairness, methods: list[Method]) -> tuple[str, list[str]]:
     if training:
         unknown.append(f"not finished: {', '.join(training)}")
     if reasons:
-        return "This comparison is NOT fair: the methods differ in more than their attention.", reasons + unknown
+        return f"NOT fair: not matched in {', '.join(check.name for check in fairness.problems)}.", reasons + unknown
     if unknown:
         return "Matched in what could be checked, with reservations.", unknown
-    return "Matched: parameters, FLOPs, tokens, data, tokenizer, batch, schedule and seeds.", []
+    return f"Matched in {', '.join(check.name for check in fairness.checks)}.", []

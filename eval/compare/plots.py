@@ -135,7 +135,9 @@ def loss_against_cache(methods: list[Method], question: Question, path: Path) ->
         x, y = points[method.name]
         marks = {"marker": MARKERS[number % 10], "markersize": 8, "linestyle": "", "capsize": 4, "zorder": 3}
         axes.errorbar(x, y, yerr=found[method.name].half, **marks, **style(number))
-        axes.annotate(method.name, (x, y), xytext=(9, 4), textcoords="offset points", fontsize=9, **style(number))
+        crowded = any(x < other <= 1.15 * x for other, _ in points.values())  # then the label goes to the left
+        side = {"xytext": (-9, 4), "ha": "right"} if crowded else {"xytext": (9, 4)}
+        axes.annotate(method.name, (x, y), textcoords="offset points", fontsize=9, **side, **style(number))
     front = pareto(points)
     axes.plot(
         [points[name][0] for name in front],

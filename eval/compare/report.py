@@ -21,7 +21,7 @@ h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .8em 0; font-size: .87em; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .7em; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-th { border-bottom: 2px solid #888; text-align: left; } td { white-space: nowrap; }
+th { border-bottom: 2px solid #888; text-align: left; } td { white-space: nowrap; max-width: 60em; } td:last-child { white-space: normal; }
 img { max-width: 100%; width: 100%; } img.narrow { width: 680px; } code { font-size: .92em; background: #f3f3f3; padding: .1em .3em; }
 blockquote { margin: 1em 0; padding: .4em 1em; border-left: 5px solid #999; background: #f6f6f6; }
 blockquote.bad { border-color: #b00020; background: #fdf0f0; } blockquote.good { border-color: #1b7f3b; background: #effaf2; }
@@ -63,10 +63,11 @@ def markdown(comparison: Comparison, front: list[str]) -> str:
     """The whole report; the plots are beside it."""
     methods, fairness, question = comparison.methods, comparison.fairness, comparison.question
     words, reasons = verdict(fairness, methods)
-    mark = "good" if words.startswith("Matched:") else "bad" if "NOT" in words else "neutral"
+    mark = "good" if not reasons and len(methods) > 1 else "bad" if "NOT" in words else "neutral"
     blocks = [
         f"# {', '.join(method.name for method in methods)}",
-        "\n".join([f"> **{words}**", *(f">\n> - {reason}" for reason in reasons)]) + f"\n<!-- {mark} -->",
+        "\n".join([f"> **{words}**", ">" * bool(reasons), *(f"> - {reason}" for reason in reasons)]).rstrip()
+        + f"\n<!-- {mark} -->",
         f"{comparison.words}, {date.today().isoformat()}: `{comparison.command}`",
         "## Results",
         table(tables.final(methods, question, comparable=is_comparable(fairness, question))),
@@ -96,7 +97,7 @@ def markdown(comparison: Comparison, front: list[str]) -> str:
         blocks += ["## Benchmarks", "None yet: `python -m eval.run run=RUN suite=paper_zeroshot` adds them."]
     blocks += ["## Health", table(tables.health(methods)), "![gradient norms](gradient_norm.png)"]
     if len(methods) > 1:
-        blocks += ["## Is it fair?", table(checks(fairness, methods))]
+        blocks += ["## Is it fair?", table(checks(fairness))]
         blocks += ["### Configuration: what differs", table(tables.differences(fairness.differing, methods))]
     blocks += ["## Perplexity", "![perplexity against tokens, FLOPs and time](perplexity.png)"]
     return "\n\n".join(blocks) + "\n"
@@ -107,18 +108,17 @@ def is_comparable(fairness: Fairness, question: Question) -> bool:
     return fairness.same_tokens or (fairness.same_text and question.metric == "val/bits_per_byte")
 
 
-def checks(fairness: Fairness, methods: list[Method]) -> Table:
-    rows = [
-        [check.name, check.verdict, *(check.values[method.name] for method in methods)] for check in fairness.checks
-    ]
-    return Table(["", "", *(method.name for method in methods)], rows)
+def checks(fairness: Fairness) -> Table:
+    rows = [[check.name, check.verdict, check.grouped()] for check in fairness.checks]
+    return Table(["what", "", "values"], rows)
 
 
 def table(found: Table) -> str:
     """A pipe table, the numbers to the right, and its notes."""
     escape = lambda cell: cell.replace("|", "\\|")  # noqa: E731
     is_text = [
-        all(not re.match(r"[-+]?[\d.]", row[i]) or i == 0 for row in found.rows) for i in range(len(found.columns))
+        i == 0 or not any(re.match(r"[-+]?[\d.]", row[i]) for row in found.rows) or found.columns[i] == "values"
+        for i in range(len(found.columns))
     ]
     lines = [
         "| " + " | ".join(map(escape, found.columns)) + " |",

@@ -86,16 +86,24 @@ def final(methods: list[Method], question: Question, comparable: bool) -> Table:
         if gap and gap.is_clear:
             clear.append(f"{method.name} ({'better' if gap.mean < 0 else 'worse'})")
         shown = DASH if gap is None else with_interval(gap, sign=True) + ("" if gap.paired else " (unpaired)")
+        lately = method.lately("train/loss", question.tokens)
         values = [
             with_interval(question.of(method, f"val/{key}"), digits)
             for key, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4))
         ]
         rows.append(
-            [method.name, str(len(method.runs)), with_interval(question.of(method, "train/loss")), *values, shown]
+            [
+                method.name,
+                str(len(method.runs)),
+                with_interval(estimate(list(lately.values()), question.confidence)),
+                *values,
+                shown,
+            ]
         )
     where = "each run's last evaluation" if question.tokens is None else f"{question.tokens:,} tokens"
     notes = [
-        f"At {where}. n: runs (seeds). ±: half of the {level} t interval over seeds; none where n = 1.",
+        f"At {where}. n: runs (seeds). ±: half of the {level} t interval over seeds; none where n = 1. "
+        "Train loss: the mean over the last tenth of the tokens.",
         "Δ: below zero is better; taken seed by seed where the seeds are the same. No correction for the number of "
         "methods."
         if comparable

@@ -67,7 +67,7 @@ def test_a_sweep_becomes_a_report_with_plots(sweep, capsys):
     page = (out / "report.html").read_text()
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(plots)
     assert page.count("<table>") == text.count("\n|---") and "| ---" not in page
-    assert "Matched" in capsys.readouterr().out
+    assert "Matched in" in capsys.readouterr().out
 
 
 def test_the_final_table_is_that_of_the_runs(sweep):
