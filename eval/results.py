@@ -103,7 +103,7 @@ def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> No
     else:
         with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(facts | metrics) + "\n")
-    log_evaluation(run.config, path.stem, json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png")))
+    log_evaluation(run.dir, path.stem, json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png")))
 
 
 def show(outcome: Outcome, path: Path) -> None:

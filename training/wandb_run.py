@@ -290,18 +290,21 @@ def log_job(config: Config, folder: Path, job_type: str, name: str, facts: dict,
         print(f"W&B failed: {error}")
 
 
-def log_evaluation(config: Config, suite: str, record: dict, plots: list[Path]) -> None:
+def log_evaluation(run_dir: Path, suite: str, record: dict, plots: list[Path]) -> None:
     """Show an evaluation: as a job of its own, and, once training is done, in its run, from metrics.jsonl's new line.
 
     `record` is what results/<suite>.json holds. The process of a run that still trains shows the line itself.
     """
-    run_dir = Path(config.run.dir)
+    from training.run_folder import read_config  # which logs through here
+
+    config = read_config(run_dir)
+    tree, config.run.dir = to_dict(config), str(run_dir)
     spread = {f"{key}_stderr": value for key, value in record.get("stderr", {}).items()}
     facts = {f"eval/{suite}/{key}": value for key, value in (record["results"] | spread).items()}
     settings = {key: record.get(key) for key in ("run", "suite", "step", "tokens", "limit", "versions")}
     log_job(config, run_dir, "eval", f"{config.run.name} {suite}", facts, settings, plots)
     if (run_dir / "summary.json").exists():
-        view = WandbRun(config, to_dict(config))
+        view = WandbRun(config, tree)
         if plots:
             view.show_images(plots)
         view.finish()
