@@ -108,7 +108,7 @@ def test_weights_are_not_taken_over_from_another_tokenizer(finished, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for number in range(5):
-        (folder / f"{number}.txt").write_text(f"other words make other pieces, numbered {number}. " * 600)
+        (folder / f"{number}.txt").write_text(f"other words make other pieces\nthan those of number {number}\n" * 600)
     data = [f"data.files=['{folder}/*.txt']", f"data.dir={tmp_path}/shards", "data.val_fraction=0.2"]
     overrides = [*SMALL_RUN, *data, "tokenizer.vocab_size=300", f"run.dir={tmp_path}/run"]
     prepare(load(compose("train", overrides)), progress=False)
