@@ -20,7 +20,8 @@ from tests.conftest import ROOT, SMALL_RUN
 from tests.training.wandb_server import wandb_server
 from training.metrics import Metrics, read_metrics
 from training.run_folder import create_run_folder
-from training.wandb_run import WandbRun, log_preparation, logged_history, read_records, run_id, wandb_mode
+from training.wandb_files import logged_history, read_records, run_id
+from training.wandb_run import WandbRun, log_preparation, wandb_mode
 
 OFFLINE = ["wandb.mode=offline", "wandb.group=experiment", "wandb.tags=[night]"]
 
