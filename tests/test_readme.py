@@ -75,6 +75,13 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
     rest = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words[1:]]
     if any(word.startswith("data=fineweb") for word in rest):
         return [*python, *rest, "--cfg", "job"]  # from the hub
+    if any(word in rest for word in ("suite=paper_zeroshot", "suite=harness")):
+        return [sys.executable, *rest, "--cfg", "job"]  # from the hub
+    if "suite=builtin_cloze" in rest:
+        return [*python, *rest, "suite.tasks=[cloze]", "limit=4"]  # on the small data
+    if "suite=long_context" in rest:
+        own = [word for word in rest if not word.startswith("suite.files")]
+        return [*python, *own, "suite.lengths=[32,128]", "suite.trials=1", "limit=2"]
     if "data.benchmark" in rest:
         return [*python, *rest, "text_bytes=200000", "rounds=1"]
     if "train.py" not in rest or "--cfg" in rest:
@@ -85,6 +92,8 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
         else ["data=files", "tokenizer.vocab_size=512", *small_data]
     )
     mla = SMALL_MLA if "model=mla" in rest else []
+    if any(word.startswith("trainer.benchmarks=") for word in rest):
+        rest += ["trainer.benchmarks=[builtin_cloze]", "trainer.benchmark_overrides=['suite.tasks=[cloze]']"]
     return [*python, *rest, *SHRINK, *own_data, *mla]
 
 
