@@ -92,8 +92,6 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
         else ["data=files", "tokenizer.vocab_size=512", *small_data]
     )
     mla = SMALL_MLA if "model=mla" in rest else []
-    if any(word.startswith("trainer.benchmarks=") for word in rest):
-        rest += ["trainer.benchmarks=[builtin_cloze]", "trainer.benchmark_overrides=['suite.tasks=[cloze]']"]
     return [*python, *rest, *SHRINK, *own_data, *mla]
 
 
