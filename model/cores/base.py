@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class AttentionMask:
     """Which of S keys each of T queries sees.
 
-    `starts` [B] is the key index of each row's first query, for rows of different lengths in one cache: query t of row b
-    is at index starts[b] + t, and what lies beyond the row's last query is garbage, NaN perhaps, that must not reach the
-    result. Without it the queries are the last T of the S positions. `documents` [B, S] numbers the document of each
-    position: a query sees keys of its own only.
+    `starts` [B] is the key index of each row's first query, where the rows of a cache differ in length: query t of row
+    b is at index starts[b] + t, and what lies beyond a row's last query is garbage, NaN perhaps, that must not reach
+    the result. Without it the queries are the last T of the S positions. `documents` [B, S] numbers the document of
+    each position: a query sees keys of its own only.
     """
 
     causal: bool = True
