@@ -25,12 +25,14 @@ def stream(
     cache_dtype: torch.dtype | None = None,
     chunk: int = 512,
     compiled: bool = False,
+    vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:
     """The next token of each of `prompts`, step by step; None in a row that has ended with one of `stop_tokens`.
 
     Row i is drawn by seed + i, whatever the other rows are. Prompts pass through the model in pieces of `chunk` tokens.
     `compiled` compiles the step of one token (CUDA graphs on a GPU); without `use_cache` each step passes over
-    everything again, which gives the same tokens. There is no longest length: the cache grows.
+    everything again, which gives the same tokens. There is no longest length: the cache grows. `vocab_size`: tokens
+    from there on are padding of the model's vocabulary, never drawn.
 
     ValueError for an empty prompt.
     """
@@ -41,7 +43,7 @@ def stream(
     uniforms = draws(range(seed, seed + len(rows)), max_new_tokens, device)
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
+        seen = torch.zeros(len(rows), vocab_size or model.config.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in zip(seen, rows, strict=True):
             row[torch.tensor(prompt, device=device)] = True
     cache = model.new_cache(len(rows), dtype=cache_dtype) if use_cache else None
@@ -52,7 +54,7 @@ def stream(
         if compiled and cache:
             step = compile_step(model, cache, max_new_tokens)
         for i in range(max_new_tokens):
-            chosen = sampling.choose(logits, uniforms[i], seen)
+            chosen = sampling.choose(logits[:, :vocab_size], uniforms[i], seen)
             if seen is not None:
                 seen.scatter_(1, chosen[:, None], True)
             tokens = chosen.tolist()

@@ -9,7 +9,8 @@ import torch
 import train
 from configs.app import compose
 from configs.load import load, load_flat
-from configs.schema import ConfigError, EvalConfig, SampleConfig
+from configs.schema import ConfigError, EvalConfig
+from configs.schema_sample import SampleConfig
 from data.loader import EvalLoader
 from data.shards import TokenShards
 from eval import run as eval_run
