@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from model.sampling import GREEDY, Sampling, draws
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
+
+COMPILED: WeakKeyDictionary = WeakKeyDictionary()  # model -> its compiled step
 
 
 @torch.no_grad()
@@ -101,14 +104,21 @@ def decode_step(model: "Transformer", tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 def compile_step(model: "Transformer", cache: KVCache, n_tokens: int) -> Callable:
-    """`decode_step` compiled for `n_tokens` more tokens in `cache`, none of whose shapes changes from now on."""
+    """`decode_step` compiled for `n_tokens` more tokens in `cache`, none of whose shapes changes from now on.
+
+    Compiled once for a model, batch, capacity and dtype; with CUDA graphs on a GPU.
+    """
     cache.reserve(n_tokens)
     cache.static = True
-    if not cache.lengths.is_cuda:
-        return torch.compile(decode_step, fullgraph=True)
+    graphs = cache.lengths.is_cuda
+    if model not in COMPILED:
+        options = {"mode": "reduce-overhead" if graphs else None, "isolate_recompiles": True, "recompile_limit": 64}
+        COMPILED[model] = torch.compile(decode_step, fullgraph=True, dynamic=False, **options)
+    compiled = COMPILED[model]
+    if not graphs:
+        return compiled
     for tensor in cache.tensors():  # CUDA graphs refuse to write to inputs that might move
         torch._dynamo.mark_static_address(tensor)
-    compiled = torch.compile(decode_step, fullgraph=True, mode="reduce-overhead")
 
     def step(*inputs):
         torch.compiler.cudagraph_mark_step_begin()
