@@ -102,12 +102,13 @@ def answer(run, config: SampleConfig, notes: Console) -> bool:
         compiled=config.compile,
         vocab_size=tokenizer.vocab_size,
     )
-    alone, times, whole = config.count == 1, [], True
+    alone, times, made, whole = config.count == 1, [], [], True
     write(texts[0].text if alone else "")
     with contextlib.nullcontext() if alone else notes.status("the prompt") as status:
         try:
             for tokens in steps:
                 times.append(time.perf_counter())
+                made.append(sum(token is not None for token in tokens))
                 pieces = [text.add(t) if t is not None else "" for text, t in zip(texts, tokens, strict=True)]
                 write(pieces[0] if alone else "")
                 if status:
@@ -119,7 +120,7 @@ def answer(run, config: SampleConfig, notes: Console) -> bool:
         if not alone:
             Console(soft_wrap=True).print(Rule(f"seed {config.seed + number}"))
         write(f"{rest if alone else text.text}\n")
-    notes.print(facts(run, config, len(prompt) + 1, sum(len(text.tokens) for text in texts), times))
+    notes.print(facts(run, config, len(prompt) + 1, made, times))
     return whole
 
 
@@ -128,23 +129,20 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def facts(run, config: SampleConfig, prompt: int, tokens: int, times: list[float]) -> str:
-    """How fast it went, and what the cache took."""
-    new = tokens - config.count * (prompt - 1)
-    found = [f"{new} tokens"]
-    if len(times) > 1:
-        found += [f"{(new - config.count) / (times[-1] - times[0]):,.0f} a second after the prompt's {prompt}"]
+def facts(run, config: SampleConfig, prompt: int, made: list[int], times: list[float]) -> str:
+    """How fast it went, and what the cache took; `made` are the new tokens and `times` the time of each step."""
+    found = [f"{sum(made)} tokens after the prompt's {prompt}"]
+    start = 1 if config.compile else 0  # the second step of all compiles
+    if len(times) > start + 1:
+        found.append(f"{sum(made[start + 1 :]) / (times[-1] - times[start]):,.0f} tokens a second")
     if config.cache:
         model = run.model
         dtype = DTYPES.get(config.cache_dtype) or model.autocast_dtype or model.embedding.weight.dtype
-        found += [
-            f"{counting.kv_bytes_per_token(model.config, dtype):,} bytes of cache a token ({dtype})".replace(
-                "torch.", ""
-            )
-        ]
+        size = counting.kv_bytes_per_token(model.config, dtype)
+        found.append(f"a {str(dtype).removeprefix('torch.')} cache of {size:,} bytes a token")
     trained = run.config.trainer.seq_len
     if prompt + len(times) > trained:
-        found += [f"beyond the {trained} tokens that the run was trained on"]
+        found.append(f"longer than the {trained} tokens that the run was trained on, where text gets worse")
     return ", ".join(found)
 
 
