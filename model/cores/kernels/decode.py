@@ -55,14 +55,14 @@ def split_kernel(
     loaded = (d < D)[:, None] & inside[None, :]
     for r in tl.static_range(1 if DENSE_Q else R_Q):
         rank = h if DENSE_Q else r
-        if D_B == D:
-            b = tl.load(b_q + row * bq_b + (t * bq_t + rank * bq_r)[None, :] + d[:, None], mask=loaded, other=0.0).to(tl.float32)
-        else:
-            b = tl.load(b_q + row * bq_b + (t * bq_t + rank * bq_r)[None, :] + (d % D_B)[:, None], mask=loaded, other=0.0).to(tl.float32)
-            b *= tl.load(c_q + row * cq_b + (t * cq_t + rank * cq_r)[None, :] + (d // D_B)[:, None], mask=loaded, other=0.0)
+        rows = b_q + row * bq_b + (t * bq_t + rank * bq_r)[None, :]
+        factor = tl.load(rows + (d % D_B)[:, None], mask=loaded, other=0.0).to(tl.float32)
+        if D_B != D:
+            rows = c_q + row * cq_b + (t * cq_t + rank * cq_r)[None, :]
+            factor *= tl.load(rows + (d // D_B)[:, None], mask=loaded, other=0.0)
         if not DENSE_Q:
-            b *= head_factor(a_q + row * aq_b + t * aq_t + h * aq_h + r * aq_r, inside, SIGMOID)[None, :]
-        q += b
+            factor *= head_factor(a_q + row * aq_b + t * aq_t + h * aq_h + r * aq_r, inside, SIGMOID)[None, :]
+        q += factor
     q = (q * scale).to(b_k.dtype.element_ty)
 
     length = tl.cdiv(tl.cdiv(count, n_splits), BLOCK_S) * BLOCK_S
