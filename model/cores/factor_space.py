@@ -9,11 +9,12 @@ and its output is the softmax-weighted sum of a_v[s,h,u] b_v[s,u] / R_v (arXiv 2
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.tensor_product import Factored, Factors
 
-DECODE_KEYS = 2048  # keys of one block while decoding: what is made of them stays in the cache of the processor
+DECODE_KEYS = 4096  # keys of one block while decoding: what is made of them stays in the cache of the processor
 SPLIT_KEYS = 512  # keys of one product in such a block: the products of a block run on all cores
 PREFILL_BLOCK = 1024  # queries and keys of one block of a prefill
 FEW_ROWS = 512  # up to so many (query, head) pairs go the way of decoding
@@ -34,7 +35,11 @@ def reference(factored: Factored, scale: float, causal: bool = True, starts: Ten
     a_k, a_v = k.a.to(wide), v.a.to(wide)
     batch, n_queries, n_keys = b_q.size(0), b_q.size(1), b_k.size(1)
     heads = a_k.size(2)
-    a_q = q.a.to(wide) if q.a is not None else torch.eye(heads, dtype=wide, device=b_q.device).expand(*b_q.shape[:2], -1, -1)
+    a_q = (
+        q.a.to(wide)
+        if q.a is not None
+        else torch.eye(heads, dtype=wide, device=b_q.device).expand(*b_q.shape[:2], -1, -1)
+    )
     rank_q = 1 if q.a is None else a_q.size(-1)
 
     counts = key_counts(starts, n_queries, n_keys, batch, b_q.device)
@@ -57,47 +62,54 @@ def blocked(factored: Factored, scale: float, causal: bool = True, starts: Tenso
     heads, width = k.a.size(2), v.b.size(-1) * (1 if v.c is None else v.c.size(-1))
     out = q.b.new_empty(batch, n_queries, heads, width)
     counts = [n_keys] * batch if starts is None else (starts + n_queries).tolist()
-    attend = attend_few if n_queries * heads <= FEW_ROWS or k.b.dtype != q.b.dtype else attend_many
-    for row, count in enumerate(counts):
-        attend(*(cut(part, row) for part in (q, k, v)), out[row], scale, causal, count)
+    if n_queries * heads <= FEW_ROWS:
+        for row, count in enumerate(counts):
+            attend_few(*(each(part, lambda x: x[row]) for part in (q, k, v)), out[row], scale, causal, count)  # noqa: B023
+    elif len(set(counts)) == 1:
+        attend_many(q, k, v, out, scale, causal, counts[0])
+    else:
+        for row, count in enumerate(counts):
+            one = slice(row, row + 1)
+            attend_many(*(each(part, lambda x: x[one]) for part in (q, k, v)), out[one], scale, causal, count)  # noqa: B023
     return out
 
 
-def cut(factors: Factors, row: int, rows: slice = slice(None)) -> Factors:
-    """Some tokens of one sequence of the batch, without its batch axis."""
-    return Factors(*(None if x is None else x[row][rows] for x in (factors.a, factors.b, factors.c)))
+def each(factors: Factors, cut) -> Factors:
+    """`cut` of the factors that there are."""
+    return Factors(*(None if x is None else cut(x) for x in (factors.a, factors.b, factors.c)))
 
 
-def tokens(factors: Factors, rows: slice) -> Factors:
-    return Factors(*(None if x is None else x[rows] for x in (factors.a, factors.b, factors.c)))
+def form(factors: Factors, tokens: slice, dtype: torch.dtype) -> Tensor:
+    """Queries, keys or values of some tokens of every row, [B, len(tokens), H, D]."""
+    return each(factors, lambda x: x[:, tokens].to(dtype)).product()
 
 
 def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:
-    """A few queries against many keys, as in decoding: fills `out` [T, H, E].
+    """A few queries of one sequence against many keys, as in decoding: fills `out` [T, H, E].
 
     The queries are formed (T x H x D, small); keys and values never are: each rank's products with b_k are scaled by a_k.
     """
     n_queries, heads, width = out.shape
     wide = torch.promote_types(out.dtype, torch.float32)
     rows = n_queries * heads
-    queries = (q.product().to(wide) * (scale / k.a.size(-1))).view(rows, -1).T.contiguous()  # [D, T H]
+    queries = each(q, lambda x: x.to(wide)).product().mul_(scale / k.a.size(-1)).view(rows, -1).T.contiguous()
     partial, tops, sums = [], [], []
     for first in range(0, n_keys, DECODE_KEYS):
-        held = slice(first, min(first + DECODE_KEYS, n_keys))
-        block_k, block_v = tokens(k, held), tokens(v, held)
-        keys = held.stop - first
-        a_k, b_k = block_k.a.to(wide), block_k.token_factor().to(wide)
-        a_v, b_v = block_v.a.to(wide), block_v.token_factor().to(wide)
-        products = (b_k.reshape(-1, b_k.size(-1)) @ queries).view(keys, -1, n_queries, heads)
+        stop = min(first + DECODE_KEYS, n_keys)
+        block_k, block_v = (each(part, lambda x: x[first:stop].to(wide)) for part in (k, v))  # noqa: B023
+        a_k, a_v, b_v = block_k.a, block_v.a, block_v.token_factor()
+        products = block_k.token_factor().reshape(-1, queries.size(0)) @ queries
+        products = products.view(stop - first, -1, n_queries, heads)
         logits = products[:, 0] * a_k[:, None, :, 0]
         for rank in range(1, a_k.size(-1)):
             logits.addcmul_(products[:, rank], a_k[:, None, :, rank])
-        if causal and n_queries > 1 and held.stop > n_keys - n_queries + 1:
+        if causal and stop > n_keys - n_queries + 1:
             last = torch.arange(n_keys - n_queries, n_keys)
-            logits.masked_fill_((torch.arange(first, held.stop)[:, None] > last)[..., None], -torch.inf)
+            logits.masked_fill_((torch.arange(first, stop)[:, None] > last)[..., None], -torch.inf)
         top = logits.amax(0)
-        weights = logits.sub_(top.clamp_min(torch.finfo(wide).min)).exp_()
-        weighted = torch.mul(weights[:, None], a_v.mT[:, :, None], out=weights.new_empty(keys, a_v.size(-1), *weights.shape[1:]))
+        weights = logits.sub_(top.clamp_min(torch.finfo(wide).min)).exp_()  # a query that sees none here has none
+        weighted = weights.new_empty(stop - first, a_v.size(-1), n_queries, heads)
+        torch.mul(weights[:, None], a_v.mT[:, :, None], out=weighted)
         partial.append(long_product(weighted.view(-1, rows), b_v.reshape(-1, width), SPLIT_KEYS * a_v.size(-1)))
         tops.append(top.view(rows))
         sums.append(weights.sum(0).view(rows))
@@ -119,34 +131,35 @@ def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:
 
 
 def attend_many(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:
-    """Many queries, as in a prefill: blocks of them against blocks of keys, each formed for as long as it is used."""
-    n_queries = out.size(0)
-    start = n_keys - n_queries  # the keys that every query sees
+    """Many queries, as in a prefill, of rows with as many keys each: blocks of queries against blocks of keys, each
+    formed for as long as it is used. Fills `out` [B, T, H, E]."""
+    n_queries, dtype = out.size(1), out.dtype
+    past = n_keys - n_queries  # keys before the first query
     for top in range(0, n_queries, PREFILL_BLOCK):
-        rows = slice(top, min(top + PREFILL_BLOCK, n_queries))
-        block_q = tokens(q, rows).product()
-        bounds = [(first, min(first + PREFILL_BLOCK, start + top), False) for first in range(0, start + top, PREFILL_BLOCK)]
+        queries = slice(top, min(top + PREFILL_BLOCK, n_queries))
+        block_q = form(q, queries, dtype)
+        wholly_seen = past + top if causal else n_keys
+        spans = [(i, min(i + PREFILL_BLOCK, wholly_seen), False) for i in range(0, wholly_seen, PREFILL_BLOCK)]
         if causal:
-            bounds.append((start + top, start + rows.stop, True))
-        else:
-            bounds = [(first, min(first + PREFILL_BLOCK, n_keys), False) for first in range(0, n_keys, PREFILL_BLOCK)]
-        merged, lse = None, None
-        for first, stop, triangle in bounds:
-            held = slice(first, stop)
-            part, part_lse = attend_block(block_q, tokens(k, held).product(), tokens(v, held).product(), scale, triangle)
+            spans.append((past + top, past + queries.stop, True))
+        merged = lse = None
+        for first, stop, triangle in spans:
+            keys = slice(first, stop)
+            part, part_lse = attend_block(block_q, form(k, keys, dtype), form(v, keys, dtype), scale, triangle)
             if merged is None:
-                merged, lse = part.float() if part.dtype == torch.bfloat16 else part, part_lse
+                merged, lse = part, part_lse
                 continue
             both = torch.logaddexp(lse, part_lse)
             merged = merged * (lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
             lse = both
-        out[rows] = merged
+        out[:, queries] = merged
 
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention on a CPU for q [T, H, D], k [S, H, D], v [S, H, E]: ([T, H, E], log-sum-exp [T, H])."""
+    """PyTorch's flash attention on a CPU, q [B, T, H, D], k [B, S, H, D] and v [B, S, H, E], with its log-sum-exp:
+    ([B, T, H, E], [B, T, H])."""
     width = v.size(-1)
     wider = max(width, q.size(-1))  # it wants one width
-    q, k, v = (torch.nn.functional.pad(x, (0, wider - x.size(-1))).transpose(0, 1)[None] for x in (q, k, v))
+    q, k, v = (F.pad(x, (0, wider - x.size(-1))).transpose(1, 2) for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out[0, ..., :width].transpose(0, 1), lse[0].T
+    return out[..., :width].transpose(1, 2), lse.transpose(1, 2)

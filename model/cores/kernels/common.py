@@ -44,6 +44,7 @@ def operands(factors: Factors) -> tuple[list, list[int]]:
 
 def sizes(q: Factors, k: Factors, v: Factors) -> dict[str, int | bool]:
     """The compile-time constants of the factors' shapes."""
+
     def width(factors: Factors) -> int:
         return factors.b.size(-1) * (1 if factors.c is None else factors.c.size(-1))
 

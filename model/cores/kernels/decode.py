@@ -121,7 +121,9 @@ def merge_kernel(partial, lse, out, n_splits, n_columns, R_V: tl.constexpr, E: t
     logs = tl.load(lse + place, mask=i < n_splits, other=float("-inf"))
     shares = tl.exp2(logs - tl.max(logs, 0))
     shares = shares / (tl.sum(shares, 0) * R_V)
-    values = tl.load(partial + place[:, None] * E + e[None, :], mask=(i < n_splits)[:, None] & (e < E)[None, :], other=0.0)
+    values = tl.load(
+        partial + place[:, None] * E + e[None, :], mask=(i < n_splits)[:, None] & (e < E)[None, :], other=0.0
+    )
     merged = tl.sum(values * shares[:, None], 0)
     tl.store(out + (row * n_columns + column) * E + e, merged.to(out.dtype.element_ty), mask=e < E)
 

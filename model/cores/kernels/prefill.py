@@ -15,7 +15,14 @@ from model.cores.kernels.common import autotuned, head_factor, like_output, load
 
 CONFIGS = [
     {"BLOCK_T": t, "BLOCK_S": s, "num_warps": w, "num_stages": n}
-    for t, s, w, n in ((64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))
+    for t, s, w, n in (
+        (64, 64, 4, 2),
+        (64, 32, 4, 3),
+        (128, 64, 4, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    )
 ]
 SMALL = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2}  # what fits whatever the widths
 
