@@ -12,7 +12,8 @@ from configs.load import load
 from model.attention.base import Attention, Dense, unturned
 from model.attention.latent import Absorbed
 from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
-from model.cores.base import AttentionCore, AttentionMask
+from model.cache import KVCache
+from model.cores.base import AttentionCore
 from model.cores.flash_tpa import FlashTPA
 from model.cores.sdpa import SDPA
 from model.transformer import Transformer, TransformerConfig
@@ -79,22 +80,17 @@ def with_core(network: TransformerConfig, core: AttentionCore) -> TransformerCon
 # --- the attention step alone
 
 
-class Recorder:
-    """A core that keeps what it is called with."""
+class Reached(Exception):
+    """Raised with what a core was called with."""
 
-    def __call__(self, qkv, rotate, positions, mask, scale) -> Tensor:
-        self.call = (qkv, mask, scale)
-        dense = qkv if isinstance(qkv, Dense) else None
-        heads = qkv.k.a.size(2) if isinstance(qkv, Factored) else qkv.q.size(2)
-        width = dense.v.size(-1) if dense else qkv.v.b.size(-1) if isinstance(qkv, Factored) else qkv.q.size(-1)
-        return positions.new_zeros(positions.size(0), positions.size(1), heads, width)
+
+def stop_here(*call):
+    raise Reached(*call)
 
 
 def attention_inputs(network: TransformerConfig, batch: int, length: int, layers: int, device, dtype) -> tuple[list, int]:
     """For each of `layers` layers what its core gets to attend from the last of `length` tokens: ((qkv, mask, scale),
     bytes of a layer's cache). Every layer has a cache of its own, as in a model."""
-    from model.cache import KVCache
-
     attention = network.attention.build(network.d_model, 0, network.core).to(device, dtype).requires_grad_(False)
     shapes = network.attention.cache_shapes()
     cache = KVCache(shapes, layers, batch, length, dtype, device)
@@ -103,16 +99,14 @@ def attention_inputs(network: TransformerConfig, batch: int, length: int, layers
     cache.set_lengths(length - 1)
     x = torch.randn(batch, 1, network.d_model, device=device, dtype=dtype)
     positions, mask = cache.begin(torch.zeros(batch, 1, dtype=torch.long, device=device))
-    attention.core = recorder = Recorder()
+    attention.core = stop_here
     made = []
     for layer in cache.layers:
         try:
-            attention.attend_cached(x, positions, AttentionMask(starts=mask.starts), layer)
-        except (RuntimeError, TypeError):  # what follows the core, given nothing real, does not matter
-            if not hasattr(recorder, "call"):
-                raise
-        made.append(recorder.call)
-        del recorder.call
+            attention.attend_cached(x, positions, mask, layer)
+        except Reached as reached:
+            qkv, _, _, mask, scale = reached.args
+            made.append((qkv, mask, scale))
     return made, cache.nbytes // layers
 
 
