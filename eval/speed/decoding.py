@@ -179,7 +179,7 @@ def main(config: DecodingConfig) -> int:
     say = Console(stderr=True, highlight=False, soft_wrap=True)
     rivals = list(contestants(config.models, config.size, config.d_models, config.overrides, config.materialized))
     if config.plan:
-        from eval.speed.training_plan import show_plan
+        from eval.speed.plan import show_plan
 
         return show_plan(rivals, device, config.rounds)
     torch.manual_seed(0)
