@@ -1,5 +1,7 @@
 """Decoding from a cache is the full forward pass, for every mechanism; and the cache is as large as counted."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -42,7 +44,10 @@ def poison(cache):
 
 
 def decode(net, tokens, lengths, chunk, cache, static=False):
-    """Logits by row and position: the first `lengths` of each row of `tokens` in chunks, the rest token by token."""
+    """Logits by row and position: the first `lengths` of each row of `tokens` in chunks, the rest token by token.
+
+    `static`: as a compiled step does it, over the whole capacity and with a mask.
+    """
     found = [[] for _ in lengths]
     for start in range(0, max(lengths), chunk):
         poison(cache)
@@ -55,7 +60,8 @@ def decode(net, tokens, lengths, chunk, cache, static=False):
     for _ in range(tokens.size(1) - max(lengths)):
         poison(cache)
         step = tokens.gather(1, cache.lengths[:, None])
-        logits = net(step, cache=cache)
+        with mock.patch("torch.compiler.is_compiling", lambda: static):
+            logits = net(step, cache=cache)
         for row in range(len(lengths)):
             found[row].append(logits[row])
     return [torch.cat(row) for row in found]
@@ -146,8 +152,13 @@ def test_a_cache_grows_by_blocks_and_forgets_on_demand():
     again = net(torch.stack((tokens[0, 3:5], tokens[1, BLOCK : BLOCK + 2])), cache=cache)
     torch.testing.assert_close(again[0], net(tokens[:1, :5])[0, 3:], atol=1e-5, rtol=0)
     torch.testing.assert_close(again[1], first[1, :2], atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="must be 2 numbers of at most 512 tokens"):
-        cache.set_lengths(BLOCK * 3)
+    cache.static = True
+    net(tokens[:, :1], cache=cache)
+    cache.static = False  # the host asks how long the rows have become
+    cache.reserve(2 * BLOCK)
+    assert cache.capacity == 4 * BLOCK and cache.lengths.tolist() == [6, BLOCK + 3]
+    with pytest.raises(ValueError, match="must be 2 numbers of at most 1024 tokens"):
+        cache.set_lengths(BLOCK * 5)
     with pytest.raises(ValueError, match="3 rows of tokens for a cache of 2"):
         net(tokens[:1].expand(3, -1), cache=cache)
 
@@ -165,10 +176,14 @@ def test_autocast_decodes_in_its_own_precision():
     net = build("t6")
     net.autocast_dtype = torch.bfloat16
     tokens = torch.randint(0, 300, (2, 12))
-    cache = net.new_cache(2)
-    ours = torch.cat([net(tokens[:, i : i + 1], cache=cache) for i in range(12)], dim=1)
-    assert cache.layers[0].parts["a_k"].values.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.float(), net(tokens).float(), atol=0.05, rtol=0)
+    wanted = net(tokens).float()
+    for _ in range(2):
+        cache = net.new_cache(2)
+        ours = torch.cat([net(tokens[:, i : i + 1], cache=cache) for i in range(12)], dim=1)
+        assert cache.layers[0].parts["a_k"].values.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), wanted, atol=0.05, rtol=0)
+        net.store_weights_as_computed()
+    assert net.head.weight.dtype == torch.bfloat16 and net.head.weight is net.embedding.weight
 
 
 @pytest.mark.parametrize("model", PACKAGED)
@@ -181,8 +196,9 @@ def test_the_longest_context_is_what_can_be_allocated(model):
         assert weights + fits <= memory < weights + too_large
 
 
+@pytest.mark.parametrize("compiling", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_core_reads_nothing_beyond_a_rows_queries(causal):
+def test_the_core_reads_nothing_beyond_a_rows_queries(causal, compiling):
     torch.manual_seed(0)
     attend = SDPA()
     documents = torch.tensor([[0] * 2 + [1] * 9, [0] * 5 + [1] * 6, [0] * 11])
@@ -195,7 +211,8 @@ def test_the_core_reads_nothing_beyond_a_rows_queries(causal):
                 for tensor in poisoned:
                     tensor[row, start + n_queries :] = torch.nan
             mask = AttentionMask(causal, known, starts)
-            ours = attend(Dense(q, *poisoned), lambda qkv, _: qkv, None, mask, 0.3)
+            with mock.patch("torch.compiler.is_compiling", lambda: compiling):
+                ours = attend(Dense(q, *poisoned), lambda qkv, _: qkv, None, mask, 0.3)
             for row, start in enumerate(starts):
                 alone, n = slice(row, row + 1), start + n_queries
                 mask = AttentionMask(causal, None if known is None else known[alone, :n])
