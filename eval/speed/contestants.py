@@ -1,4 +1,4 @@
-"""What the decoding benchmark lets compete: mechanisms with a filled cache, and the kernels that can attend for them."""
+"""What competes in the decoding benchmark: mechanisms with a filled cache, and the kernels that can attend for them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -178,8 +178,8 @@ def installed_kernels(qkv) -> dict[str, Callable]:
 def model_step(
     network: TransformerConfig, batch: int, length: int, device, dtype
 ) -> tuple[Callable, Callable, int, int]:
-    """(one step of decoding with `length` tokens attended to, what makes the next one like it, bytes of the cache, bytes
-    that a step reads of weights)."""
+    """(one step of decoding that attends to `length` tokens, what makes the next one like it, bytes of the cache, bytes
+    of the weights)."""
     with torch.device(device):
         model = Transformer(network).to(dtype).eval()
     cache = model.new_cache(batch, length, dtype)

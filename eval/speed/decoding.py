@@ -1,11 +1,11 @@
 """How fast decoding is: `python -m eval.speed.decoding models=[t6,mha] lengths=[16384] batches=[1] size=small`.
 
 One JSON line for every mechanism, batch and cache length: a step of one token a row, of one layer's attention alone
-(scope attention: no projections) or of the whole model (scope model). Beside its time stand the bytes that it must move
-(the cache, and for a whole step the weights, once each), the floor (those bytes at the bandwidth of a copy measured in the same
-run) and the share of that bandwidth achieved. Contestants of a point are timed in turns. Layers take turns too, each with
-its own cache, so that a processor's cache does not stand in for memory. On a GPU a pass is a CUDA graph, and explicit
-keys and values get the fastest of the kernels at hand.
+(scope attention: no projections) or of the whole model (scope model). Beside its time stand the bytes that it must
+move (the cache, and for a whole step the weights, once each), the floor (those bytes at the bandwidth of a copy,
+measured in the same run) and the share of that bandwidth achieved. Contestants of a point are timed in turns. Layers
+take turns too, each with its own cache, so that a processor's cache does not stand in for memory. On a GPU a pass is a
+CUDA graph, and explicit keys and values get the fastest of the kernels at hand.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`python -m eval.speed.decoding plan=true`: how the core flash_tpa decides to train each model, and whether it is right."""
+"""`python -m eval.speed.decoding plan=true`: how the core flash_tpa decides to train, and whether it is right."""
 
 import torch
 from rich import box

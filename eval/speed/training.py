@@ -1,7 +1,7 @@
 """How fast training is: `python -m eval.speed.training model=t6 size=small trainer.micro_batch_size=8 [overrides]`.
 
-One JSON line for steps of forward, backward and optimizer on random tokens: train.py's model, optimizer and precision on
-one device, without data, DeepSpeed or logging. Keys are those of train.py, and `steps`.
+One JSON line for steps of forward, backward and optimizer on random tokens: train.py's model, optimizer and precision
+on one device, without data, DeepSpeed or logging. Keys are those of train.py, and `steps`.
 """
 
 import json

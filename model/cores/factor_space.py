@@ -4,8 +4,9 @@ With P[t,r,s,k] = <b_q[t,r], b_k[s,k]>, which all heads share, the logit of head
 
     sum_{r,k} a_q[t,h,r] a_k[s,h,k] P[t,r,s,k] * scale / (R_q R_k)
 
-and its output is the softmax-weighted sum of a_v[s,h,u] b_v[s,u] / R_v (arXiv 2501.06425, sections 3 and A). Shapes as in
-`model.attention.tensor_product.Factors`; B batch, T queries, S keys, H heads, R ranks, D and E widths of keys and values.
+and its output is the softmax-weighted sum of a_v[s,h,u] b_v[s,u] / R_v (arXiv 2501.06425, sections 3 and A). Shapes as
+in `model.attention.tensor_product.Factors`; B batch, T queries, S keys, H heads, R ranks, D and E widths of keys and
+values.
 """
 
 import torch
@@ -87,7 +88,7 @@ def form(factors: Factors, tokens: slice, dtype: torch.dtype) -> Tensor:
 def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:
     """A few queries of one sequence against many keys, as in decoding: fills `out` [T, H, E].
 
-    The queries are formed (T x H x D, small); keys and values never are: each rank's products with b_k are scaled by a_k.
+    The queries are formed (T x H x D, small); keys and values never are: a_k scales each rank's products with b_k.
     """
     n_queries, heads, width = out.shape
     wide = torch.promote_types(out.dtype, torch.float32)
@@ -121,7 +122,7 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, ca
 
 
 def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:
-    """x^T y for x [N, m] and y [N, n] with a long N: a batch of products of `length` rows each, which all cores share."""
+    """x^T y for x [N, m] and y [N, n] with a long N: a batch of products of `length` rows, which all cores share."""
     n = x.size(0) // length
     if n < 2:
         return x.T @ y
