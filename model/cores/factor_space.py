@@ -97,8 +97,9 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, ca
     partial, tops, sums = [], [], []
     for first in range(0, n_keys, DECODE_KEYS):
         stop = min(first + DECODE_KEYS, n_keys)
-        block_k, block_v = (each(part, lambda x: x[first:stop].to(wide)) for part in (k, v))  # noqa: B023
-        a_k, a_v, b_v = block_k.a, block_v.a, block_v.token_factor()
+        block_k, block_v = (each(part, lambda x: x[first:stop]) for part in (k, v))  # noqa: B023
+        block_k = each(block_k, lambda x: x.to(wide))
+        a_k, a_v, b_v = block_k.a, block_v.a.to(wide), block_v.token_factor()
         products = block_k.token_factor().reshape(-1, queries.size(0)) @ queries
         products = products.view(stop - first, -1, n_queries, heads)
         logits = products[:, 0] * a_k[:, None, :, 0]
@@ -111,7 +112,11 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, ca
         weights = logits.sub_(top.clamp_min(torch.finfo(wide).min)).exp_()  # a query that sees none here has none
         weighted = weights.new_empty(stop - first, a_v.size(-1), n_queries, heads)
         torch.mul(weights[:, None], a_v.mT[:, :, None], out=weighted)
-        partial.append(long_product(weighted.view(-1, rows), b_v.reshape(-1, width), SPLIT_KEYS * a_v.size(-1)))
+        weighted, b_v = (
+            weighted.view(-1, rows).to(b_v.dtype),
+            b_v.reshape(-1, width),
+        )  # half precision: as flash kernels
+        partial.append(long_product(weighted, b_v, SPLIT_KEYS * a_v.size(-1)))
         tops.append(top.view(rows))
         sums.append(weights.sum(0).view(rows))
     tops = torch.stack(tops)
@@ -127,8 +132,9 @@ def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:
     if n < 2:
         return x.T @ y
     whole = n * length
-    out = torch.bmm(x[:whole].view(n, length, -1).mT, y[:whole].view(n, length, -1)).sum(0)
-    return out.addmm_(x[whole:].T, y[whole:]) if whole < x.size(0) else out
+    out = torch.bmm(x[:whole].view(n, length, -1).mT, y[:whole].view(n, length, -1))
+    out = out.sum(0, dtype=torch.promote_types(y.dtype, torch.float32))
+    return out + x[whole:].T @ y[whole:] if whole < x.size(0) else out
 
 
 def attend_many(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:

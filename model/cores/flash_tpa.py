@@ -20,7 +20,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_COLUMNS = 512  # up to so many (query, head) pairs of a row go through the decoding kernel
 # How many multiply-adds of a matrix product take as long as one pass over one logit of a block: measured on a CPU; on
 # a GPU, where such a block lies in memory, an H100's data sheet: 8 bytes at 3.35 TB/s, 495 T multiply-adds a second.
-PASS_COST = {"cpu": 24, "cuda": 1200}
+PASS_COST = {"cpu": 17, "cuda": 1200}
 FUSED_PASS_COST = 4  # of a flash kernel, whose blocks stay in registers
 
 
