@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from model import counting
 from model.attention.base import Dense
+from model.attention.tensor_product import from_multi_head
 from model.cache import BLOCK
 from model.cores.base import AttentionMask
 from model.cores.sdpa import SDPA
@@ -78,6 +79,37 @@ def test_cached_decoding_is_the_full_pass(model, options):
         for ours, wanted in zip(decode(net, tokens, lengths, chunk, cache, static), full, strict=True):
             torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
         assert cache.lengths.tolist() == [length + 17 - max(lengths) for length in lengths]
+
+
+SWITCHES = [
+    ["t6_noncontextual_a", "model.contextual_b=false"],  # all is constant: there is nothing to cache
+    ["t6_noncontextual_a", "model.shared_b=true", "model.a_activation=softmax"],
+    ["t6_noncontextual_b", "model.shared_b=true", "model.qk_norm=true"],
+    ["t6_third_order", "model.shared_b=true"],
+    ["t6_third_order", "model.contextual_a=false", "model.qk_norm=true"],
+    ["t6_third_order", "model.contextual_b=false"],
+    ["t6_kvonly", "model.contextual_a=false", "model.rope_fraction=0"],
+]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("switches", SWITCHES, ids=",".join)
+def test_tpas_switches_combine(switches):
+    net = build(*switches)
+    tokens = torch.randint(0, 300, (3, 17))
+    for ours, wanted in zip(decode(net, tokens, RAGGED, 4, net.new_cache(3)), net(tokens), strict=True):
+        torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
+
+
+def test_a_converted_mha_decodes():
+    net = build("gqa", "model.qk_norm=true")
+    tokens = torch.randint(0, 300, (3, 17))
+    full = net(tokens)
+    for block in net.blocks:
+        block.attention = from_multi_head(block.attention)
+    net.config.attention = net.blocks[0].attention.config
+    for ours, wanted in zip(decode(net, tokens, RAGGED, 4, net.new_cache(3)), full, strict=True):
+        torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
