@@ -6,12 +6,15 @@ PYTHON ?= python3
 RUN ?= first
 ARGS ?=
 BIN := .venv/bin
+# For the kernels' tests on a CPU; the CUDA build of torch brings its own.
+TRITON := triton==3.7.1
 
 .PHONY: train test setup lint clean
 
 train: .venv/.installed
 	$(BIN)/python train.py run.name=$(RUN) $(ARGS)
 	$(BIN)/python -m eval.run run=runs/$(RUN)
+	$(BIN)/python -m eval.run run=runs/$(RUN) suite=builtin_cloze
 	$(BIN)/python -m eval.sample run=runs/$(RUN) prompt="The"
 	@echo "The loss plot is runs/$(RUN)/loss.png"
 
@@ -35,6 +38,7 @@ lint: .venv/.installed-dev
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ SHORT = {
     "piqa": "PIQA", "winogrande": "W.G.", "mmlu": "MMLU", "sciq": "SciQ",
 }  # fmt: skip
 
+SHARES = {"acc", "acc_norm", "acc_bytes", "exact_match", "f1"}  # metrics between 0 and 1, shown in percent
+
 
 def harness_suite(run: LoadedRun, config: EvalConfig) -> Outcome | None:
     """The scores of the suite's tasks, as fractions, and their average; rank 0 has them."""
@@ -48,8 +51,8 @@ def harness_suite(run: LoadedRun, config: EvalConfig) -> Outcome | None:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Without the harness's log and progress bars, and with the random state of Python, numpy and torch as it was: the
-    harness seeds them all."""
+    """Without the harness's log, progress bars and worker processes, and with the random state of Python, numpy and
+    torch as it was: the harness seeds them all."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
     logger = logging.getLogger("lm_eval")
@@ -59,6 +62,7 @@ def aside() -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(devices=devices),
+            patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}),
             patch.object(lm_eval.api.task, "tqdm", functools.partial(lm_eval.api.task.tqdm, disable=True)),
         ):
             yield
@@ -81,7 +85,7 @@ def outcome(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
             (stderr if metric.endswith("_stderr") else results)[name] = float(value)
     counted = {task: headline(suite, task, results) for task in asked(suite, found)}
     scores = {task: results[f"{task}/{metric}"] for task, metric in counted.items()}
-    if len(scores) > 1:
+    if len(scores) > 1 and SHARES.issuperset(counted.values()):
         results["average"] = sum(scores.values()) / len(scores)
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
     table = Scores(run, suite, counted, results, stderr)
@@ -114,7 +118,7 @@ def headline(suite: HarnessSuite, task: str, results: dict[str, float]) -> str:
 
 
 class Scores:
-    """The table row of a run beside the paper's for the nearest size, in percent."""
+    """The table row of a run beside the paper's for the nearest size."""
 
     def __init__(self, run: LoadedRun, suite: HarnessSuite, counted: dict[str, str], results: dict, stderr: dict):
         self.tasks = list(counted)
@@ -125,8 +129,8 @@ class Scores:
             self.header.append("average")
             keys.append("average")
         self.rows = [
-            [f"{run.config.run.name}, {params / 1e6:.3g}M", *(percent(results[key]) for key in keys)],
-            ["± standard error", *(percent(stderr[key]) if key in stderr else "" for key in keys)],
+            [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys)],
+            ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys)],
         ]
         if suite.name in published.suites() and all(task in published.tasks(suite.name) for task in self.tasks):
             size = published.nearest(suite.name, params)
@@ -138,7 +142,7 @@ class Scores:
                 self.rows.append([f"paper: {row['model']}, {size}", *(f"{cell:.2f}" for cell in cells)])
 
     def rich(self) -> Table:
-        table = Table("percent", box=None, pad_edge=False)
+        table = Table("shares in percent", box=None, pad_edge=False)
         for name in self.header:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
@@ -150,5 +154,7 @@ class Scores:
         return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
+def shown(key: str, value: float) -> str:
+    """A score as the table has it: shares in percent."""
+    is_share = key.rpartition("/")[2] in {*SHARES, "average"}
+    return f"{100 * value if is_share else value:.2f}"

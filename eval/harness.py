@@ -4,7 +4,6 @@ import hashlib
 import json
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -14,8 +13,10 @@ from rich.progress import track
 from eval import ranks
 from eval.loading import LoadedRun
 from eval.scoring import log_likelihoods
+from model.generation import stream
+from model.sampling import Sampling
 
-GENERATED_AT_ONCE = 32  # tokens, before looking for a stop sequence
+LOOK_EVERY = 16  # generated tokens for a stop sequence
 
 
 class HarnessModel(TemplateLM):
@@ -87,47 +88,48 @@ class HarnessModel(TemplateLM):
 
         return log_likelihoods(self.model, pieces, self.max_length, self.batch_size, self._device, progress)
 
-    @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Contexts of one length and with the same settings are continued together."""
-        groups: dict[tuple, list[int]] = {}
+        """Requests with the same settings are continued together, those of like length first."""
+        groups: dict[str, list] = {}
         for number, request in enumerate(requests):
             text, settings = request.args
             settings = normalize_gen_kwargs(settings)
             ids = self.tok_encode(text) or [self.eot_token_id]
             ids = ids[-max(self.max_length - settings["max_gen_toks"], 1) :]
-            key = (len(ids), json.dumps(settings, sort_keys=True, default=str))
+            key = json.dumps(settings, sort_keys=True, default=str)
             groups.setdefault(key, []).append((number, ids, settings))
         batches = [
-            members[start : start + self.batch_size]
-            for _, members in sorted(groups.items(), reverse=True)
-            for start in range(0, len(members), self.batch_size)
+            ordered[start : start + self.batch_size]
+            for ordered in (sorted(members, key=lambda member: -len(member[1])) for members in groups.values())
+            for start in range(0, len(ordered), self.batch_size)
         ]
         rank, world_size = (0, 1) if self.run.lockstep else ranks.place()
+        mine, hidden = batches[rank::world_size], ranks.place()[0] != 0
         texts = {}
-        for batch in track(
-            batches[rank::world_size], description="generating", transient=True, disable=ranks.place()[0] != 0
-        ):
+        for batch in track(mine, description="generating", transient=True, disable=hidden):
             written = self.generate([ids for _, ids, _ in batch], batch[0][2])
             texts |= {number: text for (number, *_), text in zip(batch, written, strict=True)}
         texts = ranks.together(texts)
         return [texts[number] for number in range(len(requests))]
 
     def generate(self, contexts: list[list[int]], settings: dict) -> list[str]:
-        """The texts that follow contexts of one length, cut where a stop sequence begins."""
-        stops = handle_stop_sequences(list(settings["until"]), eos=self.tokenizer.decode([self.eot_token_id]))
+        """The texts that follow the contexts, cut where a stop sequence begins."""
+        stops = [stop for stop in handle_stop_sequences(list(settings["until"]), eos=None) if stop]
         temperature = settings.get("temperature", 0.0) if settings["do_sample"] else 0.0
+        sampling = Sampling(temperature=temperature, top_k=settings.get("top_k"), top_p=settings.get("top_p"))
         digest = hashlib.sha256(repr(contexts).encode()).digest()  # the same draws for the same requests
-        generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:4], "little"))
-        tokens = torch.tensor(contexts, device=self._device)
-        left, start = settings["max_gen_toks"], tokens.size(1)
-        texts = [""] * len(contexts)
-        while left > 0:
-            tokens = self.model.generate(
-                tokens, min(left, GENERATED_AT_ONCE), self.max_length, temperature, settings.get("top_k"), generator
-            )
-            left -= GENERATED_AT_ONCE
-            texts = [self.tokenizer.decode(row[start:]) for row in tokens.tolist()]
-            if all(any(stop in text for stop in stops if stop) for text in texts):
-                break
-        return [postprocess_generated_text(text, stops, None) for text in texts]
+        steps = stream(
+            self.model, contexts, settings["max_gen_toks"], sampling, seed=int.from_bytes(digest[:4], "little"),
+            stop_tokens=[self.eot_token_id], vocab_size=self.tokenizer.vocab_size,
+        )  # fmt: skip
+        rows: list[list[int]] = [[] for _ in contexts]
+        for number, tokens in enumerate(steps, 1):
+            for row, token in zip(rows, tokens, strict=True):
+                row.extend([] if token is None else [token])
+            if number % LOOK_EVERY == 0:
+                texts = map(self.tokenizer.decode, rows)
+                ended = (token is None or any(stop in text for stop in stops)
+                         for token, text in zip(tokens, texts, strict=True))  # fmt: skip
+                if all(ended):
+                    break
+        return [postprocess_generated_text(self.tokenizer.decode(row), stops, None) for row in rows]
