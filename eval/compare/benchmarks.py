@@ -22,7 +22,7 @@ def benchmark(suite: str, methods: list[Method]) -> Table:
     """Percent by task, in the paper's form, above the paper's own rows of the nearest size where it has them."""
     known = published.tasks(suite) if suite in published.suites() else {}
     keys = [f"{task}/{metric}" for task, metric in known.items()] or found_keys(suite, methods)
-    columns = ["method", "parameters", *[key.split("/")[0] for key in keys], "average"]
+    columns = ["method", "parameters", *(key.split("/")[0] for key in keys), "average"]
     rows, limits, steps = [], set(), set()
     for method in methods:
         records = [run.results[suite] for run in method.runs if suite in run.results]
@@ -51,16 +51,22 @@ def benchmark(suite: str, methods: list[Method]) -> Table:
 
 
 def found_keys(suite: str, methods: list[Method]) -> list[str]:
-    """The metric of each task that counts: acc_norm where there is one, else acc, else the first."""
+    """The metric of each task that counts: what the evaluation says, else acc_norm, acc, or the first."""
     by_task: dict[str, list[str]] = {}
+    chosen: dict[str, str] = {}
     for method in methods:
         for run in method.runs:
-            for key in run.results.get(suite, {}).get("results", {}):
+            record = run.results.get(suite, {})
+            chosen |= record.get("metrics") or {}
+            for key in record.get("results", {}):
                 task, _, metric = key.rpartition("/")
                 if task and metric not in by_task.setdefault(task, []):
                     by_task[task].append(metric)
-    choose = lambda metrics: next((m for m in ("acc_norm", "acc") if m in metrics), metrics[0])  # noqa: E731
-    return [f"{task}/{choose(metrics)}" for task, metrics in by_task.items()]
+    keys = []
+    for task, metrics in by_task.items():
+        wanted = (chosen.get(task), "acc_norm", "acc", metrics[0])
+        keys.append(f"{task}/{next(metric for metric in wanted if metric in metrics)}")
+    return keys
 
 
 def percent(records: Iterable[dict], key: str) -> str:

@@ -208,8 +208,9 @@ def decode_speed(method: Method) -> tuple[str, str]:
     points = [point for run in method.runs for point in run.decoding if point.get("model", model) == model]
     if not points:
         return DASH, ""
+    points = [point for point in points if point.get("scope", "model") == "model"] or points  # else one layer's
     best = max(points, key=lambda p: (p.get("length") or 0, p.get("batch") or 0, p["tokens_per_second"]))
-    where = f"batch {best.get('batch', '?')} at {best.get('length', '?')} tokens on {best.get('device', '?')}"
+    where = f"{best.get('scope', 'model')}, batch {best.get('batch', '?')} at {best.get('length', '?')} tokens on {best.get('device', '?')}"
     return f"{best['tokens_per_second']:,.0f}", where
 
 

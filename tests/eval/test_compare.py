@@ -139,6 +139,7 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     perplexity = record | {"suite": "perplexity", "results": {"loss": 5.0, "perplexity": math.exp(5)}, "stderr": {}}
     (tmp_path / "run/results/perplexity.json").write_text(json.dumps(perplexity))
     points = [{"model": "t6", "batch": 1, "length": n, "device": "cpu", "tokens_per_second": 900.0 / n} for n in (1, 9)]
+    points.append(points[0] | {"scope": "attention", "length": 99})  # of one layer: not the model's speed
     (tmp_path / "run/results/decoding.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     text = compared(tmp_path / "run", sweep / "mha_0", f"out={tmp_path}/out")
     assert "| t6 | 132k | 51.26 ± 1.03 | - |" in text and "Only the first 200 questions of each task" in text
@@ -146,7 +147,7 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     assert "## Evaluation: perplexity" in text and "148.4132" in text
     row = next(line for line in text.splitlines() if line.startswith("| run | t6 | 0 | finished"))
     assert row.split(" | ")[5:8] == ["1", "1", "0"]  # one restart, one rollback
-    assert "Decoding: batch 1 at 9 tokens on cpu" in text and text.count("| 100 |") == 1
+    assert "Decoding: model, batch 1 at 9 tokens on cpu" in text and text.count("| 100 |") == 1
 
 
 def test_runs_of_wandb_are_compared_as_folders_are(sweep, tmp_path):
