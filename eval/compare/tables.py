@@ -210,7 +210,8 @@ def decode_speed(method: Method) -> tuple[str, str]:
         return DASH, ""
     points = [point for point in points if point.get("scope", "model") == "model"] or points  # else one layer's
     best = max(points, key=lambda p: (p.get("length") or 0, p.get("batch") or 0, p["tokens_per_second"]))
-    where = f"{best.get('scope', 'model')}, batch {best.get('batch', '?')} at {best.get('length', '?')} tokens on {best.get('device', '?')}"
+    scope, batch, length, device = (best.get(key, "?") for key in ("scope", "batch", "length", "device"))
+    where = f"{scope}, batch {batch} at {length} tokens on {device}"
     return f"{best['tokens_per_second']:,.0f}", where
 
 
