@@ -14,21 +14,26 @@ def suites_of(methods: list[Method]) -> list[str]:
 
 def is_benchmark(suite: str, methods: list[Method]) -> bool:
     """Whether the suite consists of tasks."""
-    records = (run.results[suite] for method in methods for run in method.runs if suite in run.results)
-    return any("/" in key for record in records for key in record["results"])
+    return any("/" in key for record in records_of(suite, methods) for key in record["results"])
+
+
+def records_of(suite: str, methods: list[Method]) -> list[dict]:
+    return [run.results[suite] for method in methods for run in method.runs if suite in run.results]
 
 
 def benchmark(suite: str, methods: list[Method]) -> Table:
     """Percent by task, in the paper's form, above the paper's own rows of the nearest size where it has them."""
     known = published.tasks(suite) if suite in published.suites() else {}
     keys = [f"{task}/{metric}" for task, metric in known.items()] or found_keys(suite, methods)
-    columns = ["method", "parameters", *(key.split("/")[0] for key in keys), "average"]
+    has_average = bool(known) or any("average" in record["results"] for record in records_of(suite, methods))
+    averages = ["average"] * has_average
+    columns = ["method", "parameters", *(key.split("/")[0] for key in keys), *averages]
     rows, limits, steps = [], set(), set()
     for method in methods:
         records = [run.results[suite] for run in method.runs if suite in run.results]
         limits |= {record.get("limit") for record in records}
         steps |= {record.get("step") for record in records}
-        cells = [percent(records, key) for key in [*keys, "average"]]
+        cells = [percent(records, key) for key in [*keys, *averages]]
         rows.append([method.name, count(method.first.counts["params"]), *cells])
     notes = [
         "Percent, the mean over seeds. ±: one run's standard error over the questions, as the harness gives it (seeds "
