@@ -1,9 +1,9 @@
 """A preparation by several processes at once, on one machine or many: N parts, and the last to finish joins them.
 
-Part I is the I-th contiguous share of the source's files, tokenised with the tokenizer and split by the threshold of the
-whole source into shards of its own, in `<data.dir>.parts-<hash>/<I>`. Joining reads the parts in order and writes their
-tokens through the same writer as an undivided preparation, so shards, indexes and manifest are the same to the byte.
-Both go on where they were after a kill, each by its own journal.
+Part I is the I-th contiguous share of the source's files, tokenised with the tokenizer of the whole source and split by
+its threshold, into shards of its own in `<data.dir>.parts-<hash>/<I>`. Joining reads the parts in order and writes their
+tokens with the writer of an undivided preparation, so shards, indexes and manifest are the same to the byte. Both go on
+where they were after a kill, each by its own journal.
 """
 
 import dataclasses
@@ -162,7 +162,7 @@ class Chunks:
                 for shard in journal["writers"][split]["shards"]:
                     tokens = map_tokens(self.division.folder(part) / shard["file"], self.dtype)
                     for at in range(0, len(tokens), CHUNK):
-                        parts = {other: tokens[:0] for other in SPLITS} | {split: tokens[at : at + CHUNK]}
+                        parts = dict.fromkeys(SPLITS, tokens[:0]) | {split: tokens[at : at + CHUNK]}
                         yield Tokenised(parts, uncounted, uncounted)
             documents, bytes_, _, skipped = journal["counters"]
             none = np.empty(0, self.dtype)

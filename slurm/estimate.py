@@ -1,7 +1,7 @@
 """What a run will need: memory a GPU and hours, counted from the configuration, with everything that is assumed.
 
-Memory is that of DeepSpeed's engine over fp32 parameters: 4 bytes a number for weights, gradients and each of AdamW's two
-moments; from stage 1 on an fp32 copy of the rank's share and a buffer for the reduction; sharded as the ZeRO paper
+Memory is that of DeepSpeed's engine over fp32 parameters: 4 bytes a number for weights, gradients and each of AdamW's
+two moments; from stage 1 on an fp32 copy of the rank's share and a buffer for the reduction; sharded as the ZeRO paper
 (arXiv 1910.02054, section 5) has it.
 """
 

@@ -65,7 +65,7 @@ def ended(job: str) -> tuple[str, str] | None:
     if shutil.which("scontrol"):
         shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True).stdout
         facts = dict(re.findall(r"(\w+)=(\S*)", shown.splitlines()[0])) if shown.strip() else {}
-        if "JobState" in facts:
+        if facts.get("JobState", "PENDING") not in ("PENDING", "RUNNING", "COMPLETING"):
             return facts["JobState"], facts.get("ExitCode", "")
     if shutil.which("sacct"):
         command = ["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode"]

@@ -1,7 +1,7 @@
 """The code of a run, copied into its folder, so that a job that starts again runs what it began with.
 
-`python -m slurm.snapshot OVERRIDES` is what a job that was submitted by bare `sbatch` does at its first start: it checks
-the configuration, copies the code and prints where it is. `slurm.submit` does both before the job is in the queue.
+`python -m slurm.snapshot OVERRIDES` is what a job that bare `sbatch` submitted does at its first start: it checks the
+configuration, copies the code and prints where it is. `slurm.submit` does both before the job is in the queue.
 """
 
 import hashlib

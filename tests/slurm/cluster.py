@@ -1,10 +1,12 @@
-"""A real Slurm cluster of two nodes on this machine, for an ordinary user: slurmctld and two slurmd from Debian's packages.
+"""A real Slurm cluster of two nodes on this machine, for an ordinary user: one slurmctld, two slurmd.
 
 Both nodes claim more processors than there are and eight GPUs that are device files of terminals. Nothing here needs
 systemd, munge or a database; without the last there is no `sacct`, so jobs are asked about with `scontrol show job`.
 """
 
+import contextlib
 import os
+import pwd
 import random
 import re
 import shutil
@@ -54,8 +56,9 @@ PreemptMode=REQUEUE
 GresTypes=gpu
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=32 Gres=gpu:8 State=UNKNOWN
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32 Gres=gpu:8 State=UNKNOWN
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=1:00:00 State=UP PriorityTier=1 GraceTime=30
-PartitionName=urgent Nodes=node[1-2] MaxTime=1:00:00 State=UP PriorityTier=10
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=24:00:00 PreemptMode=OFF PriorityTier=1
+PartitionName=spare Nodes=node[1-2] MaxTime=24:00:00 PreemptMode=REQUEUE GraceTime=60 PriorityTier=1
+PartitionName=urgent Nodes=node[1-2] MaxTime=24:00:00 PreemptMode=OFF PriorityTier=10
 """
 
 
@@ -125,13 +128,40 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """End the node's daemon and whatever jobs run there, as a power cut would."""
-        spool = str(self.dir / node)
+        """End the node's daemon and everything that runs there, as a power cut would."""
         self.daemons[node].kill()
         self.daemons[node].wait()
-        parents = processes()
-        steps = {pid for pid, (_, name, environ) in parents.items() if name == "slurmstepd" and node in step_node(pid)}
-        raise NotImplementedError(spool, steps)
+        tasks = self.processes(SLURMD_NODENAME=node)
+        for pid in {parent_of(pid) for pid in tasks} - {0, 1, os.getpid()} | set(tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self, command: str = "", **environment: str) -> list[int]:
+        """The processes of this cluster's jobs with these variables, and this text in their command line."""
+        wanted = {
+            f"{key}={value}" for key, value in ({"SLURM_CONF": self.environment["SLURM_CONF"]} | environment).items()
+        }
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                variables = (folder / "environ").read_text(errors="replace").split("\0")
+                if wanted <= set(variables) and command in (folder / "cmdline").read_text(errors="replace"):
+                    found.append(int(folder.name))
+        return found
+
+    @contextlib.contextmanager
+    def held(self, job: str):
+        """The training processes of a job, stopped while the context lasts, so that nothing happens meanwhile."""
+        pids = self.processes("train.py", SLURM_JOB_ID=job)
+        pids = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield pids
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def __call__(self, program: str, *arguments: str, **options) -> str:
         """The standard output of one of Slurm's commands. RuntimeError where it fails."""
@@ -156,9 +186,20 @@ class Cluster:
             time.sleep(0.1)
 
 
-def user_name() -> str:
-    import pwd
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
 
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal waits for a stopped process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status))
+
+
+def user_name() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
 
 
