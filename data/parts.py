@@ -1,9 +1,9 @@
 """A preparation by several processes at once, on one machine or many: N parts, and the last to finish joins them.
 
 Part I is the I-th contiguous share of the source's files, tokenised with the tokenizer of the whole source and split by
-its threshold, into shards of its own in `<data.dir>.parts-<hash>/<I>`. Joining reads the parts in order and writes their
-tokens with the writer of an undivided preparation, so shards, indexes and manifest are the same to the byte. Both go on
-where they were after a kill, each by its own journal.
+its threshold, into shards of its own in `<data.dir>.parts-<hash>/<I>`. Joining reads the parts in order and writes
+their tokens with the writer of an undivided preparation, so shards, indexes and manifest are the same to the byte. Both
+go on where they were after a kill, each by its own journal.
 """
 
 import dataclasses

@@ -10,9 +10,10 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK # every task sees all of the job's GPUs on its node, as NCCL wants it
 
-use_code() { # use_code FOLDER: run what is in FOLDER; relative paths stay those of the submission
+use_code() { # use_code FOLDER: run what is in FOLDER, now and when the job starts again; relative paths stay the submission's
   code=$1
-  export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
+  mkdir -p runs/.slurm && ln -sfn "$code" "runs/.slurm/$SLURM_JOB_ID"
+  export PYTHONPATH=$PWD/runs/.slurm/$SLURM_JOB_ID${PYTHONPATH:+:$PYTHONPATH} # a run's name may hold a colon, this does not
 }
 
 say() { echo "=== job $SLURM_JOB_ID: $* [$(date '+%F %T')]"; }

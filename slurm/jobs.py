@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.schema import Config
 from slurm import scheduler
 from slurm.estimate import Estimate
-from slurm.snapshot import ROOT, snapshot
+from slurm.snapshot import ROOT, snapshot, snapshot_dir
 from training.checkpoint import write_atomic
 from training.run_folder import is_finished
 
@@ -98,7 +98,7 @@ def plan(runs: list[Run], options: argparse.Namespace, sbatch_options: list[str]
     folder = Path("runs/.slurm", name) if sweep else Path(runs[0].dir)
     folder, number = folder.absolute(), "%A_%a" if sweep else "%j"
     todo = [run for run in runs if not is_finished(run.config)]
-    code = {run.dir: str(snapshot(run.dir, copy=False)) for run in runs}
+    code = {run.dir: str(snapshot_dir(run.dir)) for run in runs}
     tasks = [({"T6_CODE": code[run.dir]}, run.overrides) for run in todo]
     jobs = [Job("train", name, folder, f"slurm-{number}.log", tasks, train_options)] if todo else []
     if options.eval and todo:

@@ -4,6 +4,7 @@
 configuration, copies the code and prints where it is. `slurm.submit` does both before the job is in the queue.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -16,41 +17,41 @@ from configs.load import load
 from configs.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = {".py", ".yaml", ".json", ".sh", ".sbatch", ".env"}
+SUFFIXES = {".py", ".yaml", ".sh", ".sbatch", ".env"}
 LEFT_OUT = {"tests", "__pycache__"}
 
 
-def code_files() -> list[Path]:
-    """Everything that a job runs, relative to ROOT: train.py and the packages beside it, without data or tests."""
-    packages = sorted(path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in LEFT_OUT)
-    found = [path for package in packages for path in sorted(package.rglob("*")) if path.suffix in SUFFIXES]
-    shards = ROOT / "data" / "shards"
-    return [
-        path.relative_to(ROOT)
-        for path in [ROOT / "train.py", *found]
-        if path.is_file() and not LEFT_OUT & set(path.parts) and shards not in path.parents
-    ]
+@functools.cache
+def code() -> tuple[str, dict[Path, bytes]]:
+    """(12 hex digits of the content, everything that a job runs): train.py and the packages beside it, without tests.
 
-
-def snapshot(run_dir: str | Path, copy: bool = True) -> Path:
-    """Copy the code to `<run_dir>/code/<12 hex digits of its content>`; the absolute path of the copy.
-
-    The same code is the same folder, so nothing that a job may be running is ever written again. Without `copy`, where
-    the copy would be.
+    Read once, so that what is edited while jobs are submitted reaches all of them or none.
     """
-    digest, files = hashlib.sha256(), code_files()
-    for file in files:
-        content = (ROOT / file).read_bytes()
-        digest.update(f"{file.as_posix()}\0{len(content)}\0".encode() + content)
-    folder = Path(run_dir).absolute() / "code" / digest.hexdigest()[:12]
-    if folder.exists() or not copy:
-        return folder
+    packages = [path.parent for path in ROOT.glob("*/__init__.py")]
+    found = [path for package in packages for path in package.rglob("*") if path.suffix in SUFFIXES]
+    files = sorted(path.relative_to(ROOT) for path in [ROOT / "train.py", *found])
+    contents = {path: (ROOT / path).read_bytes() for path in files if not LEFT_OUT & set(path.parts)}
+    digest = hashlib.sha256()
+    for path, content in contents.items():
+        digest.update(f"{path.as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12], contents
+
+
+def snapshot_dir(run_dir: str | Path) -> Path:
+    """Where the snapshot of the code is in a run folder: the same code is the same folder, never written again."""
+    return Path(run_dir).absolute() / "code" / code()[0]
+
+
+def snapshot(run_dir: str | Path) -> Path:
+    """Copy the code into a run folder; the absolute path of the copy."""
+    folder = snapshot_dir(run_dir)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        for file in files:
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, partial / file)
-        partial.rename(folder)
+        if not folder.exists():
+            for path, content in code()[1].items():
+                (partial / path).parent.mkdir(parents=True, exist_ok=True)
+                (partial / path).write_bytes(content)
+            partial.rename(folder)
     except OSError as error:
         if not folder.exists():  # not copied by another job of the same run meanwhile
             raise ConfigError(f"run.dir={run_dir}: the code cannot be copied there ({error})") from error

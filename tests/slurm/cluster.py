@@ -42,7 +42,7 @@ SchedulerParameters=sched_interval=2,bf_interval=1,batch_sched_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=5
+KillWait=30
 InactiveLimit=0
 FirstJobId={first_job}
 StateSaveLocation={dir}/state
@@ -194,8 +194,11 @@ def parent_of(pid: int) -> int:
 
 
 def is_pending(pid: int, number: int) -> bool:
-    """Whether a signal waits for a stopped process."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    """Whether a signal waits for a stopped process, or has reached it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:  # it has come already: with SIGTERM Slurm lets a stopped process go on
+        return True
     return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status))
 
 

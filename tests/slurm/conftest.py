@@ -36,11 +36,12 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def on_cluster(cluster, checkout, monkeypatch):
+@pytest.fixture(scope="module")
+def shell(cluster, checkout):
     """This process as a user's shell in the checkout, where Slurm's commands reach the cluster."""
-    for key in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_"))]:
-        monkeypatch.delenv(key)
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    monkeypatch.chdir(checkout)
-    return cluster
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_"))]:
+            patch.delenv(key)
+        patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        patch.chdir(checkout)
+        yield

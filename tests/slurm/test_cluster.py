@@ -1,12 +1,12 @@
-"""Jobs on a real cluster. What can run side by side is started together; each test then looks at one of the scenarios."""
+"""Jobs on a real cluster. What can run side by side is started together; each test looks at one of the scenarios."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,16 +18,21 @@ from omegaconf import OmegaConf
 import train
 from configs.app import compose
 from configs.load import load
-from tests.conftest import ROOT, SMALL_RUN
+from data.prepare import prepare
+from slurm import submit
+from slurm.jobs import read_jobs
+from slurm.status import read_status
+from tests.conftest import SMALL_RUN
 from tests.slurm.cluster import Cluster, is_pending
 from training.metrics import read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("slurm")]
 
 SECONDS = 240  # for one scenario on a busy machine
-STEPS = 40
-ODD_NAME = "it's a $HOME \"run\" {of: 1}"
+STEPS = 30
+ODD_NAME = 'it\'s a $HOME "run" {of: 1}'
 ONE_TASK = ["--ntasks-per-node=1", "--cpus-per-task=1"]
+one_at_a_time = threading.Lock()  # Hydra composes one configuration at a time
 
 
 @dataclass
@@ -36,26 +41,42 @@ class Scenarios:
 
     cluster: Cluster
     checkout: Path
+    edited: Path  # a checkout that a scenario may change
     data: list[str]
 
-    def overrides(self, name: str, *more: str, steps: int = STEPS) -> list[str]:
+    def overrides(self, name: str | None, *more: str, steps: int = STEPS) -> list[str]:
         small = [word for word in SMALL_RUN if not word.startswith(("trainer.max_steps", "trainer.eval_every"))]
-        common = [f"trainer.max_steps={steps}", "trainer.eval_every=20", "trainer.samples=0"]
+        common = [f"trainer.max_steps={steps}", "trainer.eval_every=null", "trainer.samples=0"]
         return [*small, *self.data, *common, *([f"run.name={name}"] if name else []), *more]
 
-    def sbatch(self, *words: str) -> str:
-        return self.cluster("sbatch", "--parsable", *words, cwd=self.checkout).strip()
+    def tiny(self, name: str | None) -> list[str]:
+        """The shipped size, under ZeRO-2."""
+        small = [word for word in self.overrides(name, steps=6) if not word.startswith("size.")]
+        return [*small, "model=t6", "size=tiny", "deepspeed=zero2", "trainer.micro_batch_size=2"]
 
-    def python(self, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    def sbatch(self, *words: str, cwd: Path | None = None) -> str:
+        return self.cluster("sbatch", "--parsable", *words, cwd=cwd or self.checkout).strip()
+
+    def submit(self, *words: str, name: str) -> dict[str, str]:
+        with one_at_a_time:
+            assert submit.main(list(words)) == 0
+        return read_jobs(self.run_dir(name))
+
+    def train(self, name: str, *words: str, steps: int = STEPS) -> str:
+        """A job of one task, submitted without an evaluation."""
+        options = [*ONE_TASK, "--eval=none", *(word for word in words if word.startswith("-"))]
+        more = [word for word in words if not word.startswith("-")]
+        return self.submit(*options, *self.overrides(name, *more, steps=steps), name=name)["train"]
+
+    def python(self, *words: str) -> None:
         done = subprocess.run(
-            [sys.executable, *words], cwd=cwd or self.checkout, env=self.cluster.environment, capture_output=True,
-            text=True, timeout=SECONDS,
+            [sys.executable, *words], cwd=self.checkout, env=self.cluster.environment, capture_output=True, text=True,
+            timeout=SECONDS,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
 
     def run_dir(self, name: str) -> Path:
-        return self.checkout / "runs" / name
+        return (self.edited if name == "warned" else self.checkout) / "runs" / name
 
     def log(self, name: str) -> str:
         return "".join(path.read_text() for path in sorted(self.run_dir(name).glob("slurm-[0-9]*.log")))
@@ -68,69 +89,64 @@ class Scenarios:
         self.cluster.wait(lambda: self.cluster.ended(job), SECONDS, f"end of job {job}")
         return self.cluster.job(job)
 
-    def send(self, job: str, pids: list[int]) -> None:
+    def wait_for_end_of(self, name: str) -> None:
+        self.cluster.wait(lambda: name not in self.cluster("squeue", "-h", "-o", "%j"), SECONDS, f"end of {name}")
+
+    def warn(self, job: str, pids: list[int]) -> None:
         """What Slurm does before the time limit; returns when it has reached the (stopped) training processes."""
         self.cluster("scancel", "--batch", "-s", "USR1", job)
         self.cluster.wait(lambda: all(is_pending(pid, signal.SIGUSR1) for pid in pids), SECONDS, "pending SIGUSR1")
 
-    # --- the scenarios -------------------------------------------------------------------------------------------
+    # --- the scenarios -----------------------------------------------------------------------------------------------
 
     def two_nodes(self):
         """Bare sbatch, one task a node."""
-        words = ["--nodes=2", *ONE_TASK, "slurm/train.sbatch", *self.tiny("two")]
-        return self.wait_for_end(self.sbatch(*words))
+        return self.wait_for_end(self.sbatch("--nodes=2", *ONE_TASK, "slurm/train.sbatch", *self.tiny("two")))
 
     def four_tasks(self):
-        """slurm.submit, two tasks a node, with words that a shell or Hydra would like to take apart; evaluation after."""
+        """slurm.submit, two tasks a node, with words that a shell would take apart; an evaluation follows."""
         odd = ["++deepspeed.config.flops_profiler={enabled: false}", "wandb.tags=[1,b c,'$x']"]
         odd.append("run.name='" + ODD_NAME.replace("'", r"\'") + "'")
         options = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"]
-        said = self.python("-m", "slurm.submit", *options, *self.tiny(None), *odd).stdout
-        train_job, eval_job = re.findall(r"as job (\d+)", said)
-        return said, self.wait_for_end(train_job), self.wait_for_end(eval_job)
-
-    def tiny(self, name: str | None) -> list[str]:
-        small = [word for word in self.overrides(name, steps=6) if not word.startswith("size.")]
-        return [*small, "model=t6", "size=tiny", "deepspeed=zero2", "trainer.micro_batch_size=2"]
+        jobs = self.submit(*options, *self.tiny(None), *odd, name=ODD_NAME)
+        return self.wait_for_end(jobs["train"]), self.wait_for_end(jobs["eval"])
 
     def torchrun(self):
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *self.tiny("torchrun")]
-        self.python(*words)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        self.python(*launcher, "train.py", *self.tiny("torchrun"))
 
     def warned(self):
-        """SIGUSR1 in the middle of a run over two nodes; meanwhile the checkout is edited."""
-        job = self.sbatch("--nodes=2", *ONE_TASK, "slurm/train.sbatch", *self.overrides("warned"))
+        """SIGUSR1 in the middle of a run over two nodes, by bare sbatch; then the code in its checkout is broken."""
+        words = ["--nodes=2", *ONE_TASK, "slurm/train.sbatch", *self.overrides("warned")]
+        job = self.sbatch(*words, cwd=self.edited)
         self.wait_for_steps("warned", 3)
         with self.cluster.held(job) as pids:
-            self.send(job, pids)
+            self.warn(job, pids)
+            for file in (self.edited / "train.py", self.edited / "slurm/common.sh"):
+                file.write_text("raise SystemExit 1")
         return self.wait_for_end(job)
 
     def first_second(self):
-        job = self.sbatch(*ONE_TASK, "slurm/train.sbatch", *self.overrides("first_second"))
+        job = self.train("first_second")
         self.cluster.wait(lambda: "start 1" in self.log("first_second"), SECONDS, "start")
         self.cluster("scancel", "--batch", "-s", "USR1", job)
         return self.wait_for_end(job)
 
     def during_a_save(self):
         """The process is stopped where a checkpoint has no manifest yet; the signal is there when it goes on."""
-        more = ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=100"]
-        job = self.sbatch(*ONE_TASK, "slurm/train.sbatch", *self.overrides("during_a_save", *more))
-        self.wait_for_steps("during_a_save", 1)
-        checkpoints, deadline = self.run_dir("during_a_save") / "checkpoints", time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            if not unfinished(checkpoints):
-                continue
-            with self.cluster.held(job) as pids:
-                torn = unfinished(checkpoints)
-                if torn:
-                    self.send(job, pids)
-                    break
+        job = self.train("during_a_save", "trainer.checkpoint_every=1", "trainer.keep_checkpoints=100")
+        checkpoints, deadline, torn = self.run_dir("during_a_save") / "checkpoints", time.monotonic() + SECONDS, []
+        while not torn and time.monotonic() < deadline:
+            if unfinished(checkpoints):
+                with self.cluster.held(job) as pids:
+                    torn = unfinished(checkpoints)
+                    if torn:
+                        self.warn(job, pids)
         return self.wait_for_end(job), torn
 
     def preempted(self):
-        """A job of a higher partition takes the processors; Slurm gives the run GraceTime and sends SIGTERM to its step."""
-        spare = ["--partition=spare", "--nodelist=node2", "--ntasks-per-node=1", "--cpus-per-task=20"]
-        job = self.sbatch(*spare, "slurm/train.sbatch", *self.overrides("preempted"))
+        """A job of a higher partition takes the processors: Slurm gives the run GraceTime and its step a SIGTERM."""
+        job = self.train("preempted", "--partition=spare", "--nodelist=node2", "--cpus-per-task=20")
         self.wait_for_steps("preempted", 3)
         with self.cluster.held(job) as pids:
             urgent = ["--partition=urgent", "--nodelist=node2", "--cpus-per-task=20", "--output=/dev/null"]
@@ -139,13 +155,13 @@ class Scenarios:
         return self.wait_for_end(job), self.wait_for_end(other)
 
     def cancelled(self):
-        job = self.sbatch(*ONE_TASK, "slurm/train.sbatch", *self.overrides("cancelled", steps=100_000))
+        job = self.train("cancelled", "--exclude=node2", steps=100_000)
         self.wait_for_steps("cancelled", 3)
         self.cluster("scancel", job)
         return self.wait_for_end(job)
 
     def killed_node(self):
-        job = self.sbatch("--nodes=2", *ONE_TASK, "slurm/train.sbatch", *self.overrides("killed_node"))
+        job = self.train("killed_node", "--nodes=2")
         self.cluster.wait((self.run_dir("killed_node") / "latest").exists, SECONDS, "checkpoint")
         with self.cluster.held(job):
             self.cluster.kill_node("node2")
@@ -154,28 +170,158 @@ class Scenarios:
         return self.wait_for_end(job)
 
     def sweep(self):
-        words = ["--exclude=node2", "--ntasks-per-node=1", "--cpus-per-task=1", "-m", *self.overrides(None, steps=8)]
-        said = self.python("-m", "slurm.submit", *words, "model=t6,mha", "optim.lr=1e-3,1e-2").stdout
-        jobs = dict(re.findall(r"(\w+) as job (\d+)", said))
-        for job in jobs.values():
-            self.cluster.wait(lambda job=job: not self.cluster("squeue", "-h", "-j", job).strip(), SECONDS, f"end of {job}")
-        return said, jobs
+        words = [*self.overrides(None, steps=8), "model=t6,mha", "optim.lr=1e-3,1e-2"]
+        self.submit("--exclude=node2", *ONE_TASK, "-m", *words, name="")
+        self.wait_for_end_of("sweep")
 
     def submitit(self):
         launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10", "hydra.launcher.cpus_per_task=1"]
         launcher += ["+hydra.launcher.additional_parameters={exclude: node2}", "hydra.sweep.dir=runs/submitit"]
         names = ["model=t6,gqa", "run.dir=runs/submitit/${model.name}"]
-        return self.python("train.py", "-m", *launcher, *self.overrides(None, steps=4), *names)
+        self.python("train.py", "-m", *launcher, *self.overrides(None, steps=4), *names)
 
     def prepare_array(self):
         folder = self.checkout / "texts"
         folder.mkdir()
         files = sorted(Path(self.data[1].removeprefix("data.dir=")).parent.glob("*.txt"))
-        for number in range(6):
-            texts = [{"text": path.read_text()} for path in files[number::6]]
+        for number in range(5):
+            texts = [{"text": path.read_text()} for path in files[number::5]]
             (folder / f"{number}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
         words = ["data=files", "data.files=['texts/*.jsonl']", "tokenizer.vocab_size=512", "data.shard_tokens=20000"]
-        array = ["--array=0-2", "--exclude=node2", "--cpus-per-task=1", "slurm/prepare.sbatch"]
-        job = self.sbatch(*array, *words, "data.dir=data/array")
-        self.python("-m", "data.prepare", *words, "data.dir=data/whole", "data.workers=1")
-        self.cluster.wait(lambda: not self.cluster("squeue", "-h", "-j", job).strip(), SECONDS, "end of the array")
+        array = ["--job-name=prepare", "--array=0-1", "--exclude=node2", "--cpus-per-task=1", "slurm/prepare.sbatch"]
+        self.sbatch(*array, *words, "data.dir=data/array")
+        with one_at_a_time:
+            whole = load(compose("train", [*words, "data.dir=data/whole", "data.workers=1"]))
+        prepare(whole, progress=False)
+        self.wait_for_end_of("prepare")
+
+
+def unfinished(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("step_*") if not (path / "manifest.json").exists()]
+
+
+TOGETHER = ("two_nodes", "four_tasks", "torchrun", "warned", "first_second", "during_a_save", "preempted")
+AFTER_THEM = ("killed_node", "cancelled", "sweep", "submitit", "prepare_array")  # on node1, all but the first
+
+
+@pytest.fixture(scope="module")
+def scenarios(cluster, checkout, shell, small_data, tmp_path_factory):
+    edited = shutil.copytree(checkout, tmp_path_factory.mktemp("edited") / "t6")
+    return Scenarios(cluster, checkout, edited, small_data)
+
+
+@pytest.fixture(scope="module")
+def reference(scenarios, tmp_path_factory):
+    """The losses of the same run on one process, undisturbed."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert train.main(load(compose("train", [*scenarios.overrides(None), f"run.dir={folder}"]))) == 0
+    return curve(folder)
+
+
+@pytest.fixture(scope="module")
+def outcome(scenarios, reference):
+    """`outcome(name)` is what a scenario returned, or raises what it raised."""
+    with ThreadPoolExecutor(len(TOGETHER) + len(AFTER_THEM)) as pool:
+        running = {name: pool.submit(getattr(scenarios, name)) for name in TOGETHER}
+
+        def outcome(name: str):
+            if name not in running:
+                for future in list(running.values()):
+                    future.exception()  # nobody else is to be on the node that is killed
+                running.update({name: pool.submit(getattr(scenarios, name)) for name in AFTER_THEM})
+            return running[name].result()
+
+        yield outcome
+
+
+def curve(folder: Path) -> dict[int, float]:
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    return {line["step"]: line["train/loss"] for line in lines}
+
+
+def assert_went_on(scenarios, reference, name: str, job: dict[str, str]) -> None:
+    """It ended after one restart, with one log and one unbroken curve: that of the undisturbed run."""
+    log = scenarios.log(name)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert re.findall(r"start (\d+), ", log) == ["1", "2"]
+    assert curve(scenarios.run_dir(name)) == pytest.approx(reference, abs=1e-4)
+
+
+def test_two_nodes_and_four_tasks_train_as_torchrun_does(outcome, scenarios):
+    assert outcome("two_nodes")["JobState"] == "COMPLETED", scenarios.log("two")
+    outcome("torchrun")
+    job, _ = outcome("four_tasks")
+    assert (job["JobState"], job["NumTasks"]) == ("COMPLETED", "4"), scenarios.log(ODD_NAME)
+    expected = curve(scenarios.run_dir("torchrun"))
+    assert len(expected) == 6
+    assert curve(scenarios.run_dir("two")) == pytest.approx(expected, abs=1e-4)
+    assert curve(scenarios.run_dir(ODD_NAME)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_overrides_arrive_as_typed_and_evaluation_follows(outcome, scenarios):
+    _, evaluation = outcome("four_tasks")
+    folder = scenarios.run_dir(ODD_NAME)
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.run.name == ODD_NAME and list(config.wandb.tags) == ["1", "b c", "$x"]
+    assert config.deepspeed.config.flops_profiler == {"enabled": False}
+    assert evaluation["JobState"] == "COMPLETED", "".join(p.read_text() for p in folder.glob("slurm-eval-*.log"))
+    assert json.loads((folder / "results/perplexity.json").read_text())["step"] == 6
+
+
+def test_a_warned_job_saves_goes_back_and_goes_on_with_its_own_code(outcome, scenarios, reference):
+    assert_went_on(scenarios, reference, "warned", outcome("warned"))
+    assert "SIGUSR1: saved" in scenarios.log("warned")
+
+
+def test_a_signal_in_the_first_second(outcome, scenarios, reference):
+    assert_went_on(scenarios, reference, "first_second", outcome("first_second"))
+
+
+def test_a_signal_during_a_save(outcome, scenarios, reference):
+    job, torn = outcome("during_a_save")
+    assert_went_on(scenarios, reference, "during_a_save", job)
+    assert torn and (torn[0] / "manifest.json").exists()  # the save was finished first
+
+
+def test_preemption_with_grace(outcome, scenarios, reference):
+    job, other = outcome("preempted")
+    assert_went_on(scenarios, reference, "preempted", job)
+    assert "SIGTERM: saved" in scenarios.log("preempted") and other["JobState"] == "COMPLETED"
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(outcome, scenarios):
+    job = outcome("cancelled")
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    assert list(scenarios.run_dir("cancelled").glob("checkpoints/*/manifest.json"))
+    status = read_status(scenarios.run_dir("cancelled"), {})
+    assert status.state == "stopped" and "CANCELLED" in status.problem and status.checkpoint == status.step
+
+
+def test_a_killed_node(outcome, scenarios, reference):
+    assert_went_on(scenarios, reference, "killed_node", outcome("killed_node"))
+
+
+def test_a_sweep_is_an_array_and_each_run_is_evaluated(outcome, scenarios):
+    outcome("sweep")
+    folders = sorted(path.parent for path in scenarios.run_dir("").glob("*_tiny_*/job.json"))
+    assert [folder.name.split("_")[0] for folder in folders] == ["mha", "mha", "t6", "t6"]
+    for folder in folders:
+        assert json.loads((folder / "results/perplexity.json").read_text())["step"] == 8
+        assert list(folder.glob("slurm-[0-9]*.log")) and list(folder.glob("slurm-eval-*.log"))
+    configs = [OmegaConf.load(folder / "config.yaml") for folder in folders]
+    assert {config.optim.lr for config in configs} == {1e-3, 1e-2}
+    assert len({config.wandb.group for config in configs}) == 1
+
+
+def test_hydra_submitit_launcher(outcome, scenarios):
+    outcome("submitit")
+    for model in ("t6", "gqa"):
+        assert len(curve(scenarios.run_dir(f"submitit/{model}"))) == 4
+
+
+def test_data_prepared_by_an_array_is_the_same(outcome, scenarios):
+    outcome("prepare_array")
+    whole, array = (scenarios.checkout / "data" / name for name in ("whole", "array"))
+    contents = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {path.name: path.read_bytes() for path in array.iterdir()} == contents and len(contents) > 20
