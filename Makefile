@@ -16,7 +16,7 @@ train: .venv/.installed
 	@echo "The loss plot is runs/$(RUN)/loss.png"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup $(ARGS)
 
 setup: .venv/.installed
 
