@@ -21,11 +21,11 @@ from slurm import scheduler
 from slurm.jobs import read_jobs
 from training.checkpoint import problems, read_manifest
 from training.metrics import read_metrics
-from training.run_folder import read_config
+from training.run_folder import read_config, read_events
 
 QUIET_AFTER = 600  # seconds without a word from a run that should be running
 FAULTS = re.compile(
-    r"^(?P<python>[\w.]*(Error|Exception|Interrupt)\b.*)|^(?P<giving_up>giving up .*)|"
+    r"^(?P<python>[\w.]*(Error|Exception|Interrupt)\b.*)|^(?P<training>(GIVING UP|THE JOB ENDS|TRAINING CANNOT) .*)|"
     r"^(slurmstepd|srun): error: (?P<slurm>.*(CANCELLED|[Kk]illed|oom|Out Of Memory|Node failure|Segmentation).*)"
 )
 
@@ -106,7 +106,7 @@ def read_status(folder: Path, queue: dict[str, tuple[str, str]]) -> Status:
         tokens_per_second=last(lines, "perf/tokens_per_second"),
         checkpoint=manifest and manifest["step"],
         checkpoint_age=age,
-        restarts=max(0, len(re.findall(r"^=== job \d+: start \d+", text, re.MULTILINE)) - 1),
+        restarts=max(0, sum(event["event"] == "start" for event in read_events(folder)) - 1),
         problem=problem,
     )
 
@@ -136,7 +136,7 @@ def find_state(folder: Path, log: str, queue: dict[str, tuple[str, str]]) -> tup
     why = [
         f"job {jobs[0]} ended as {over[0]}" if over else f"nothing written for {ago(quiet)}" if quiet < 1e9 else None
     ]
-    found = fault(log) or bad_loss(folder)
+    found = fault(log) or last_trouble(folder) or bad_loss(folder)
     return "stopped", "; ".join(filter(None, [*why, found or broken_checkpoint(folder)]))
 
 
@@ -153,11 +153,17 @@ def fault(log: str) -> str | None:
         if re.match(r"(\d+ errors in the configuration|Configuration error):", line):
             return " ".join(text.strip() for text in lines[number + 1 : number + 4] if text.startswith("  "))
     found = [match for line in lines if (match := FAULTS.match(line))]
-    for kind in ("giving_up", "python", "slurm"):
+    for kind in ("training", "python", "slurm"):
         of_kind = [match[kind] for match in found if match[kind]]
         if of_kind:
             return of_kind[0 if kind == "slurm" else -1].strip("* ")
     return None
+
+
+def last_trouble(folder: Path) -> str | None:
+    """What the run itself noted last, if that was trouble: a rollback, giving up, a checkpoint that failed."""
+    event = next(reversed(read_events(folder)), {})
+    return f"{event['event']} at step {event['step']}: {event['reason']}" if "reason" in event else None
 
 
 def bad_loss(folder: Path) -> str | None:

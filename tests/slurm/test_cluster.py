@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 
 import train
 from configs.app import compose
+from configs.errors import ConfigError
 from configs.load import load
 from data.prepare import prepare
-from slurm import submit
+from slurm import status, submit
 from slurm.jobs import read_jobs
-from slurm.status import read_status
-from tests.conftest import SMALL_RUN
+from tests.conftest import ROOT, SMALL_RUN
 from tests.slurm.cluster import Cluster, is_pending
 from training.metrics import read_metrics
 
@@ -294,8 +294,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(outcome, scenarios):
     job = outcome("cancelled")
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     assert list(scenarios.run_dir("cancelled").glob("checkpoints/*/manifest.json"))
-    status = read_status(scenarios.run_dir("cancelled"), {})
-    assert status.state == "stopped" and "CANCELLED" in status.problem and status.checkpoint == status.step
+    found = status.read_status(scenarios.run_dir("cancelled"), {})
+    assert found.state == "stopped" and "CANCELLED" in found.problem and found.checkpoint == found.step
 
 
 def test_a_killed_node(outcome, scenarios, reference):
@@ -312,6 +312,49 @@ def test_a_sweep_is_an_array_and_each_run_is_evaluated(outcome, scenarios):
     configs = [OmegaConf.load(folder / "config.yaml") for folder in folders]
     assert {config.optim.lr for config in configs} == {1e-3, 1e-2}
     assert len({config.wandb.group for config in configs}) == 1
+
+
+def refused(scenarios, words: list[str], match: str) -> None:
+    before = set(scenarios.run_dir("").rglob("*")), scenarios.cluster("squeue", "-h", "-o", "%j")
+    with one_at_a_time, pytest.raises(ConfigError, match=match):
+        submit.main([*ONE_TASK, *scenarios.overrides("refused"), *words])
+    assert not scenarios.run_dir("refused").exists() and before[1].count("refused") == 0
+
+
+def test_mistakes_are_refused_before_the_queue(scenarios):
+    refused(scenarios, ["--partition=nowhere"], "sbatch refuses the job: .*invalid partition.*--partition=nowhere")
+    refused(scenarios, ["--nodes=3"], "sbatch refuses the job: .*(Node count|not available).*--nodes=3")
+    refused(scenarios, ["optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?")
+    refused(scenarios, ["data.dir=nothing"], "data.dir=nothing: not prepared: run `python -m data.prepare data=files")
+    refused(scenarios, ["--ntasks-per-node=3"], "is not a multiple of trainer.micro_batch_size=4 x 3 processes")
+
+
+def test_a_run_in_the_queue_is_not_submitted_again(scenarios, capsys):
+    job = scenarios.train("waiting", "--hold")
+    with one_at_a_time, pytest.raises(ConfigError, match=f"runs/waiting: is in the queue already, as job {job}"):
+        submit.main([*ONE_TASK, *scenarios.overrides("waiting")])
+    capsys.readouterr()
+    assert status.main(["runs/waiting"]) == 0
+    shown = capsys.readouterr().out
+    assert "pending" in shown and "waits: JobHeldUser" in shown
+    scenarios.cluster("scancel", job)
+
+
+@pytest.mark.parametrize(("binding", "devices"), [("none", ["0 0,1", "1 0,1"]), ("map_gpu:0,1", ["0 0", "0 1"])])
+def test_a_task_uses_the_gpu_of_its_rank_or_the_one_it_sees(scenarios, tmp_path, monkeypatch, binding, devices):
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "device $LOCAL_RANK $CUDA_VISIBLE_DEVICES of $RANK/$WORLD_SIZE"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    code = scenarios.edited.parent / "run/code/0"
+    shutil.copytree(ROOT / "slurm", code / "slurm", ignore=shutil.ignore_patterns("site.env"))
+    options = ["--ntasks-per-node=2", "--cpus-per-task=1", "slurm/train.sbatch"]
+    for key, value in {"T6_CODE": code, "PYTHON": tmp_path / "python", "SLURM_GPU_BIND": binding}.items():
+        monkeypatch.setitem(scenarios.cluster.environment, key, str(value))
+    job = scenarios.sbatch(*options)
+    scenarios.wait_for_end(job)
+    log = (code.parent.parent / f"slurm-{job}.log").read_text()
+    assert sorted(re.findall(r"device (.*) of \d/2", log)) == devices, log
 
 
 def test_hydra_submitit_launcher(outcome, scenarios):
