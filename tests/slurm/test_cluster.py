@@ -323,7 +323,11 @@ def refused(scenarios, words: list[str], match: str) -> None:
 
 def test_mistakes_are_refused_before_the_queue(scenarios):
     refused(scenarios, ["--partition=nowhere"], "sbatch refuses the job: .*invalid partition.*--partition=nowhere")
-    refused(scenarios, ["--nodes=3"], "sbatch refuses the job: .*(Node count|not available).*--nodes=3")
+    refused(
+        scenarios,
+        ["--nodes=3", "trainer.global_batch_size=12"],
+        "sbatch refuses the job: .*(Node count|not available).*--nodes=3",
+    )
     refused(scenarios, ["optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?")
     refused(scenarios, ["data.dir=nothing"], "data.dir=nothing: not prepared: run `python -m data.prepare data=files")
     refused(scenarios, ["--ntasks-per-node=3"], "is not a multiple of trainer.micro_batch_size=4 x 3 processes")
@@ -340,20 +344,19 @@ def test_a_run_in_the_queue_is_not_submitted_again(scenarios, capsys):
     scenarios.cluster("scancel", job)
 
 
-@pytest.mark.parametrize(("binding", "devices"), [("none", ["0 0,1", "1 0,1"]), ("map_gpu:0,1", ["0 0", "0 1"])])
-def test_a_task_uses_the_gpu_of_its_rank_or_the_one_it_sees(scenarios, tmp_path, monkeypatch, binding, devices):
-    (tmp_path / "python").write_text(
-        '#!/bin/sh\necho "device $LOCAL_RANK $CUDA_VISIBLE_DEVICES of $RANK/$WORLD_SIZE"\n'
-    )
-    (tmp_path / "python").chmod(0o755)
-    code = scenarios.edited.parent / "run/code/0"
+@pytest.mark.parametrize(
+    ("site", "devices"), [({}, ["0 0,1", "1 0,1"]), ({"SLURM_GPU_BIND": "map_gpu:0,1"}, ["0 0", "0 1"])]
+)
+def test_a_task_uses_the_gpu_of_its_rank_or_the_only_one_it_sees(scenarios, tmp_path, monkeypatch, site, devices):
+    python, code = tmp_path / "python", tmp_path / "run/code/0"
+    python.write_text('#!/bin/sh\necho "device $LOCAL_RANK $CUDA_VISIBLE_DEVICES of $RANK/$WORLD_SIZE"\n')
+    python.chmod(0o755)
     shutil.copytree(ROOT / "slurm", code / "slurm", ignore=shutil.ignore_patterns("site.env"))
-    options = ["--ntasks-per-node=2", "--cpus-per-task=1", "slurm/train.sbatch"]
-    for key, value in {"T6_CODE": code, "PYTHON": tmp_path / "python", "SLURM_GPU_BIND": binding}.items():
-        monkeypatch.setitem(scenarios.cluster.environment, key, str(value))
-    job = scenarios.sbatch(*options)
+    for key, value in ({"T6_CODE": str(code), "PYTHON": str(python)} | site).items():
+        monkeypatch.setitem(scenarios.cluster.environment, key, value)
+    job = scenarios.sbatch("--ntasks-per-node=2", "--cpus-per-task=1", "slurm/train.sbatch")
     scenarios.wait_for_end(job)
-    log = (code.parent.parent / f"slurm-{job}.log").read_text()
+    log = (tmp_path / f"run/slurm-{job}.log").read_text()
     assert sorted(re.findall(r"device (.*) of \d/2", log)) == devices, log
 
 
