@@ -25,10 +25,10 @@ def site_environment(file: Path = SITE_FILE) -> dict[str, str]:
 
 def available(environment: dict[str, str]) -> bool:
     """Whether a cluster answers here."""
-    return (
-        bool(shutil.which("sbatch"))
-        and not subprocess.run(["sinfo", "-h"], env=environment, capture_output=True).returncode
-    )
+    try:
+        return subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, timeout=20).returncode == 0
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return False
 
 
 def sbatch(arguments: list[str], environment: dict[str, str], script: str | None = None) -> str:

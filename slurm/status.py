@@ -25,7 +25,7 @@ from training.run_folder import read_config, read_events
 
 QUIET_AFTER = 600  # seconds without a word from a run that should be running
 FAULTS = re.compile(
-    r"^(?P<python>[\w.]*(Error|Exception|Interrupt)\b.*)|^(?P<training>(GIVING UP|THE JOB ENDS|TRAINING CANNOT) .*)|"
+    r"^(?P<python>[\w.]*(Error|Exception|Interrupt)\b.*)|^(?P<training>(GIVING UP|THE JOB ENDS|TRAINING CANNOT)\b.*)|"
     r"^(slurmstepd|srun): error: (?P<slurm>.*(CANCELLED|[Kk]illed|oom|Out Of Memory|Node failure|Segmentation).*)"
 )
 

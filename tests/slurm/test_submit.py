@@ -19,7 +19,7 @@ from tests.conftest import SMALL_RUN
 def alone(tmp_path, monkeypatch):
     """An empty folder, and no cluster."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))
+    monkeypatch.delenv("SLURM_CONF", raising=False)
     return tmp_path
 
 
@@ -28,8 +28,8 @@ def words(small_data, *more: str) -> list[str]:
 
 
 def test_the_estimate_is_counted():
-    config = load(compose("train", ["size=xl", "tokenizer=gpt2", "deepspeed=zero2", "trainer.max_tokens=50e9"]), 8)
-    config.trainer.max_steps = None
+    config = load(compose("train", ["size=xl", "tokenizer=gpt2", "deepspeed=zero2", "trainer.global_batch_size=32"]), 8)
+    config.trainer.max_steps, config.trainer.max_tokens = None, 50 * 10**9
     made = estimate(config, gpus=8, gpu="H100", peak=1e15, mfu=0.4)
     params = 1.55e9
     assert made.memory["weights"] == pytest.approx(4 * params, rel=0.02)
@@ -63,7 +63,7 @@ def test_a_sweep_is_one_array_with_a_run_a_task(small_data, alone, capsys):
     assert out.count("--array=0-3") >= 2 and out.count("slurm/train.sbatch") == 1
     for number, (model, lr) in enumerate((m, lr) for m in ("t6", "mha") for lr in ("3e-4", "6e-4")):
         line = next(line for line in out.splitlines() if line.startswith(f"  {number}) T6_CODE="))
-        assert f"model={model} optim.lr={lr}" in line and "wandb.group=sweep-" in line
+        assert f" model={model} " in line and f" optim.lr={float(lr)} " in line and " wandb.group=sweep-" in line
 
 
 def test_mistakes_come_together_and_name_what_was_given(small_data, alone):
