@@ -26,7 +26,7 @@ from training.run_folder import read_config, read_events
 QUIET_AFTER = 600  # seconds without a word from a run that should be running
 FAULTS = re.compile(
     r"^(?P<python>[\w.]*(Error|Exception|Interrupt)\b.*)|^(?P<training>(GIVING UP|THE JOB ENDS|TRAINING CANNOT)\b.*)|"
-    r"^(slurmstepd|srun): error: (?P<slurm>.*(CANCELLED|[Kk]illed|oom|Out Of Memory|Node failure|Segmentation).*)"
+    r"^(slurmstepd|srun)[^:]*: error: (?P<slurm>.*(CANCELLED|[Kk]illed|oom|Out Of Memory|Node failure|Segmentation).*)"
 )
 
 
@@ -131,13 +131,14 @@ def find_state(folder: Path, log: str, queue: dict[str, tuple[str, str]]) -> tup
     over = scheduler.ended(jobs[0]) if jobs else None
     if said and said[-1].endswith("back into the queue") and not over:
         return "requeued", None
-    if not over and quiet < QUIET_AFTER:
+    found = fault(log)
+    if not over and quiet < QUIET_AFTER and not (found and re.search(r"\bJOB\b", found)):
         return "running", None
-    why = [
-        f"job {jobs[0]} ended as {over[0]}" if over else f"nothing written for {ago(quiet)}" if quiet < 1e9 else None
-    ]
-    found = fault(log) or last_trouble(folder) or bad_loss(folder)
-    return "stopped", "; ".join(filter(None, [*why, found or broken_checkpoint(folder)]))
+    written = bool(written_by(folder))
+    silence = f"nothing written for {ago(quiet)}" if written else "has not started"
+    why = f"job {jobs[0]} ended as {over[0]}" if over else silence
+    found = found or last_trouble(folder) or bad_loss(folder) or broken_checkpoint(folder)
+    return "stopped", "; ".join(filter(None, [why, found]))
 
 
 def written_by(folder: Path) -> list[Path]:
