@@ -120,12 +120,9 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
         errors.extend(data_errors(blocks["data"], blocks["tokenizer"], blocks["core"]))
     if sound >= {"trainer", "deepspeed"} and blocks["deepspeed"].bf16_engine and blocks["trainer"].dtype == "fp32":
         errors.append("trainer.dtype=fp32: deepspeed.config.bf16.enabled=true keeps the parameters in bf16")
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
-    if "deepspeed" in sound:
-        errors.extend(blocks["deepspeed"].world_errors(world_size))
     if "trainer" in sound:
         try:
-            blocks["trainer"].accumulation_steps(world_size)
+            blocks["trainer"].accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))
         except ConfigError as error:
             errors.extend(error.errors)
     if errors:

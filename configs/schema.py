@@ -129,15 +129,6 @@ class DeepSpeedConfig:
         """Whether DeepSpeed keeps the parameters in bf16 (beside fp32 master weights), and not only computes in it."""
         return bool((self.config.get("bf16") or {}).get("enabled"))
 
-    def world_errors(self, world_size: int):
-        """Mistakes that depend on the number of processes."""
-        node = self.config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-        if not (isinstance(node, int) and node >= 1 and world_size % node == 0):
-            yield (
-                f"deepspeed.config.zero_optimization.zero_hpz_partition_size={node}: must divide the {world_size} "
-                f"process{'es' * (world_size != 1)}; it is the number of GPUs of a node"
-            )
-
     def errors(self):
         for key in self.config:
             if key in REFUSED_DEEPSPEED_KEYS:

@@ -35,6 +35,8 @@ def test_a_hung_rank_ends_the_job_and_is_named(pair, tmp_path):
     assert process.returncode != 0
     assert f"pid {hung.pid}) has not been heard of for" in output and "THE JOB ENDS: rank 1 (" in output
     assert checkpoint.newest(tmp_path / "run", print)
+    # The preflight of several ranks
+    assert "2 ranks agree" in output and "x the median time of a matrix product" in output and "clocks  " in output
 
 
 def test_a_rank_that_stops_moving_is_named(pair, tmp_path):

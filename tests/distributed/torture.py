@@ -21,6 +21,7 @@ from tests.distributed.helpers import curve, events, last_step, run, start
 
 MOMENTS = ("starting", "training", "saving")
 STEPS_A_LIFE = 12
+SCRIPT = Path(__file__).with_name("slow_saves.py")
 
 
 def main(kills="50", processes="2", stage="2", seed="0") -> int:
@@ -36,7 +37,7 @@ def main(kills="50", processes="2", stage="2", seed="0") -> int:
         began, done = time.monotonic(), Counter()
         while sum(done.values()) < kills:
             moment = chance.choice(MOMENTS)
-            process = start([*overrides, f"run.dir={parts}"], processes)
+            process = start([*overrides, f"run.dir={parts}"], processes, script=SCRIPT)
             step = live(process, moment, parts, chance)
             if process.poll() is not None:
                 break  # it came to its end first, or failed: what it left will tell
@@ -44,7 +45,7 @@ def main(kills="50", processes="2", stage="2", seed="0") -> int:
             process.communicate()
             done[moment] += 1
             console.print(f"kill {sum(done.values()):>3}/{kills}  while {moment:<8}  at step {step}/{steps}")
-        run([*overrides, f"run.dir={parts}"], processes)
+        run([*overrides, f"run.dir={parts}"], processes, script=SCRIPT)
         same, restarts = curve(parts) == whole, events(parts).count("start") - 1
     how = ", ".join(f"{count} while {moment}" for moment, count in sorted(done.items()))
     console.print(f"{sum(done.values())} kills ({how}), {restarts} restarts after a first step, "
@@ -65,7 +66,7 @@ def live(process, moment: str, folder: Path, chance: random.Random) -> int:
     else:
         wait(process, lambda: started(folder) and last_step(folder) > first)
         wait(process, lambda: unfinished(folder))
-        time.sleep(chance.uniform(0, 0.01))
+        time.sleep(chance.uniform(0, 0.4))
     return last_step(folder)
 
 
