@@ -70,6 +70,18 @@ def prepare(config: Config, progress: bool = True, parts: int = 1) -> Manifest:
     return manifest
 
 
+def prepare_in_parts(config: Config, part: int, parts: int, progress: bool = True) -> Manifest | None:
+    """One part of N, and `prepare` from all of them where they are finished; None where others are not."""
+    if parts > 1 and not prepared(config):
+        check_before_work(config)
+        settings = settings_of(config.data)
+        prepare_part(config.data, config.tokenizer, settings, part, parts, progress)
+        if not all_finished(config.data, config.tokenizer, settings, parts):
+            say(f"{config.data.dir}: other parts are not finished; the last one joins them", progress)
+            return None
+    return prepare(config, progress, parts)
+
+
 def ensure_prepared(config: Config, progress: bool = True) -> Manifest:
     """The manifest of the prepared data; the built-in corpus is prepared on first use (one process at a time), and
     shards from elsewhere are indexed.
@@ -147,15 +159,8 @@ def describe(manifest: Manifest) -> str:
 
 
 def main(config: PrepareConfig) -> None:
-    progress = int(os.environ.get("RANK", 0)) == 0
-    if config.parts > 1 and not prepared(config):
-        check_before_work(config)
-        settings = settings_of(config.data)
-        prepare_part(config.data, config.tokenizer, settings, config.part, config.parts, progress)
-        if not all_finished(config.data, config.tokenizer, settings, config.parts):
-            say(f"{config.data.dir}: other parts are not finished; the last one joins them", progress)
-            return
-    prepare(config, progress, config.parts)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    prepare_in_parts(config, config.part, config.parts, progress=is_main)
 
 
 if __name__ == "__main__":

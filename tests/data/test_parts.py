@@ -8,9 +8,8 @@ import signal
 import pytest
 
 from configs.schema import ConfigError
-from data import prepare as command
 from data.build import Preparation
-from data.prepare import prepare
+from data.prepare import prepare, prepare_in_parts
 from tests.data.conftest import make_config, texts, write_jsonl
 
 
@@ -18,10 +17,8 @@ from tests.data.conftest import make_config, texts, write_jsonl
 def make(tmp_path):
     files = [write_jsonl(tmp_path / f"{i}.jsonl", [*texts(60 + 15 * i, seed=i), "", "  "]) for i in range(5)]
 
-    def make(name: str, part: int = 0, parts: int = 1, **data):
-        config = make_config(tmp_path / name, files, shard_tokens=3000, val_fraction=0.1, **data)
-        config.part, config.parts = part, parts
-        return config
+    def make(name: str, **data):
+        return make_config(tmp_path / name, files, shard_tokens=3000, val_fraction=0.1, **data)
 
     return make
 
@@ -39,10 +36,10 @@ def test_parts_in_any_order_make_the_same(make, tmp_path, order):
     prepare(make("whole"), progress=False)
     for part in order:
         assert not (tmp_path / "parts").exists()
-        command.main(make("parts", part, 3))
+        prepare_in_parts(make("parts"), part, 3, progress=False)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert names(tmp_path) == ["parts", "whole"]  # the parts are gone
-    command.main(make("parts", 0, 3))  # done already
+    assert prepare_in_parts(make("parts"), 0, 3, progress=False)  # done already
 
 
 @pytest.mark.parametrize("saves", [2, 15, 40])
@@ -60,23 +57,23 @@ def test_killed_in_a_part_or_while_joining(make, tmp_path, saves):
 
         Preparation.save = killed
         for part in range(2):
-            command.main(make("parts", part, 2))
+            prepare_in_parts(make("parts"), part, 2, progress=False)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     for part in range(2):
-        command.main(make("parts", part, 2))
+        prepare_in_parts(make("parts"), part, 2, progress=False)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_what_cannot_be_divided_is_refused(make, tmp_path):
-    for arguments, match in (
-        ({"part": 0, "parts": 6}, r"parts=6: the source has 5 file\(s\)"),
-        ({"part": 3, "parts": 3}, "part=3: must lie between 0 and parts - 1 = 2"),
-        ({"part": 0, "parts": 2, "source": "builtin"}, "parts=2: data.source=builtin is prepared in one piece"),
+    for part, parts, source, match in (
+        (0, 6, "files", r"parts=6: the source has 5 file\(s\)"),
+        (3, 3, "files", "part=3: must lie between 0 and parts - 1 = 2"),
+        (0, 2, "builtin", "parts=2: data.source=builtin is prepared in one piece"),
     ):
         with pytest.raises(ConfigError, match=match):
-            command.main(make("parts", **arguments))
+            prepare_in_parts(make("parts", source=source), part, parts, progress=False)
     assert names(tmp_path) == []
