@@ -31,6 +31,9 @@ REFUSED_DEEPSPEED_KEYS = {
 }
 
 
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
 @dataclass
 class RunConfig:
     name: str | None = None  # default: {model}_{size}_{8 hex digits of the identity}
@@ -280,26 +283,6 @@ class EvalConfig:
 
 
 @dataclass
-class SampleConfig:
-    """`python -m eval.sample`."""
-
-    run: str
-    prompt: str = ""
-    count: int = 1
-    max_new_tokens: int = 160
-    temperature: float = 0.8
-    top_k: int | None = 50
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def errors(self):
-        yield from at_least(1, "", self, "count", "max_new_tokens", "top_k")
-        yield from at_least(0, "", self, "temperature")
-        yield from check_machine(self)
-
-
-@dataclass
 class CountingConfig:
     """`python -m model.counting`."""
 
@@ -310,6 +293,7 @@ class CountingConfig:
     match: str = "params"
     tolerance: float = 0.05
     memory: str | None = None
+    cache_dtype: str = "bf16"
     detail: bool = False
     overrides: list[str] = field(default_factory=list)
 
@@ -317,6 +301,8 @@ class CountingConfig:
         yield from at_least(1, "", self, "seq_len")
         if self.match not in ("params", "flops", "kv_bytes"):
             yield f"match={self.match!r}: must be params, flops or kv_bytes"
+        if self.cache_dtype not in CACHE_DTYPES:
+            yield f"cache_dtype={self.cache_dtype}: must be {', '.join(CACHE_DTYPES)}"
         if self.memory is not None:
             try:
                 parse_bytes(self.memory)

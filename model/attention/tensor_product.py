@@ -138,9 +138,13 @@ class TensorProductConfig(AttentionConfig):
         return 2 * (d_model * projected + products + self.output_params(d_model))
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The contextual factors of keys and values: constants need no cache."""
+        """The contextual factors of keys and values: constants need no cache.
+
+        Head factors lie with their heads next to each other, [R, H]: so a core reads them side by side, rank by rank.
+        """
         shapes = self.factor_shapes().items()
-        return {f: shape for f, shape in shapes if f[-1] != "q" and not self.is_constant(f)}
+        kept = {f: shape for f, shape in shapes if f[-1] != "q" and not self.is_constant(f)}
+        return {f: shape[::-1] if f[0] == "a" else shape for f, shape in kept.items()}
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "TensorProductAttention":
         return TensorProductAttention(self, d_model, core)
@@ -207,6 +211,30 @@ class TensorProductAttention(Attention):
     def rotate(self, qkv: Factored, positions: Tensor) -> Factored:
         b_q, b_k = self.turn(positions, qkv.q.b, qkv.k.b)
         return Factored(replace(qkv.q, b=b_q), replace(qkv.k, b=b_k), qkv.v)
+
+    def keep(self, qkv: Factored) -> dict[str, Tensor]:
+        """The factors of keys and values that differ from token to token, b_k turned unless the values share it."""
+        kept = {f"{letter}_{part}": getattr(getattr(qkv, part), letter) for part in "kv" for letter in "abc"}
+        if self.config.shared_b:
+            kept["b_k"] = qkv.v.b
+        return {name: kept[name].mT if name[0] == "a" else kept[name] for name in self.config.cache_shapes()}
+
+    def recall(self, qkv: Factored, kept: dict[str, Tensor], places: Tensor) -> Factored:
+        made = {factor: x.mT if factor[0] == "a" else x for factor, x in kept.items()}
+        for factor, shape in self.config.factor_shapes().items():
+            if factor[-1] != "q" and factor not in made:  # constants: [1, S, ...] until they are turned
+                constant = getattr(self, factor).to(qkv.q.b.dtype).expand(1, places.size(1), *shape)
+                made[factor] = self.activate(constant) if factor[0] == "a" else constant
+        if self.config.shared_b:
+            made |= {f"{letter}_v": made[f"{letter}_k"] for letter in "bc" if f"{letter}_k" in made}
+        if self.config.shared_b or "b_k" not in kept:
+            (made["b_k"],) = self.turn(places, made["b_k"])
+        rows = qkv.q.b.size(0)
+        made = {factor: tensor.expand(rows, *tensor.shape[1:]) for factor, tensor in made.items()}
+        k, v = (Factors(made[f"a_{part}"], made[f"b_{part}"], made.get(f"c_{part}")) for part in "kv")
+        if self.config.qk_norm and "a_k" not in kept:  # the norms, which went into a_k, are those of b_k, turned or not
+            k = k.unit_rms()
+        return Factored(qkv.q, k, v)
 
 
 @torch.no_grad()
