@@ -71,7 +71,8 @@ class Job:
             cases = (f"  {number}) {setting} ;;" for number, setting in enumerate(settings))
             settings = ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
         lines = ["#!/bin/bash", f"# sbatch {shlex.join(self.command())} {shlex.quote(str(self.path))}", *header]
-        lines += ["trap 'warned=yes' USR1", *settings, f'. "$T6_CODE/slurm/{self.kind}.sbatch"']
+        early = ["trap 'warned=yes' USR1"] if "USR1" in template else []
+        lines += [*early, *settings, f'. "$T6_CODE/slurm/{self.kind}.sbatch"']
         return "\n".join(lines) + "\n"
 
 
@@ -93,6 +94,7 @@ def quoted(value: str) -> str:
 def plan(runs: list[Run], options: argparse.Namespace, sbatch_options: list[str]) -> list[Job]:
     """The jobs of these runs: training, evaluation of each, and, of several, their comparison."""
     for_all = [word for word in sbatch_options if word.split("=")[0].removeprefix("--") in FOR_ALL_JOBS]
+    no_gpu = [word for word in sbatch_options if word == "--gpus-per-task=0"]
     train_options = [f"--nodes={options.nodes}", f"--ntasks-per-node={options.ntasks_per_node}", *sbatch_options]
     sweep = len(runs) > 1
     name = sweep_name(runs) if sweep else runs[0].config.run.name
@@ -109,7 +111,7 @@ def plan(runs: list[Run], options: argparse.Namespace, sbatch_options: list[str]
             ({"T6_CODE": code[run.dir], "T6_RUN": str(Path(run.dir).absolute())}, [f"run={quoted(run.dir)}", *suites])
             for run in todo
         ]
-        jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, for_all))
+        jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, for_all + no_gpu))
     if options.eval and sweep and find_spec("eval.compare"):
         out = f"out={Path('runs', name, 'compare')}"
         tasks = [({"T6_CODE": code[runs[0].dir]}, [*(run.dir for run in runs), out])]

@@ -20,6 +20,7 @@ from rich.console import Console
 from configs.app import CONFIGS, compose, config_errors, fail
 from configs.load import load
 from configs.schema import Config, ConfigError, parse_bytes
+from data.prepare import ON_FIRST_USE, check_before_work, prepared
 from slurm import scheduler
 from slurm.estimate import GIB, estimate
 from slurm.jobs import Run, plan, read_jobs, submit, sweep_name
@@ -110,6 +111,8 @@ def check(overrides: list[str], tasks: int) -> Config:
     on_gpu, dtype = device != "cpu", config.trainer.dtype
     fp32 = dtype == "fp32" or (dtype == "auto" and not on_gpu)
     where = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    if config.data.source in ON_FIRST_USE and not prepared(config):
+        check_before_work(config)
     check_before_start(config, Runtime(where, torch.float32 if fp32 else torch.bfloat16, world_size=tasks))
     return config
 
