@@ -73,6 +73,14 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
         [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     )
     rest = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words[1:]]
+    if words[0] == "sbatch":  # tests/slurm runs the scripts
+        at = next(index for index, word in enumerate(words) if word.endswith(".sbatch"))
+        command = {"slurm/train.sbatch": ["train.py"], "slurm/prepare.sbatch": ["-m", "data.prepare"]}[words[at]]
+        return [sys.executable, *command, *words[at + 1 :], "--cfg", "job"]
+    if "slurm.submit" in rest:
+        kept = [word for word in rest if not word.startswith(("data=", "tokenizer="))]
+        alone = ["--nodes=1", "--ntasks-per-node=1", "--dry-run", "data=files", "tokenizer.vocab_size=512"]
+        return [*python, *kept, *SHRINK, *alone, *small_data]
     if any(word.startswith("data=fineweb") for word in rest):
         return [*python, *rest, "--cfg", "job"]  # from the hub
     if any(word in rest for word in ("suite=paper_zeroshot", "suite=harness")):

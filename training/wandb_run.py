@@ -66,6 +66,7 @@ def open_run(config: Config, folder: Path, job_type: str, name: str, id: str, se
     mode = wandb_mode(config.wandb.mode)
     if mode == "disabled":
         return None
+    about = [config.data.name] if job_type == "prepare" else [config.model.name, config.size.name]
     try:
         import wandb
 
@@ -73,7 +74,7 @@ def open_run(config: Config, folder: Path, job_type: str, name: str, id: str, se
             project=config.wandb.project,
             group=group_of(config),
             job_type=job_type,
-            tags=[config.model.name, config.size.name, *config.wandb.tags],
+            tags=[*about, *config.wandb.tags],
             name=name,
             id=id,
             resume="allow",  # also offline: `wandb sync` then appends a requeue's file to the run

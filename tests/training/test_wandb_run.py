@@ -117,7 +117,8 @@ def test_a_preparation_is_a_job_too(finished, tmp_path):
     config.data.dir = str(tmp_path)
     log_preparation(config, manifest)
     first = records(tmp_path, "run", run_id(tmp_path, "prepare", f"prepare {config.data.name}"))[0]
-    assert first["job_type"] == "prepare" and first["config"]["update"]["data/source"] == "files"
+    assert first["tags"] == ["files", "night"] and first["job_type"] == "prepare"
+    assert first["config"]["update"]["data/source"] == "files"
 
 
 def kill_at(step: int, folder, overrides: list[str]) -> int:
