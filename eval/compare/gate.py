@@ -71,7 +71,8 @@ def judge(run: Run, reference: dict, tolerance: float, chosen: list[str]) -> tup
         )
     rows, worse = [], []
     for key, expected in sorted(theirs.items()):
-        judged = key in chosen if chosen else key.startswith(JUDGED) and direction(key) != 0
+        by_default = key.startswith(JUDGED) and direction(key) != 0 and not key.endswith("/perplexity")  # exp(loss)
+        judged = key in chosen if chosen else by_default
         found = ours.get(key)
         if found is None:
             state = "MISSING" if judged else "missing"

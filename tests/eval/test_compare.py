@@ -138,7 +138,10 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     (tmp_path / "run/results/paper_zeroshot.json").write_text(json.dumps(record))
     perplexity = record | {"suite": "perplexity", "results": {"loss": 5.0, "perplexity": math.exp(5)}, "stderr": {}}
     (tmp_path / "run/results/perplexity.json").write_text(json.dumps(perplexity))
-    points = [{"model": "t6", "batch": 1, "length": n, "device": "cpu", "tokens_per_second": 900.0 / n} for n in (1, 9)]
+    points = [
+        {"model": "t6", "scope": "model", "batch": 1, "length": n, "device": "cpu", "tokens_per_second": 900.0 / n}
+        for n in (1, 9)
+    ]
     points.append(points[0] | {"scope": "attention", "length": 99})  # of one layer: not the model's speed
     (tmp_path / "run/results/decoding.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     text = compared(tmp_path / "run", sweep / "mha_0", f"out={tmp_path}/out")
