@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.base import Attention
+from model.cache import LayerCache
 from model.cores.base import AttentionMask
 
 
@@ -46,6 +47,6 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(d_model, norm_eps)
         self.mlp = SwiGLU(d_model, d_ff)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, mask)
+    def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, mask, cache)
         return x + self.mlp(self.mlp_norm(x))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention.base import AttentionConfig
+from model.cache import KVCache
 from model.cores.base import AttentionCore, AttentionMask
 from model.layers import Block, RMSNorm
 
@@ -67,12 +68,26 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.embedding.weight = self.head.weight  # tied; so the embedding starts as Linear does, U(+-1/sqrt(d_model))
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "sum",
+        cache: KVCache | None = None,
+        counts: Tensor | None = None,
+        last: bool = False,
+    ) -> Tensor:
         """Logits [B, T, V] for tokens [B, T]; with `targets` [B, T] their cross-entropy in nats, in fp32.
 
         The loss is a sum over tokens unless `reduction` says otherwise: whoever calls knows how many tokens the global
         batch has.
+
+        With a `cache` the tokens follow what each of its rows holds, and join it; without gradients. `counts` [B] says
+        how many of the T tokens are a row's own, the rest being padding at its end. `last` asks for the logits [B, V]
+        of each row's last token alone.
         """
+        if cache is not None:
+            return self._continue(tokens, cache, counts, last)
         with self._autocast(tokens.device.type):
             positions, documents = torch.arange(tokens.size(1), device=tokens.device)[None], None
             if self.config.document_end is not None:
@@ -96,27 +111,26 @@ class Transformer(nn.Module):
         return torch.autocast(device_type, self.autocast_dtype)
 
     @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        context: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue `tokens` [B, T] by `max_new_tokens` drawn from the model, which sees the last `context` tokens."""
-        training = self.training
-        self.eval()
-        for _ in range(max_new_tokens):
-            logits = self(tokens[:, -context:])[:, -1].float()
-            if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    floor = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < floor, -torch.inf)
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat((tokens, chosen), dim=1)
-        self.train(training)
-        return tokens
+    def _continue(self, tokens: Tensor, cache: KVCache, counts: Tensor | None, last: bool) -> Tensor:
+        with self._autocast(tokens.device.type):
+            positions, mask = cache.begin(tokens, self.config.document_end)
+            x = self.embedding(tokens)
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                x = block(x, positions, mask, layer)
+            cache.advance(tokens.size(1), counts)
+            if last and counts is None:
+                x = x[:, -1]
+            elif last:
+                x = x[torch.arange(x.size(0), device=x.device), counts.clamp_min(1) - 1]
+            return self.head(self.final_norm(x))
+
+    def new_cache(self, batch: int, capacity: int = 0, dtype: torch.dtype | None = None) -> KVCache:
+        """A cache for `batch` rows with room for `capacity` tokens each, and more where needed.
+
+        `dtype`: that of the forward pass unless given; torch.int8 quantises each part of a token by a scale of its own.
+        """
+        weight = self.embedding.weight
+        return KVCache(
+            self.config.attention.cache_shapes(), self.config.n_layers, batch, capacity,
+            dtype or self.autocast_dtype or weight.dtype, weight.device, self.config.document_end is not None,
+        )  # fmt: skip

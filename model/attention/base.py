@@ -5,13 +5,14 @@ attend is a core's business (model/cores).
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cache import LayerCache
 from model.cores.base import AttentionCore, AttentionMask
 from model.rope import apply_rope, rope_tables
 
@@ -95,7 +96,7 @@ class AttentionConfig(ABC):
 
     @abstractmethod
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What decoding keeps per token and layer."""
+        """What decoding keeps per token and layer: the shape of each part by its name."""
 
     def output_params(self, d_model: int) -> int:
         """Parameters of the output projection and the gate."""
@@ -136,8 +137,9 @@ class AttentionConfig(ABC):
 class Attention(nn.Module, ABC):
     """One layer's attention: project, attend through the core, project back.
 
-    A mechanism defines `project` and `rotate`; `out_proj` [d_model, H * E] starts at zero, as in the TPA authors' code,
-    so that every block starts as the identity.
+    A mechanism defines `project` and `rotate`, and `keep` and `recall` where it caches something else than rotated keys
+    and values. `out_proj` [d_model, H * E] starts at zero, as in the TPA authors' code, so that every block starts as
+    the identity.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, core: AttentionCore):
@@ -157,12 +159,36 @@ class Attention(nn.Module, ABC):
     def rotate(self, qkv: QKV, positions: Tensor) -> QKV:
         """Apply RoPE at `positions` [B or 1, T]."""
 
-    def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask) -> Tensor:
-        """x [B, T, M] -> [B, T, M]."""
-        attended = self.core(self.project(x), self.rotate, positions, mask, self.config.scale).flatten(-2)
+    def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
+        """x [B, T, M] -> [B, T, M]; with a cache the T tokens follow what it holds, and attend to that too."""
+        if cache is None:
+            attended = self.core(self.project(x), self.rotate, positions, mask, self.config.scale)
+        else:
+            attended = self.attend_cached(x, positions, mask, cache)
+        attended = attended.flatten(-2)
         if self.gate_proj is not None:
             attended = attended * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(attended)
+
+    def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
+        """The attended values [B, T, H, E] of x, whose tokens join the cache at `positions`."""
+        qkv = self.rotate(self.project(x), positions)
+        kept = cache.append(self.keep(qkv), positions)
+        return self.core(self.recall(qkv, kept, cache.places()), unturned, positions, mask, self.config.scale)
+
+    def keep(self, qkv: QKV) -> dict[str, Tensor]:
+        """What the cache keeps of rotated `qkv`, [B, T, *shape] by the names of `cache_shapes`.
+
+        Here the fields of those names: `k` and `v` of `Dense`.
+        """
+        return {name: getattr(qkv, name) for name in self.config.cache_shapes()}
+
+    def recall(self, qkv: QKV, kept: dict[str, Tensor], places: Tensor) -> QKV:
+        """The queries of rotated `qkv` with the rotated keys, and the values, of all S tokens that left `kept`.
+
+        `kept` has what `keep` gave, [B, S, *shape]; token s has position `places[0, s]`.
+        """
+        return replace(qkv, **kept)
 
     def turn(self, positions: Tensor, *vectors: Tensor) -> list[Tensor]:
         """RoPE on each of `vectors` [B, T, N, D] at `positions`."""
@@ -170,6 +196,11 @@ class Attention(nn.Module, ABC):
             return list(vectors)
         tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base)
         return [apply_rope(x, *tables) for x in vectors]
+
+
+def unturned(qkv: QKV, positions: Tensor) -> QKV:
+    """The `rotate` of what is rotated already."""
+    return qkv
 
 
 def unit_rms(x: Tensor) -> Tensor:

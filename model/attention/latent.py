@@ -1,7 +1,8 @@
 """Multi-head latent attention (MLA) as DeepSeek-V2 has it, arXiv 2405.04434, section 2.1.
 
 Keys and values are up-projected from a small latent c_kv; position enters through a separate rotated part of each query
-and one rotated key that all heads share. Cached: the normalised c_kv and the rotated key.
+and one rotated key that all heads share. Cached: the normalised c_kv and the rotated key, side by side. Decoding
+absorbs the up-projections into the query and the output (section 2.1.2): what is cached is one key for all heads.
 """
 
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.attention.base import QKV, Attention, AttentionConfig, Dense, split_heads, unit_rms
-from model.cores.base import AttentionCore
+from model.attention.base import QKV, Attention, AttentionConfig, Dense, split_heads, unit_rms, unturned
+from model.cache import LayerCache
+from model.cores.base import AttentionCore, AttentionMask
 from model.layers import RMSNorm
 
 
@@ -32,6 +34,25 @@ class Latent(QKV):
         q = torch.cat((self.q_nope, self.q_rope), dim=-1)
         k = torch.cat((self.k_nope, self.k_rope.expand(*self.k_nope.shape[:-1], -1)), dim=-1)
         return Dense(unit_rms(q), unit_rms(k), self.v) if self.normalize else Dense(q, k, self.v)
+
+
+@dataclass
+class Absorbed(QKV):
+    """q [B, T, H, L + P], its first L features through the keys' up-projection, and the cached `latent` [B, S, L + P].
+
+    The latent is every head's key and, in its first L features, value. `k_norm` [B, S, H] is what QK-norm multiplies
+    each head's key by.
+    """
+
+    q: Tensor
+    latent: Tensor
+    k_norm: Tensor | None = None
+
+    def materialize(self) -> Dense:
+        shared = self.latent.unsqueeze(2)
+        if self.k_norm is None:
+            return Dense(self.q, shared, shared)
+        return Dense(self.q, shared * self.k_norm.unsqueeze(-1), shared.expand(-1, -1, self.q.size(2), -1))
 
 
 @dataclass
@@ -75,13 +96,33 @@ class LatentConfig(AttentionConfig):
         return down + norms + up_q + up_kv
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {"c_kv": (self.kv_lora_rank,), "k_rope": (self.qk_rope_head_dim,)}
+        shapes = {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,)}
         if self.qk_norm:  # a key's norm differs from head to head, and absorbed decoding never sees the key
             shapes["k_norm"] = (self.n_heads,)
         return shapes
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "LatentAttention":
         return LatentAttention(self, d_model, core)
+
+
+class UpProjection(nn.Linear):
+    """c_kv [B, S, L] to k_nope and v, each [B, S, H, D]; and the two ways in which decoding absorbs it.
+
+    All of them are calls of the module, so that whatever gathers its weight when it is called (ZeRO) does.
+    """
+
+    def __init__(self, rank: int, n_heads: int, width: int):
+        super().__init__(rank, n_heads * 2 * width, bias=False)
+        self.shapes = [(n_heads, width)] * 2
+
+    def forward(self, x: Tensor, absorb: str = "") -> Tensor | list[Tensor]:
+        """`absorb="k"`: q_nope [B, T, H, D] to what meets c_kv, [B, T, H, L]; `"v"`: attended c_kv back to values."""
+        if not absorb:
+            return split_heads(super().forward(x), *self.shapes)
+        up_k, up_v = (half.unflatten(0, shape) for half, shape in zip(self.weight.chunk(2), self.shapes, strict=True))
+        if absorb == "k":
+            return torch.einsum("bthd,hdl->bthl", x, up_k)
+        return torch.einsum("bthl,hdl->bthd", x, up_v)
 
 
 class LatentAttention(Attention):
@@ -93,15 +134,48 @@ class LatentAttention(Attention):
         self.q_norm = RMSNorm(config.q_lora_rank, affine=True)
         self.kv_norm = RMSNorm(config.kv_lora_rank, affine=True)
         self.q_up_proj = nn.Linear(config.q_lora_rank, heads * (width + rope), bias=False)
-        self.kv_up_proj = nn.Linear(config.kv_lora_rank, heads * 2 * width, bias=False)
+        self.kv_up_proj = UpProjection(config.kv_lora_rank, heads, width)
 
     def project(self, x: Tensor) -> Latent:
+        q_nope, q_rope, c_kv, k_rope = self.compress(x)
+        return Latent(q_nope, q_rope, *self.unpack(c_kv, k_rope), self.config.qk_norm)
+
+    def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_nope [B, T, H, D], q_rope [B, T, H, P], the normalised c_kv [B, T, L] and the shared key [B, T, 1, P]."""
         c_q, c_kv, k_rope = self.down_proj(x).split(self.down_widths, dim=-1)
         heads, width, rope = self.config.n_heads, self.config.head_dim, self.config.qk_rope_head_dim
         q_nope, q_rope = split_heads(self.q_up_proj(self.q_norm(c_q)), (heads, width), (heads, rope))
-        k_nope, v = split_heads(self.kv_up_proj(self.kv_norm(c_kv)), (heads, width), (heads, width))
-        return Latent(q_nope, q_rope, k_nope, k_rope.unsqueeze(2), v, self.config.qk_norm)
+        return q_nope, q_rope, self.kv_norm(c_kv), k_rope.unsqueeze(2)
+
+    def unpack(self, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k_nope, k_rope and v of a latent."""
+        k_nope, v = self.kv_up_proj(c_kv)
+        return k_nope, k_rope, v
 
     def rotate(self, qkv: Latent, positions: Tensor) -> Latent:
         q_rope, k_rope = self.turn(positions, qkv.q_rope, qkv.k_rope)
         return Latent(qkv.q_nope, q_rope, qkv.k_nope, k_rope, qkv.v, qkv.normalize)
+
+    def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
+        q_nope, q_rope, c_kv, k_rope = self.compress(x)
+        q_rope, k_rope = self.turn(positions, q_rope, k_rope)
+        kept = cache.append(self.keep_latent(c_kv, k_rope), positions)
+        rank, width, rope = self.config.kv_lora_rank, self.config.head_dim, self.config.qk_rope_head_dim
+        scale = self.config.scale
+        if x.size(1) * (rank - width) > rank * width:  # a long chunk: scores on expanded keys are the cheaper ones
+            c_kv, k_rope = kept["latent"].split((rank, rope), dim=-1)
+            expanded = Latent(q_nope, q_rope, *self.unpack(c_kv, k_rope.unsqueeze(2)), self.config.qk_norm)
+            return self.core(expanded, unturned, positions, mask, scale)
+        if self.config.qk_norm:
+            q_nope, q_rope = unit_rms(torch.cat((q_nope, q_rope), dim=-1)).split((width, rope), dim=-1)
+        q = torch.cat((self.kv_up_proj(q_nope, absorb="k"), q_rope), dim=-1)
+        attended = self.core(Absorbed(q, kept["latent"], kept.get("k_norm")), unturned, positions, mask, scale)
+        return self.kv_up_proj(attended[..., :rank], absorb="v")
+
+    def keep_latent(self, c_kv: Tensor, k_rope: Tensor) -> dict[str, Tensor]:
+        kept = {"latent": torch.cat((c_kv, k_rope.squeeze(2).to(c_kv.dtype)), dim=-1)}
+        if self.config.qk_norm:
+            k_nope, k_rope, _ = self.unpack(c_kv, k_rope)
+            square = k_nope.float().square().sum(-1) + k_rope.float().square().sum(-1)
+            kept["k_norm"] = torch.rsqrt(square / self.config.qk_head_dim + 1e-6).to(c_kv.dtype)
+        return kept

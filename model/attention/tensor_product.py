@@ -208,6 +208,30 @@ class TensorProductAttention(Attention):
         b_q, b_k = self.turn(positions, qkv.q.b, qkv.k.b)
         return Factored(replace(qkv.q, b=b_q), replace(qkv.k, b=b_k), qkv.v)
 
+    def keep(self, qkv: Factored) -> dict[str, Tensor]:
+        """The factors of keys and values that differ from token to token, b_k turned unless the values share it."""
+        kept = {f"{letter}_{part}": getattr(getattr(qkv, part), letter) for part in "kv" for letter in "abc"}
+        if self.config.shared_b:
+            kept["b_k"] = qkv.v.b
+        return {name: kept[name] for name in self.config.cache_shapes()}
+
+    def recall(self, qkv: Factored, kept: dict[str, Tensor], places: Tensor) -> Factored:
+        made = dict(kept)
+        for factor, shape in self.config.factor_shapes().items():
+            if factor[-1] != "q" and factor not in made:  # constants: [1, S, ...] until they are turned
+                constant = getattr(self, factor).to(qkv.q.b.dtype).expand(1, places.size(1), *shape)
+                made[factor] = self.activate(constant) if factor[0] == "a" else constant
+        if self.config.shared_b:
+            made |= {f"{letter}_v": made[f"{letter}_k"] for letter in "bc" if f"{letter}_k" in made}
+        if self.config.shared_b or "b_k" not in kept:
+            (made["b_k"],) = self.turn(places, made["b_k"])
+        rows = qkv.q.b.size(0)
+        made = {factor: tensor.expand(rows, *tensor.shape[1:]) for factor, tensor in made.items()}
+        k, v = (Factors(made[f"a_{part}"], made[f"b_{part}"], made.get(f"c_{part}")) for part in "kv")
+        if self.config.qk_norm and "a_k" not in kept:  # the norms, which went into a_k, are those of b_k, turned or not
+            k = k.unit_rms()
+        return Factored(qkv.q, k, v)
+
 
 @torch.no_grad()
 def from_multi_head(attention: MultiHeadAttention) -> TensorProductAttention:

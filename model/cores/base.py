@@ -14,22 +14,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query sees. Queries are the last T of the S positions.
+    """Which of S keys each of T queries sees.
 
-    `documents` [B, S] numbers the document of each position: a query sees keys of its own only.
+    `starts` [B] is the key index of each row's first query, where the rows of a cache differ in length: query t of row
+    b is at index starts[b] + t, and what lies beyond a row's last query is garbage, NaN perhaps, that must not reach
+    the result. Without it the queries are the last T of the S positions. `documents` [B, S] numbers the document of
+    each position: a query sees keys of its own only.
     """
 
     causal: bool = True
     documents: Tensor | None = None
+    starts: Tensor | None = None
 
     def allowed(self, n_queries: int, n_keys: int, device=None) -> Tensor:
-        """The mask spelt out: [T, S] booleans, true where the query sees the key; [B, 1, T, S] with documents."""
-        seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-        seen = seen.tril(n_keys - n_queries) if self.causal else seen
-        if self.documents is None:
-            return seen
-        same = self.documents[:, -n_queries:, None] == self.documents[:, None, :]
-        return (seen & same)[:, None]
+        """The mask spelt out, true where the query sees the key: [T, S], or [B, 1, T, S] with documents or starts."""
+        queries, keys = torch.arange(n_queries, device=device), torch.arange(n_keys, device=device)
+        first = n_keys - n_queries if self.starts is None else self.starts[:, None]
+        places = first + queries  # [T] or [B, T]
+        last = places if self.causal else places[..., -1:]
+        seen = (keys <= last[..., None]).expand(*places.shape, n_keys)
+        if self.documents is not None:
+            own = self.documents.gather(1, places.expand(self.documents.size(0), n_queries))
+            seen = seen & (own[:, :, None] == self.documents[:, None, :])
+        return seen if seen.ndim == 2 else seen[:, None]
+
+    def written(self, n_queries: int, n_keys: int) -> Tensor:
+        """[B, S], true for the keys up to each row's last query, where there are `starts`: beyond is garbage."""
+        return torch.arange(n_keys, device=self.starts.device) < (self.starts + n_queries)[:, None]
 
     def mean_keys(self, seq_len: int) -> float:
         """Keys a query sees, averaged over a sequence."""

@@ -18,16 +18,25 @@ class SDPA(AttentionCore):
     def __call__(self, qkv, rotate, positions: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         dense = rotate(qkv, positions).materialize()
         q, k, v = (x.transpose(1, 2) for x in (dense.q, dense.k, dense.v))
-        width = v.size(-1)
+        (n_heads, n_queries), (n_groups, n_keys), width = q.shape[1:3], k.shape[1:3], v.size(-1)
+        if mask.starts is not None:  # a weight of 0 does not silence a NaN
+            beyond = ~mask.written(n_queries, n_keys)[:, None, :, None]
+            k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
         if width < q.size(-1):  # flash kernels want one width; padding is cheaper than the plain path
             v = F.pad(v, (0, q.size(-1) - width))
-        grouped = q.size(1) != k.size(1)
+        if n_queries == 1:  # the heads of a group are queries of one key head: no key is copied for them
+            q = q.reshape(q.size(0), n_groups, n_heads // n_groups, -1)
         # is_causal aligns to the top left, a cache to the bottom right; and it knows no documents
-        if mask.documents is not None or (mask.causal and q.size(2) != k.size(2)):
-            allowed = mask.allowed(q.size(2), k.size(2), q.device)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=grouped)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, scale=scale, enable_gqa=grouped)
+        plain = mask.documents is None and mask.starts is None
+        is_causal = mask.causal and n_queries > 1
+        allowed = None
+        if not plain or (is_causal and n_queries != n_keys):
+            allowed, is_causal = mask.allowed(n_queries, n_keys, q.device), False
+        grouped = q.size(1) != n_groups
+        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": grouped}
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **options)
+        if n_queries == 1:
+            out = out.reshape(out.size(0), n_heads, 1, -1)
         return out[..., :width].transpose(1, 2)
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:

@@ -5,8 +5,11 @@
 
 from math import prod
 
+import torch
+
 from model.attention.base import AttentionConfig
 from model.attention.multi_head import MultiHeadConfig
+from model.cache import bytes_per_token
 from model.transformer import TransformerConfig
 
 
@@ -50,9 +53,9 @@ def kv_numbers_per_token(attention: AttentionConfig) -> int:
     return sum(prod(shape) for shape in attention.cache_shapes().values())
 
 
-def kv_bytes_per_token(config: TransformerConfig, bytes_per_number: int = 2) -> int:
-    """KV-cache bytes a token over all layers; bf16 unless told otherwise."""
-    return config.n_layers * kv_numbers_per_token(config.attention) * bytes_per_number
+def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """KV-cache bytes a token over all layers, int8's scales included; `KVCache` allocates so many."""
+    return config.n_layers * bytes_per_token(config.attention.cache_shapes(), dtype)
 
 
 def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int = 2) -> int:
@@ -68,10 +71,10 @@ def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int 
     return config.n_layers * layer + 4 * 2 * d_model + 4 * config.vocab_size + bytes_per_number * config.vocab_size
 
 
-def longest_context(config: TransformerConfig, memory_bytes: float, bytes_per_number: int = 2) -> int:
-    """Tokens of one sequence whose cache fits into `memory_bytes` beside the weights; 0 where the weights don't."""
-    left = memory_bytes - bytes_per_number * num_params(config)
-    return max(0, int(left // kv_bytes_per_token(config, bytes_per_number)))
+def longest_context(config: TransformerConfig, memory_bytes: float, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Tokens of one sequence whose cache fits into `memory_bytes` beside bf16 weights; 0 where the weights don't."""
+    left = memory_bytes - 2 * num_params(config)
+    return max(0, int(left // kv_bytes_per_token(config, dtype)))
 
 
 def over_mha(attention: AttentionConfig, core, d_model: int, seq_len: int) -> dict[str, float]:

@@ -1,0 +1,194 @@
+"""What decoding keeps of the tokens so far: one contract for every mechanism.
+
+A mechanism says what a token leaves behind (`AttentionConfig.cache_shapes`), how its keys and values are stored and
+read (`Attention.keep`, `Attention.recall`). Here is the storage: preallocated, growing by blocks, rows of different
+lengths, in any float dtype or as int8. A token of a row lies at the index that is its position in the row; what lies
+beyond a row's length is garbage, which `AttentionMask.starts` hides.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from model.cores.base import AttentionMask
+
+BLOCK = 256  # tokens by which a cache grows
+SCALE_DTYPE = torch.bfloat16  # of int8's scales: one a token and part
+
+
+def bytes_per_token(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Bytes of a token in one layer, with int8's scales."""
+    scales = len(shapes) * SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
+    return sum(map(prod, shapes.values())) * dtype.itemsize + scales
+
+
+class Part:
+    """One named tensor of a layer, [B, capacity, *shape], as int8 with a scale [B, capacity] for each token."""
+
+    def __init__(self, batch: int, capacity: int, shape: tuple[int, ...], dtype: torch.dtype, device):
+        self.values = torch.zeros(batch, capacity, *shape, dtype=dtype, device=device)
+        self.scales = None
+        if dtype == torch.int8:
+            self.scales = torch.zeros(batch, capacity, dtype=SCALE_DTYPE, device=device)
+
+    def write(self, new: Tensor, positions: Tensor) -> None:
+        """`new` [B, T, *shape] to `positions` [B or 1, T]."""
+        if self.scales is not None:
+            # The scale is rounded before it divides, so its rounding costs no precision.
+            scales = (new.flatten(2).abs().amax(-1).float() / 127).to(SCALE_DTYPE)
+            store(self.scales, scales, positions)
+            steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+            new = (new / expand_to(steps, new)).round().clamp(-127, 127)
+        store(self.values, new, positions)
+
+    def read(self, n_keys: int | None, dtype: torch.dtype) -> Tensor:
+        """The first `n_keys` tokens, or all there is room for, [B, S, *shape]."""
+        values = self.values if n_keys is None else self.values[:, :n_keys]
+        if self.scales is None:
+            return values.to(dtype)
+        scales = self.scales if n_keys is None else self.scales[:, :n_keys]
+        return values.to(dtype) * expand_to(scales.to(dtype), values)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.values] if self.scales is None else [self.values, self.scales]
+
+    def grow(self, capacity: int) -> None:
+        self.values = longer(self.values, capacity)
+        if self.scales is not None:
+            self.scales = longer(self.scales, capacity)
+
+
+def store(buffer: Tensor, new: Tensor, positions: Tensor) -> None:
+    """Write `new` [B, T, ...] into `buffer` [B, S, ...] at `positions` [B or 1, T], in place."""
+    new = new.to(buffer.dtype)
+    if positions.size(0) == 1:
+        buffer.index_copy_(1, positions[0], new)
+    else:
+        buffer[torch.arange(buffer.size(0), device=buffer.device)[:, None], positions] = new
+
+
+def expand_to(scales: Tensor, values: Tensor) -> Tensor:
+    return scales.reshape(*scales.shape, *[1] * (values.ndim - scales.ndim))
+
+
+def longer(buffer: Tensor, length: int) -> Tensor:
+    grown = buffer.new_zeros(buffer.size(0), length, *buffer.shape[2:])
+    grown[:, : buffer.size(1)] = buffer
+    return grown
+
+
+class LayerCache:
+    """One layer's parts, by the names of the mechanism's `cache_shapes`."""
+
+    def __init__(self, owner: "KVCache", shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device):
+        self.owner = owner
+        self.parts = {name: Part(owner.batch, owner.capacity, shape, dtype, device) for name, shape in shapes.items()}
+
+    def append(self, new: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """Store what new tokens leave behind, [B, T, *shape] a part, and return it of all tokens, [B, S, *shape].
+
+        Copied only where the cache's dtype is not that of `new`.
+        """
+        for name, part in self.parts.items():
+            part.write(new[name], positions)
+        return {name: part.read(self.owner.n_keys, new[name].dtype) for name, part in self.parts.items()}
+
+    def places(self) -> Tensor:
+        """The positions [1, S] of the tokens that `append` returns."""
+        n_keys = self.owner.capacity if self.owner.n_keys is None else self.owner.n_keys
+        return torch.arange(n_keys, device=self.owner.lengths.device)[None]
+
+
+class KVCache:
+    """The cache of `batch` rows with room for `capacity` tokens each, more where needed.
+
+    `lengths` [B] are the tokens in each row. While `static` is false the host knows them too: what is attended to is
+    cut to the longest row, rows of one length need no mask, and a full cache grows. `static` keeps every shape as it
+    is from one token to the next, for a compiled step or a CUDA graph: attention is over the whole capacity, and
+    whoever decodes calls `reserve` first.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        n_layers: int,
+        batch: int,
+        capacity: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        documents: bool = False,
+    ):
+        self.batch, self.capacity = batch, capacity
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.layers = [LayerCache(self, shapes, dtype, device) for _ in range(n_layers)]
+        # The number of each token's document and, at a row's length, of its next token's.
+        self.documents = torch.zeros(batch, capacity + 1, dtype=torch.int32, device=device) if documents else None
+        self.n_keys: int | None = 0  # what a layer attends to; None: all there is room for
+        self._ends = [0] * batch  # `lengths`, on the host
+
+    @property
+    def static(self) -> bool:
+        return self.n_keys is None
+
+    @static.setter
+    def static(self, static: bool) -> None:
+        if self.static and not static:
+            self._ends = self.lengths.tolist()
+        self.n_keys = None if static else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        parts = (part for layer in self.layers for part in layer.parts.values())
+        return sum(tensor.nbytes for part in parts for tensor in part.tensors())
+
+    def set_lengths(self, lengths: int | Sequence[int]) -> None:
+        """Forget what lies beyond `lengths`, or take what lies there as tokens."""
+        ends = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
+        if len(ends) != self.batch or not 0 <= min(ends) <= max(ends) <= self.capacity:
+            raise ValueError(f"lengths {ends}: must be {self.batch} numbers of at most {self.capacity} tokens")
+        self._ends = ends
+        self.lengths.copy_(torch.tensor(ends))
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for `n_tokens` more in every row, by whole blocks and at least an eighth of what there is."""
+        ends = self.lengths.tolist() if self.static else self._ends
+        needed = max(ends) + n_tokens
+        if needed > self.capacity:
+            blocks = -(-max(needed, self.capacity + self.capacity // 8) // BLOCK)
+            self.capacity = blocks * BLOCK
+            for layer in self.layers:
+                for part in layer.parts.values():
+                    part.grow(self.capacity)
+            if self.documents is not None:
+                self.documents = longer(self.documents, self.capacity + 1)
+
+    def begin(self, tokens: Tensor, document_end: int | None = None) -> tuple[Tensor, AttentionMask]:
+        """Positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and the mask to attend with."""
+        batch, n_tokens = tokens.shape
+        if batch != self.batch:
+            raise ValueError(f"{batch} rows of tokens for a cache of {self.batch}")
+        new = torch.arange(n_tokens, device=tokens.device)
+        if not self.static:
+            self.reserve(n_tokens)
+            self.n_keys = max(self._ends) + n_tokens
+        if not self.static and min(self._ends) == max(self._ends):
+            positions, starts = (new + self._ends[0])[None], None
+        else:
+            positions, starts = self.lengths[:, None] + new, self.lengths
+        if self.documents is None:
+            return positions, AttentionMask(starts=starts)
+        own = self.documents.gather(1, self.lengths[:, None])
+        following = own + (tokens == document_end).cumsum(dim=1)
+        store(self.documents, following, positions + 1)
+        documents = self.documents[:, :-1] if self.static else self.documents[:, : self.n_keys]
+        return positions, AttentionMask(documents=documents, starts=starts)
+
+    def advance(self, n_tokens: int, counts: Tensor | None = None) -> None:
+        """The tokens of `begin` are in every layer; where `counts` [B] says so, the first so many of each row only."""
+        self.lengths += n_tokens if counts is None else counts
+        if not self.static:
+            added = [n_tokens] * self.batch if counts is None else counts.tolist()
+            self._ends = [end + more for end, more in zip(self._ends, added, strict=True)]
