@@ -62,7 +62,8 @@ class Transformer(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute  # drop each block's activations and compute them again in the backward pass
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        attentions = (config.attention.build(config.d_model, layer, config.core) for layer in range(config.n_layers))
+        cores = [config.core.for_layer(layer) for layer in range(config.n_layers)]
+        attentions = (config.attention.build(config.d_model, layer, core) for layer, core in enumerate(cores))
         self.blocks = nn.ModuleList(Block(a, config.d_model, config.d_ff, config.norm_eps) for a in attentions)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)

@@ -26,8 +26,8 @@ class SDPA(AttentionCore):
             v = F.pad(v, (0, q.size(-1) - width))
         if n_queries == 1:  # the heads of a group are queries of one key head: no key is copied for them
             q = q.reshape(q.size(0), n_groups, n_heads // n_groups, -1)
-        # is_causal aligns to the top left, a cache to the bottom right; and it knows no documents
-        plain = mask.documents is None and mask.starts is None
+        # is_causal aligns to the top left, a cache to the bottom right; and it knows neither documents nor windows
+        plain = mask.documents is None and mask.starts is None and mask.window is None
         is_causal = mask.causal and n_queries > 1
         allowed = None
         if not plain or (is_causal and n_queries != n_keys):
