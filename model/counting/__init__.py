@@ -43,9 +43,10 @@ def training_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
 
     Causal attention counts the keys a query sees, (T + 1)/2 on average; PaLM's convention (6N + 12LHDT) counts all T.
     """
-    attention = attention_flops_per_token(config.attention, config.core, config.d_model, seq_len)
-    layer = attention + 2 * 3 * config.d_model * config.d_ff
-    return 3 * (config.n_layers * layer + 2 * config.vocab_size * config.d_model)
+    attention, cores = config.attention, [config.core.for_layer(layer) for layer in range(config.n_layers)]
+    attentions = sum(attention_flops_per_token(attention, core, config.d_model, seq_len) for core in cores)
+    feed_forward = config.n_layers * 2 * 3 * config.d_model * config.d_ff
+    return 3 * (attentions + feed_forward + 2 * config.vocab_size * config.d_model)
 
 
 def kv_numbers_per_token(attention: AttentionConfig) -> int:
