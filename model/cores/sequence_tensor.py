@@ -9,9 +9,9 @@ coordinates equal), C_0 = O_0 = v:
     closed  C_d(i) = sum_j       softmax_j(s(i, j)) C_{d-1}(j)                       blocks that lie wholly in the past
     open    O_d(i) = sum_{j < i} w(i, j) C_{d-1}(j) + w(i, i) O_{d-1}(i)             w = softmax over j <= i
 
-and the output is O_m. Every past token is reached within m hops: the query at (i_2, i_1) reads C_1(j_2, i_1), which mixes
-all of block j_2. The limit of the method: how a past block is mixed is decided by that block's own query at the same
-offset, q(j_2, i_1), not by the query that reads it.
+and the output is O_m. Every past token is reached within m hops: the query at (i_2, i_1) reads C_1(j_2, i_1), which
+mixes all of block j_2. The limit of the method: how a past block is mixed is decided by that block's own query at the
+same offset, q(j_2, i_1), not by the query that reads it.
 """
 
 from dataclasses import dataclass, replace
@@ -89,7 +89,9 @@ class SequenceTensor(PartialCore):
         if mask.documents is not None:
             raise ValueError(f"core={self.name}: cannot mask documents, {self.why_no_documents}")
         if mask.causal and self.scores == "shared":
-            raise ValueError(f"core={self.name}: scores=shared mixes future tokens into every score: causal=False alone")
+            raise ValueError(
+                f"core={self.name}: scores=shared mixes future tokens into every score: causal=False alone"
+            )
         sizes = self.sizes(seq_len)
         if not mask.causal and prod(sizes) != seq_len:
             raise ValueError(f"core={self.name}: {seq_len} tokens do not fill the fold {sizes}; only a causal one pads")

@@ -43,7 +43,9 @@ def causal(q: Tensor, k: Tensor, v: Tensor, fold: list[int], scale: float, turn:
             next_closed.append(sum(w[:, None] * closed[j] for w, j in zip(weights, line, strict=True)))
             weights = scores[: past + 1].softmax(0)
             own = weights[past][:, None] * opened[t]
-            next_open.append(own + sum(w[:, None] * closed[j] for w, j in zip(weights[:past], line[:past], strict=True)))
+            next_open.append(
+                own + sum(w[:, None] * closed[j] for w, j in zip(weights[:past], line[:past], strict=True))
+            )
         closed, opened = next_closed, next_open
     return torch.stack(opened)
 

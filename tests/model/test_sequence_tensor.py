@@ -16,7 +16,16 @@ from model.cores.sequence_tensor_reference import causal, shared
 from model.rope import apply_rope, rope_tables
 
 HEADS, WIDTH, SCALE = 2, 4, 0.6
-FOLDS = [([7], 7), ([3, 4], 12), ([3, 4], 10), ([3, 4], 17), ([4, 1], 11), ([2, 3, 2], 12), ([2, 3, 2], 11), ([2, 2, 1], 9)]
+FOLDS = [
+    ([7], 7),
+    ([3, 4], 12),
+    ([3, 4], 10),
+    ([3, 4], 17),
+    ([4, 1], 11),
+    ([2, 3, 2], 12),
+    ([2, 3, 2], 11),
+    ([2, 2, 1], 9),
+]
 
 
 def rotate(dense: Dense, positions) -> Dense:
@@ -70,8 +79,7 @@ def test_shared_scores_are_the_kronecker_product(fold):
 def test_each_slice_of_a_bidirectional_fold_has_scores_of_its_own():
     dense, core = random_qkv(12, rows=1), SequenceTensor(fold=[3, 4])
     blocks = [Dense(*(x[:, i : i + 3] for x in inputs(dense))) for i in range(0, 12, 3)]
-    closed = torch.cat([SDPA()(rotate(b, torch.arange(3)[None]), lambda x, _: x, None, AttentionMask(causal=False), SCALE)
-                        for b in blocks], dim=1)  # fmt: skip
+    closed = torch.cat([attend(SDPA(), block, causal=False) for block in blocks], dim=1)
     slices = [Dense(dense.q[:, i::3], dense.k[:, i::3], closed[:, i::3]) for i in range(3)]
     wanted = torch.stack([attend(SDPA(), s, causal=False) for s in slices], dim=2).flatten(1, 2)
     torch.testing.assert_close(attend(core, dense, causal=False), wanted)

@@ -1,4 +1,4 @@
-"""A sliding window in blocks equals full attention under the window's mask, and its cost grows with the length alone."""
+"""A sliding window in blocks equals full attention under the window's mask, and costs what the window holds."""
 
 import pytest
 import torch
@@ -38,7 +38,9 @@ def test_rows_of_a_cache_keep_their_window():
     for row, start in enumerate(starts.tolist()):
         for t in range(2):
             seen = slice(start + t - 2, start + t + 1)
-            alone = attend(SDPA(), AttentionMask(), q[row : row + 1, t : t + 1], k[row : row + 1, seen], v[row : row + 1, seen])
+            alone = attend(
+                SDPA(), AttentionMask(), q[row : row + 1, t : t + 1], k[row : row + 1, seen], v[row : row + 1, seen]
+            )
             torch.testing.assert_close(cached[row : row + 1, t : t + 1], alone)
 
 
@@ -46,4 +48,6 @@ def test_operations_count_the_keys_that_are_seen():
     config = MultiHeadConfig("mha", 4, n_heads=3)
     for window, seq_len in ((5, 13), (20, 13)):
         seen = AttentionMask(window=window).allowed(seq_len, seq_len).sum().item()
-        assert SlidingWindow(window=window).flops_per_token(config, seq_len) == pytest.approx(4 * 4 * 3 * seen / seq_len)
+        assert SlidingWindow(window=window).flops_per_token(config, seq_len) == pytest.approx(
+            4 * 4 * 3 * seen / seq_len
+        )
