@@ -262,26 +262,6 @@ class EvalConfig:
 
 
 @dataclass
-class SampleConfig:
-    """`python -m eval.sample`."""
-
-    run: str
-    prompt: str = ""
-    count: int = 1
-    max_new_tokens: int = 160
-    temperature: float = 0.8
-    top_k: int | None = 50
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def errors(self):
-        yield from at_least(1, "", self, "count", "max_new_tokens", "top_k")
-        yield from at_least(0, "", self, "temperature")
-        yield from check_machine(self)
-
-
-@dataclass
 class CountingConfig:
     """`python -m model.counting`."""
 

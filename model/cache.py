@@ -6,7 +6,7 @@ lengths, in any float dtype or as int8. A token of a row lies at the index that 
 beyond a row's length is garbage, which `AttentionMask.starts` hides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -138,11 +138,18 @@ class KVCache:
             self._ends = self.lengths.tolist()
         self.n_keys = None if static else 0
 
+    def parts(self) -> Iterator[Part]:
+        return (part for layer in self.layers for part in layer.parts.values())
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step writes to."""
+        own = [self.lengths] if self.documents is None else [self.lengths, self.documents]
+        return own + [tensor for part in self.parts() for tensor in part.tensors()]
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        parts = (part for layer in self.layers for part in layer.parts.values())
-        return sum(tensor.nbytes for part in parts for tensor in part.tensors())
+        return sum(tensor.nbytes for part in self.parts() for tensor in part.tensors())
 
     def set_lengths(self, lengths: int | Sequence[int]) -> None:
         """Forget what lies beyond `lengths`, or take what lies there as tokens."""
@@ -159,9 +166,8 @@ class KVCache:
         if needed > self.capacity:
             blocks = -(-max(needed, self.capacity + self.capacity // 8) // BLOCK)
             self.capacity = blocks * BLOCK
-            for layer in self.layers:
-                for part in layer.parts.values():
-                    part.grow(self.capacity)
+            for part in self.parts():
+                part.grow(self.capacity)
             if self.documents is not None:
                 self.documents = longer(self.documents, self.capacity + 1)
 

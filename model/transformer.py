@@ -1,6 +1,7 @@
 """The T6 transformer and its baselines: the LLaMA block with a choice of attention mechanism and core."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention.base import AttentionConfig
 from model.cache import KVCache
 from model.cores.base import AttentionCore, AttentionMask
+from model.generation import stream
 from model.layers import Block, RMSNorm
 
 
@@ -124,6 +126,14 @@ class Transformer(nn.Module):
             elif last:
                 x = x[torch.arange(x.size(0), device=x.device), counts.clamp_min(1) - 1]
             return self.head(self.final_norm(x))
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
+        """What follows each of `prompts`, at most `max_new_tokens`, without the stop token that ends it.
+
+        Options, and how: `model.generation.stream`, which yields the same token by token.
+        """
+        steps = zip(*stream(self, prompts, max_new_tokens, **options), strict=True)
+        return [[token for token in row if token is not None] for row in steps] or [[] for _ in prompts]
 
     def new_cache(self, batch: int, capacity: int = 0, dtype: torch.dtype | None = None) -> KVCache:
         """A cache for `batch` rows with room for `capacity` tokens each, and more where needed.

@@ -14,6 +14,9 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
 from configs.app import compose
 from configs.load import load
 from data.prepare import prepare

@@ -32,8 +32,9 @@ class SDPA(AttentionCore):
         allowed = None
         if not plain or (is_causal and n_queries != n_keys):
             allowed, is_causal = mask.allowed(n_queries, n_keys, q.device), False
-        grouped = q.size(1) != n_groups
-        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": grouped}
+        options = {"is_causal": is_causal, "scale": scale}
+        if q.size(1) != n_groups:
+            options["enable_gqa"] = True
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **options)
         if n_queries == 1:
             out = out.reshape(out.size(0), n_heads, 1, -1)

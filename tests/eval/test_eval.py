@@ -9,11 +9,10 @@ import torch
 import train
 from configs.app import compose
 from configs.load import load, load_flat
-from configs.schema import ConfigError, EvalConfig, SampleConfig
+from configs.schema import ConfigError, EvalConfig
 from data.loader import EvalLoader
 from data.shards import TokenShards
 from eval import run as eval_run
-from eval import sample
 from eval.loading import load_run
 from eval.perplexity import evaluate
 from tests.conftest import SMALL_RUN
@@ -51,23 +50,6 @@ def test_the_loss_does_not_depend_on_batches_or_ranks(finished):
     rows = torch.tensor(EvalLoader(shards, 64, 1).samples.read(EvalLoader(shards, 64, 1, max_samples=25).numbers))
     logp = run.model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])
     assert whole[0] == pytest.approx(-logp.mean().item(), abs=1e-5)
-
-
-def test_samples_are_repeatable_and_go_on_from_the_prompt(finished, capsys):
-    settings = [f"run={finished}", "prompt=The class", "count=2", "max_new_tokens=20", "seed=5"]
-    outputs = []
-    for _ in range(2):
-        assert sample.main(load_flat(compose("sample", settings), SampleConfig)) == 0
-        outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1] and outputs[0].count("The class") == 2
-
-
-def test_greedy_generation_is_the_argmax_of_the_full_pass(finished):
-    run = load_run(str(finished), device="cpu")
-    tokens = torch.tensor([[5, 9, 13]])
-    out = run.model.generate(tokens, 12, context=64, temperature=0)
-    logits = run.model(out[:, :-1])
-    assert torch.equal(out[0, 3:], logits[0, 2:].argmax(-1))
 
 
 def test_what_is_not_a_run_is_refused(finished, tmp_path):

@@ -1,0 +1,1 @@
+"""Benchmarks of training and decoding: each prints JSON lines."""

@@ -1,0 +1,198 @@
+"""What the decoding benchmark lets compete: mechanisms with a filled cache, and the kernels that can attend for them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from configs.app import compose
+from configs.load import load
+from model.attention.base import Attention, Dense, unturned
+from model.attention.latent import Absorbed
+from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
+from model.cores.base import AttentionCore, AttentionMask
+from model.cores.flash_tpa import FlashTPA
+from model.cores.sdpa import SDPA
+from model.transformer import Transformer, TransformerConfig
+
+PAPER_SETTING = {  # Figures 5, 7 and 8: d_model / 64 heads each; MLA's size, not stated, is that which fits its curve
+    "gqa": ["model.n_kv_heads=4"],
+    "mla": ["model.kv_lora_rank=512", "model.qk_rope_head_dim=64"],
+    "t6": ["model.q_rank=16", "model.k_rank=1", "model.v_rank=1"],
+}
+
+
+class MaterializedConfig(TensorProductConfig):
+    """TPA that caches its keys and values, not their factors."""
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"k": (self.n_heads, self.head_dim), "v": (self.n_heads, self.head_dim)}
+
+    def build(self, d_model: int, layer: int, core: AttentionCore) -> "MaterializedAttention":
+        return MaterializedAttention(self, d_model, core)
+
+
+class MaterializedAttention(TensorProductAttention):
+    keep, recall = Attention.keep, Attention.recall
+
+    def rotate(self, qkv: Factored, positions: Tensor) -> Dense:
+        return super().rotate(qkv, positions).materialize()
+
+
+@dataclass
+class Contestant:
+    """A network, and under which name it competes."""
+
+    model: str
+    core: str  # sdpa, flash_tpa, or sdpa (k, v cached) for a TPA that caches what its factors make
+    network: TransformerConfig
+
+
+def contestants(models: list[str], size: str, overrides: list[str], materialized: bool) -> Iterator[Contestant]:
+    for model in models:
+        chosen = [f"model={model}", "tokenizer=gpt2"]
+        if size.isdigit():
+            family = "t6" if model.startswith("t6") else model
+            chosen += [f"size.d_model={size}", "size=medium", "size.head_dim=64", f"size.name=paper_{size}"]
+            chosen += [f"model.n_heads={int(size) // 64}", *PAPER_SETTING.get(family, [])]
+        else:
+            chosen += [f"size={size}"]
+        network = TransformerConfig.from_config(load(compose("train", [*chosen, *overrides])))
+        if not isinstance(network.attention, TensorProductConfig):
+            yield Contestant(model, "sdpa", with_core(network, SDPA()))
+            continue
+        yield Contestant(model, "flash_tpa", with_core(network, FlashTPA()))
+        if materialized:
+            values = {field.name: getattr(network.attention, field.name) for field in fields(network.attention)}
+            explicit = with_core(network, SDPA())
+            explicit.attention = MaterializedConfig(**values)
+            yield Contestant(model, "sdpa (k, v cached)", explicit)
+
+
+def with_core(network: TransformerConfig, core: AttentionCore) -> TransformerConfig:
+    values = {field.name: getattr(network, field.name) for field in fields(network)}
+    return TransformerConfig(**values | {"core": core})
+
+
+# --- the attention step alone
+
+
+class Recorder:
+    """A core that keeps what it is called with."""
+
+    def __call__(self, qkv, rotate, positions, mask, scale) -> Tensor:
+        self.call = (qkv, mask, scale)
+        dense = qkv if isinstance(qkv, Dense) else None
+        heads = qkv.k.a.size(2) if isinstance(qkv, Factored) else qkv.q.size(2)
+        width = dense.v.size(-1) if dense else qkv.v.b.size(-1) if isinstance(qkv, Factored) else qkv.q.size(-1)
+        return positions.new_zeros(positions.size(0), positions.size(1), heads, width)
+
+
+def attention_inputs(network: TransformerConfig, batch: int, length: int, layers: int, device, dtype) -> tuple[list, int]:
+    """For each of `layers` layers what its core gets to attend from the last of `length` tokens: ((qkv, mask, scale),
+    bytes of a layer's cache). Every layer has a cache of its own, as in a model."""
+    from model.cache import KVCache
+
+    attention = network.attention.build(network.d_model, 0, network.core).to(device, dtype).requires_grad_(False)
+    shapes = network.attention.cache_shapes()
+    cache = KVCache(shapes, layers, batch, length, dtype, device)
+    for part in cache.parts():
+        part.values.normal_()
+    cache.set_lengths(length - 1)
+    x = torch.randn(batch, 1, network.d_model, device=device, dtype=dtype)
+    positions, mask = cache.begin(torch.zeros(batch, 1, dtype=torch.long, device=device))
+    attention.core = recorder = Recorder()
+    made = []
+    for layer in cache.layers:
+        try:
+            attention.attend_cached(x, positions, AttentionMask(starts=mask.starts), layer)
+        except (RuntimeError, TypeError):  # what follows the core, given nothing real, does not matter
+            if not hasattr(recorder, "call"):
+                raise
+        made.append(recorder.call)
+        del recorder.call
+    return made, cache.nbytes // layers
+
+
+def kernels(qkv, core: AttentionCore, device: torch.device) -> dict[str, Callable]:
+    """By name, the ways to attend to such q, k and v that can be had here; each takes (qkv, mask, scale)."""
+
+    def through(core: AttentionCore, *backends) -> Callable:
+        def attend(qkv, mask, scale):
+            if not backends:
+                return core(qkv, unturned, None, mask, scale)
+            with sdpa_kernel(list(backends)):
+                return core(qkv, unturned, None, mask, scale)
+
+        return attend
+
+    found = {core.name: through(core)}
+    if device.type == "cuda" and isinstance(qkv, Dense | Absorbed):
+        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+            found[f"sdpa.{backend.lower()}"] = through(core, getattr(SDPBackend, backend))
+        found |= installed_kernels(qkv)
+    return found
+
+
+def installed_kernels(qkv) -> dict[str, Callable]:
+    """FlashAttention's and FlashInfer's decoding kernels for explicit keys and values, FlashMLA's for a latent."""
+    found = {}
+    if isinstance(qkv, Dense):
+        try:
+            from flash_attn import flash_attn_with_kvcache
+
+            found["flash_attn"] = lambda qkv, mask, scale: flash_attn_with_kvcache(
+                qkv.q, qkv.k, qkv.v, softmax_scale=scale, causal=True
+            )
+        except ImportError:
+            pass
+        if qkv.q.size(0) == 1:  # its batched kernels want a paged cache
+            try:
+                from flashinfer import single_decode_with_kv_cache
+
+                found["flashinfer"] = lambda qkv, mask, scale: single_decode_with_kv_cache(
+                    qkv.q[0, 0], qkv.k[0], qkv.v[0], kv_layout="NHD", sm_scale=scale, use_tensor_cores=True
+                )
+            except ImportError:
+                pass
+    elif qkv.q.size(-1) == 576 and qkv.latent.size(1) % 64 == 0:  # DeepSeek's sizes are the only ones it has
+        try:
+            from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+            batch, length = qkv.latent.shape[:2]
+            pages = torch.arange(batch * length // 64, dtype=torch.int32, device=qkv.q.device).view(batch, -1)
+            lengths = torch.full((batch,), length, dtype=torch.int32, device=qkv.q.device)
+            schedule = get_mla_metadata(lengths, qkv.q.size(2), 1)
+            found["flash_mla"] = lambda qkv, mask, scale: flash_mla_with_kvcache(
+                qkv.q, qkv.latent.view(-1, 64, 1, 576), pages, lengths, 512, *schedule, softmax_scale=scale, causal=True
+            )
+        except ImportError:
+            pass
+    return found
+
+
+# --- a whole step
+
+
+def model_step(network: TransformerConfig, batch: int, length: int, device, dtype) -> tuple[Callable, Callable, int, int]:
+    """(one step of decoding with `length` tokens attended to, what makes the next one like it, bytes of the cache, bytes
+    that a step reads of weights)."""
+    with torch.device(device):
+        model = Transformer(network).to(dtype).eval()
+    cache = model.new_cache(batch, length, dtype)
+    for part in cache.parts():
+        part.values.normal_()
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    def reset() -> None:
+        cache.static = False
+        cache.set_lengths(length - 1)
+        cache.static = torch.device(device).type == "cuda"
+
+    def step() -> Tensor:
+        return model(tokens, cache=cache, last=True)
+
+    weights = sum(p.nbytes for p in model.parameters())  # the head is the embedding
+    return step, reset, cache.nbytes, weights

@@ -1,0 +1,167 @@
+"""Decoding from the factor cache: a few queries against a long cache, FlashTPA's Algorithm 2 (arXiv 2501.06425).
+
+One pass over the cache. A program has a range of keys (a split) and a block of columns, each a (query, head) pair; it forms
+its queries q [D, columns] from their factors, and with them tensor cores make b_k q for each rank, which a_k scales to
+logits. The softmax runs online; values are accumulated as b_v^T (weights x a_v). A second kernel merges the splits by their
+log-sum-exp. Lengths are read on the device and the grid depends on the cache's capacity alone, so that CUDA graphs hold it.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.attention.tensor_product import Factored
+from model.cores.kernels.common import (
+    autotuned, head_factor, like_output, load_rows, multiprocessors, operands, precision, sizes,
+)  # fmt: skip
+
+MAX_SPLITS = 128
+SPLIT_KEYS = 256  # a split has at least so many keys
+CONFIGS = [
+    {"BLOCK_S": s, "num_warps": w, "num_stages": n}
+    for s, w, n in ((64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3), (64, 8, 3), (256, 8, 2))
+]
+
+
+@autotuned(CONFIGS, key=["H", "R_Q", "R_K", "R_V", "D", "E", "BLOCK_C", "bucket"])
+@triton.jit
+def split_kernel(
+    a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, partial, lse,
+    scale, n_queries, n_keys, n_splits, bucket,
+    aq_b, aq_t, aq_h, aq_r, bq_b, bq_t, bq_r, cq_b, cq_t, cq_r,
+    ak_b, ak_s, ak_h, ak_r, bk_b, bk_s, bk_r, ck_b, ck_s, ck_r,
+    av_b, av_s, av_h, av_r, bv_b, bv_s, bv_r, cv_b, cv_s, cv_r,
+    H: tl.constexpr, R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr, DENSE_Q: tl.constexpr,
+    D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """partial [B, splits, T H, E], normalised within the split, and lse [B, splits, T H] to base 2."""
+    split, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = columns < n_queries * H
+    t, h = columns // H, columns % H
+    count = n_keys
+    if RAGGED:
+        count = tl.load(starts + row).to(tl.int32) + n_queries
+    last = tl.where(inside, count - n_queries + t, count) if CAUSAL else tl.zeros_like(t) + count - 1
+
+    # The queries, transposed and scaled: [D, columns].
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    q = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+    loaded = (d < D)[:, None] & inside[None, :]
+    for r in tl.static_range(1 if DENSE_Q else R_Q):
+        rank = h if DENSE_Q else r
+        rows = b_q + row * bq_b + (t * bq_t + rank * bq_r)[None, :]
+        factor = tl.load(rows + (d % D_B)[:, None], mask=loaded, other=0.0).to(tl.float32)
+        if D_B != D:
+            rows = c_q + row * cq_b + (t * cq_t + rank * cq_r)[None, :]
+            factor *= tl.load(rows + (d // D_B)[:, None], mask=loaded, other=0.0)
+        if not DENSE_Q:
+            factor *= head_factor(a_q + row * aq_b + t * aq_t + h * aq_h + r * aq_r, inside, SIGMOID)[None, :]
+        q += factor
+    q = (q * scale).to(b_k.dtype.element_ty)
+
+    length = tl.cdiv(tl.cdiv(count, n_splits), BLOCK_S) * BLOCK_S
+    first = split * length
+    stop = tl.minimum(first + length, count)
+    top = tl.full((BLOCK_C,), float("-inf"), tl.float32)
+    norm = tl.zeros((BLOCK_C,), tl.float32)
+    values = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
+    s = tl.arange(0, BLOCK_S)
+    for begin in tl.range(first, stop, BLOCK_S):
+        at = row * 0 + begin  # 64 bits: a cache may have more than 2^31 numbers
+        held = begin + s < stop
+        both = held[:, None] & inside[None, :]
+        logits = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+        for r in tl.static_range(R_K):
+            b = load_rows(
+                b_k + row * bk_b + at * bk_s + r * bk_r, bk_s, s, held,
+                c_k + row * ck_b + at * ck_s + r * ck_r, ck_s, D, D_B, BLOCK_D,
+            )  # fmt: skip
+            a = head_factor(
+                a_k + row * ak_b + at * ak_s + r * ak_r + s[:, None] * ak_s + h[None, :] * ak_h, both, SIGMOID
+            )
+            logits += a * tl.dot(b, q, input_precision=PRECISION)
+        logits = tl.where(held[:, None] & (begin + s[:, None] <= last[None, :]), logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 0))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - finite[None, :])
+        correction = tl.exp2(top - finite)
+        norm = norm * correction + tl.sum(weights, 0)
+        values *= correction[None, :]
+        for r in tl.static_range(R_V):
+            b = load_rows(
+                b_v + row * bv_b + at * bv_s + r * bv_r, bv_s, s, held,
+                c_v + row * cv_b + at * cv_s + r * cv_r, cv_s, E, E_B, BLOCK_E,
+            )  # fmt: skip
+            a = head_factor(
+                a_v + row * av_b + at * av_s + r * av_r + s[:, None] * av_s + h[None, :] * av_h, both, SIGMOID
+            )
+            values += tl.dot(tl.trans(b), (weights * a).to(b.dtype), input_precision=PRECISION)
+        top = higher
+
+    place = (row * n_splits + split) * n_queries * H + columns
+    empty = norm == 0
+    values = values / tl.where(empty, 1.0, norm)[None, :]
+    tl.store(partial + place[None, :] * E + e[:, None], values, mask=(e < E)[:, None] & inside[None, :])
+    tl.store(lse + place, tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, norm))), mask=inside)
+
+
+@triton.jit
+def merge_kernel(partial, lse, out, n_splits, n_columns, R_V: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+                 BLOCK_SPLITS: tl.constexpr):  # fmt: skip
+    """out [B, T H, E]: the splits' values weighted by their shares of the softmax, over R_V."""
+    column, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i, e = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_E)
+    place = (row * n_splits + i) * n_columns + column
+    logs = tl.load(lse + place, mask=i < n_splits, other=float("-inf"))
+    shares = tl.exp2(logs - tl.max(logs, 0))
+    shares = shares / (tl.sum(shares, 0) * R_V)
+    values = tl.load(
+        partial + place[:, None] * E + e[None, :], mask=(i < n_splits)[:, None] & (e < E)[None, :], other=0.0
+    )
+    merged = tl.sum(values * shares[:, None], 0)
+    tl.store(out + (row * n_columns + column) * E + e, merged.to(out.dtype.element_ty), mask=e < E)
+
+
+def count_splits(device: torch.device, batch: int, column_blocks: int, n_keys: int) -> int:
+    """Enough ranges of keys for two programs a multiprocessor: from shapes alone, so that a CUDA graph keeps it."""
+    wanted = -(-2 * multiprocessors(device) // (batch * column_blocks))
+    return max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
+
+
+def decode(
+    factored: Factored, scale: float, causal: bool = True, starts: Tensor | None = None, sigmoid: bool = False,
+    n_splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """[B, T, H, E] for few queries and S keys in a cache; arguments as `flash_tpa`'s. `sigmoid`: the head factors in
+    memory are those before their sigmoid."""
+    q, k, v = factored.q, factored.k, factored.v
+    shape = sizes(q, k, v)
+    batch, n_queries, n_keys = q.b.size(0), q.b.size(1), k.b.size(1)
+    heads, width = shape["H"], shape["E"]
+    columns = n_queries * heads
+    block = min(64, max(16, triton.next_power_of_2(columns)))
+    column_blocks = triton.cdiv(columns, block)
+    n_splits = n_splits or count_splits(q.b.device, batch, column_blocks, n_keys)
+    partial = q.b.new_empty(batch, n_splits, columns, width, dtype=torch.float32)
+    lse = q.b.new_empty(batch, n_splits, columns, dtype=torch.float32)
+    out = like_output(q, v, heads, width)
+    (args_q, strides_q), (args_k, strides_k), (args_v, strides_v) = (operands(part) for part in (q, k, v))
+    rank_q = 1 if q.a is None else q.a.size(-1)
+    split_kernel[(n_splits, column_blocks, batch)](
+        *args_q, *args_k, *args_v, lse if starts is None else starts, partial, lse,
+        scale * math.log2(math.e) / (rank_q * shape["R_K"]), n_queries, n_keys, n_splits,
+        triton.next_power_of_2(max(1, batch * n_keys)).bit_length(),
+        *strides_q, *strides_k, *strides_v, **shape,
+        CAUSAL=causal, RAGGED=starts is not None, SIGMOID=sigmoid, PRECISION=precision(k.b.dtype), BLOCK_C=block,
+    )  # fmt: skip
+    merge_kernel[(columns, batch)](
+        partial, lse, out, n_splits, columns, shape["R_V"], width, shape["BLOCK_E"],
+        BLOCK_SPLITS=triton.next_power_of_2(n_splits),
+    )  # fmt: skip
+    return out

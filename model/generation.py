@@ -1,0 +1,127 @@
+"""Text from a model: a prompt in chunks, then token by token, for several rows of different lengths at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from model.cache import KVCache
+from model.sampling import GREEDY, Sampling, draws
+
+if TYPE_CHECKING:
+    from model.transformer import Transformer
+
+COMPILED: WeakKeyDictionary = WeakKeyDictionary()  # model -> its compiled step
+
+
+@torch.no_grad()
+def stream(
+    model: "Transformer",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    use_cache: bool = True,
+    cache_dtype: torch.dtype | None = None,
+    chunk: int = 512,
+    compiled: bool = False,
+    vocab_size: int | None = None,
+) -> Iterator[list[int | None]]:
+    """The next token of each of `prompts`, step by step; None in a row that has ended with one of `stop_tokens`.
+
+    Row i is drawn by seed + i, whatever the other rows are. Prompts pass through the model in pieces of `chunk` tokens.
+    `compiled` compiles the step of one token (CUDA graphs on a GPU); without `use_cache` each step passes over
+    everything again, which gives the same tokens. There is no longest length: the cache grows. `vocab_size`: tokens
+    from there on are padding of the model's vocabulary, never drawn.
+
+    ValueError for an empty prompt.
+    """
+    if min(map(len, prompts), default=0) == 0:
+        raise ValueError("a prompt must have at least one token")
+    training, device = model.training, model.embedding.weight.device
+    rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+    uniforms = draws(range(seed, seed + len(rows)), max_new_tokens, device)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(rows), vocab_size or model.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(seen, rows, strict=True):
+            row[torch.tensor(prompt, device=device)] = True
+    cache = model.new_cache(len(rows), dtype=cache_dtype) if use_cache else None
+    model.eval()
+    try:
+        logits = prefill(model, rows, cache, chunk) if cache else whole_pass(model, rows)
+        step = decode_step
+        if compiled and cache:
+            step = compile_step(model, cache, max_new_tokens)
+        for i in range(max_new_tokens):
+            chosen = sampling.choose(logits[:, :vocab_size], uniforms[i], seen)
+            if seen is not None:
+                seen.scatter_(1, chosen[:, None], True)
+            tokens = chosen.tolist()
+            ended = [done or token in stop_tokens for done, token in zip(ended, tokens, strict=True)]
+            yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
+            if all(ended) or i == max_new_tokens - 1:
+                return
+            if cache:
+                logits = step(model, chosen[:, None], cache)
+            else:
+                rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+                logits = whole_pass(model, rows)
+    finally:
+        model.train(training)
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """[B, longest], each row from the left, zeros after it."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+
+def prefill(model: "Transformer", rows: Sequence[Sequence[int]], cache: KVCache, chunk: int) -> Tensor:
+    """Fill the cache with `rows` in pieces of `chunk` tokens; the logits [B, V] of each row's last token."""
+    tokens, lengths = padded(rows, cache.lengths.device), torch.tensor([len(row) for row in rows])
+    logits = None
+    for start in range(0, tokens.size(1), chunk):
+        piece = tokens[:, start : start + chunk]
+        counts = (lengths - start).clamp(0, piece.size(1)).to(piece.device)
+        full = bool((lengths >= start + piece.size(1)).all())
+        new = model(piece, cache=cache, counts=None if full else counts, last=True)
+        logits = new if logits is None else torch.where(counts[:, None] > 0, new, logits)
+    return logits
+
+
+def whole_pass(model: "Transformer", rows: Sequence[Sequence[int]]) -> Tensor:
+    """The logits [B, V] of each row's last token, without a cache."""
+    logits = model(padded(rows, model.embedding.weight.device))
+    return torch.stack([row[len(tokens) - 1] for row, tokens in zip(logits, rows, strict=True)])
+
+
+def decode_step(model: "Transformer", tokens: Tensor, cache: KVCache) -> Tensor:
+    """Logits [B, V] after one more token [B, 1] of each row."""
+    return model(tokens, cache=cache, last=True)
+
+
+def compile_step(model: "Transformer", cache: KVCache, n_tokens: int) -> Callable:
+    """`decode_step` compiled for `n_tokens` more tokens in `cache`, none of whose shapes changes from now on.
+
+    Compiled once for a model, batch, capacity and dtype; with CUDA graphs on a GPU.
+    """
+    cache.reserve(n_tokens)
+    cache.static = True
+    graphs = cache.lengths.is_cuda
+    if model not in COMPILED:
+        options = {"mode": "reduce-overhead" if graphs else None, "isolate_recompiles": True, "recompile_limit": 64}
+        COMPILED[model] = torch.compile(decode_step, fullgraph=True, dynamic=False, **options)
+    compiled = COMPILED[model]
+    if not graphs:
+        return compiled
+    for tensor in cache.tensors():  # CUDA graphs refuse to write to inputs that might move
+        torch._dynamo.mark_static_address(tensor)
+
+    def step(*inputs):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*inputs).clone()  # the next run overwrites it
+
+    return step

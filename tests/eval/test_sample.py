@@ -1,0 +1,114 @@
+"""`python -m eval.sample` on a real run: text on standard output, facts beside it on standard error."""
+
+import io
+import re
+
+import pytest
+
+import train
+from configs.app import compose
+from configs.load import load, load_flat
+from configs.schema import ConfigError
+from configs.schema_sample import SampleConfig
+from data.tokenizers import load_tokenizer, new_tokenizer
+from eval import sample
+from tests.conftest import SMALL_RUN
+
+PROMPT = "prompt=The class statement"
+
+
+@pytest.fixture(scope="module")
+def finished(small_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    overrides = [*SMALL_RUN, *small_data, "optim.lr=1e-2", "trainer.eval_every=null", f"run.dir={folder}"]
+    assert train.main(load(compose("train", overrides))) == 0
+    return folder
+
+
+@pytest.fixture
+def command(finished, capsys):
+    def run(*overrides: str) -> tuple[str, str]:
+        capsys.readouterr()
+        assert sample.main(load_flat(compose("sample", [f"run={finished}", *overrides]), SampleConfig)) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+def test_the_text_is_the_same_with_and_without_the_cache(command):
+    text, facts = command(PROMPT, "temperature=0", "max_new_tokens=80")
+    assert text.startswith("The class statement") and len(text) > 80
+    assert "float32 cache of" in facts and "longer than the 64 tokens" in facts
+    for options in (["cache=false"], ["prefill_chunk=2"], ["cache_dtype=fp32", "prefill_chunk=1"]):
+        assert command(PROMPT, "temperature=0", "max_new_tokens=80", *options)[0] == text
+    assert "cache of" not in command(PROMPT, "max_new_tokens=2", "cache=false")[1]
+
+
+def test_samples_are_repeatable_and_numbered_by_their_seeds(command):
+    settings = [PROMPT, "max_new_tokens=20", "temperature=1.2", "top_p=0.95", "min_p=0.01", "repetition_penalty=1.1"]
+    together, _ = command(*settings, "count=3", "seed=5")
+    assert together == command(*settings, "count=3", "seed=5")[0]
+    parts = re.split(r"─+ seed (\d+) ─+\n", together)
+    assert parts[1::2] == ["5", "6", "7"] and len(set(parts[2::2])) == 3
+    for seed, text in zip(parts[1::2], parts[2::2], strict=True):
+        assert command(*settings, f"seed={seed}")[0] == text
+
+
+def test_an_int8_cache_is_smaller_and_says_so(command):
+    sizes = [
+        int(
+            re.search(r"cache of ([\d,]+) bytes", command("max_new_tokens=3", f"cache_dtype={dtype}")[1])[1].replace(
+                ",", ""
+            )
+        )
+        for dtype in ("fp32", "int8")
+    ]
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_a_conversation(command, monkeypatch):
+    lines = ["The class", ":temperature=0 max_new_tokens=4", "The class", "The class", ":top_p=7", ":run=other", ":"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    text, notes = command("interactive=true", "max_new_tokens=12", "temperature=0")
+    monkeypatch.undo()
+    long, _ = command("prompt=The class", "max_new_tokens=12", "temperature=0")
+    short, _ = command("prompt=The class", "max_new_tokens=4", "temperature=0")
+    assert text == long + short + short
+    assert "top_p=7.0: must lie in (0, 1]" in notes and "run: cannot change any more" in notes
+    settings = [line for line in notes.splitlines() if line.startswith("count=1")]
+    assert len(settings) == 4 and all("temperature=0.0 top_k=50" in line for line in settings)
+    assert "seed=1" in settings[0] and "seed=3" in settings[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("top_p=0", "top_p=0.0: must lie in (0, 1]"),
+        ("min_p=-1", "min_p=-1.0: must lie in [0, 1]"),
+        ("temperature=inf", "temperature=inf: must be zero or a positive number"),
+        ("repetition_penalty=0", "repetition_penalty=0.0: must be a positive number"),
+        ("cache_dtype=int4", "cache_dtype=int4: must be auto, fp32, bf16, fp16 or int8"),
+        ("prefill_chunk=0", "prefill_chunk=0: must be at least 1"),
+        ("top_q=1", "top_q: unknown key; did you mean top_"),
+    ],
+)
+def test_mistakes_name_the_key(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_flat(compose("sample", ["run=x", override]), SampleConfig)
+    assert caught.value.errors[0].startswith(message)
+
+
+@pytest.mark.parametrize("tokenizer", ["sentencepiece", "gpt2"])
+def test_streamed_pieces_make_the_whole_text(small_data, tokenizer):
+    config = load(compose("train", [*SMALL_RUN, *small_data] if tokenizer != "gpt2" else ["tokenizer=gpt2"]))
+    found = (
+        load_tokenizer(config.tokenizer, config.data.dir) if tokenizer != "gpt2" else new_tokenizer(config.tokenizer)
+    )
+    text = "Größe: ∑ of naïve 東京 and 🙂🙃, tabs\tand\n\n  spaces "
+    ids = found.encode(text)
+    for split in (0, 1, len(ids) // 2, len(ids)):
+        growing = sample.GrowingText(found, ids[:split])
+        pieces = [growing.text, *(growing.add(token) for token in ids[split:]), growing.finish()]
+        if not found.decode(ids[:split]).endswith("\ufffd"):  # a prompt is whole text
+            assert "".join(pieces) == growing.text == found.decode(ids)
+            assert not any("\ufffd" in piece for piece in pieces)

@@ -1,0 +1,203 @@
+"""Decoding from a cache is the full forward pass, for every mechanism; and the cache is as large as counted."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from model import counting
+from model.attention.base import Dense
+from model.cache import BLOCK
+from model.cores.base import AttentionMask
+from model.cores.sdpa import SDPA
+from model.generation import decode_step, prefill
+from model.transformer import Transformer, TransformerConfig
+from tests.model.helpers import MODELS, PACKAGED, small_config, wake_up
+
+END = 7
+OPTIONS = ["model.qk_norm=true", "model.output_gate=true", "model.rope_fraction=0.5"]
+RAGGED = [5, 1, 12]
+CASES = [  # the lengths of the prompts, the chunk, a static cache
+    ([9, 9, 9], 16, False),
+    ([9, 9, 9], 4, True),
+    ([1, 1, 1], 1, False),
+    (RAGGED, 1, False),
+    (RAGGED, 4, True),
+    (RAGGED, 16, False),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01, torch.int8: 0.1}  # logits have std 0.6
+
+
+def build(model, *overrides, end_of_text=None):
+    torch.manual_seed(0)
+    config = small_config(model, f"data.document_mask={end_of_text is not None}", *overrides)
+    return wake_up(Transformer(TransformerConfig.from_config(config, end_of_text))).requires_grad_(False)
+
+
+def poison(cache):
+    """NaN wherever no token lies."""
+    for part in cache.parts():
+        for row, length in enumerate(cache.lengths.tolist()):
+            for tensor in part.tensors():
+                tensor[row, length:] = torch.nan if tensor.is_floating_point() else 127
+
+
+def decode(net, tokens, lengths, chunk, cache, static=False):
+    """Logits by row and position: the first `lengths` of each row of `tokens` in chunks, the rest token by token."""
+    found = [[] for _ in lengths]
+    for start in range(0, max(lengths), chunk):
+        poison(cache)
+        piece = tokens[:, start : start + chunk][:, : max(lengths) - start]
+        counts = (torch.tensor(lengths) - start).clamp(0, piece.size(1))
+        logits = net(piece, cache=cache, counts=None if min(lengths) == max(lengths) else counts)
+        for row, count in enumerate(counts.tolist()):
+            found[row].append(logits[row, :count])
+    cache.static = static
+    for _ in range(tokens.size(1) - max(lengths)):
+        poison(cache)
+        step = tokens.gather(1, cache.lengths[:, None])
+        logits = net(step, cache=cache)
+        for row in range(len(lengths)):
+            found[row].append(logits[row])
+    return [torch.cat(row) for row in found]
+
+
+@pytest.mark.parametrize("options", [[], OPTIONS], ids=["plain", "varied"])
+@pytest.mark.parametrize("model", MODELS)
+def test_cached_decoding_is_the_full_pass(model, options):
+    net = build(model, *options)
+    tokens = torch.randint(0, 300, (3, 17))
+    full = net(tokens)
+    for lengths, chunk, static in CASES[-2:] if options else CASES:
+        cache = net.new_cache(3, 17)
+        for ours, wanted in zip(decode(net, tokens, lengths, chunk, cache, static), full, strict=True):
+            torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
+        assert cache.lengths.tolist() == [length + 17 - max(lengths) for length in lengths]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_lower_precision_comes_close_and_bytes_are_those_counted(model, dtype):
+    net = build(model)
+    tokens = torch.randint(0, 300, (3, 17))
+    cache = net.new_cache(3, 20, dtype)
+    assert cache.nbytes == 3 * 20 * counting.kv_bytes_per_token(net.config, dtype)
+    for ours, wanted in zip(decode(net, tokens, RAGGED, 4, cache), net(tokens), strict=True):
+        torch.testing.assert_close(ours, wanted[: len(ours)], atol=TOLERANCE[dtype], rtol=0)
+    assert all(tensor.dtype in (dtype, torch.bfloat16) for part in cache.parts() for tensor in part.tensors())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_compiles_once(model):
+    net = build(model, "size.n_layers=1", end_of_text=END)
+    counter = CompileCounter()
+    step = torch.compile(decode_step, backend=counter, fullgraph=True, dynamic=False, isolate_recompiles=True)
+    tokens = torch.randint(0, 300, (2, 14))
+    for lengths in ([3, 6], [4, 4]):  # the second cache has another prompt, and the same shapes
+        cache = net.new_cache(2, 16)
+        prefill(net, [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)], cache, 4)
+        cache.static = True
+        for _ in range(8):
+            logits = step(net, tokens.gather(1, cache.lengths[:, None]), cache)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(logits, net(tokens[:, :12])[:, -1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model", ["mha", "mla", "t6_shared_b"])
+def test_documents_stay_apart_in_the_cache(model):
+    net = build(model, end_of_text=END)
+    tokens = torch.randint(END + 1, 300, (3, 20))
+    for row, place in ((0, 3), (0, 4), (0, 12), (1, 11), (1, 15), (2, 0), (2, 19)):
+        tokens[row, place] = END
+    full = net(tokens)
+    for lengths, chunk, static in CASES:
+        cache = net.new_cache(3, 20)
+        for ours, wanted in zip(decode(net, tokens, lengths, chunk, cache, static), full, strict=True):
+            torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [[], ["model.qk_norm=true"]], ids=["plain", "qk_norm"])
+def test_mla_expands_its_latent_for_long_chunks_only(options, monkeypatch):
+    net = build("mla", "model.kv_lora_rank=32", *options)  # from (32 x 16) / (32 - 16) = 32 tokens on
+    tokens = torch.randint(0, 300, (2, 90))
+    seen = []
+    call = SDPA.__call__
+    monkeypatch.setattr(
+        SDPA, "__call__", lambda core, qkv, *rest: seen.append(type(qkv).__name__) or call(core, qkv, *rest)
+    )
+    full = net(tokens)
+    cache = net.new_cache(2)
+    ours = torch.cat([net(piece, cache=cache) for piece in tokens.split((33, 40, 17), dim=1)], dim=1)
+    torch.testing.assert_close(ours, full, atol=1e-5, rtol=0)
+    assert seen == ["Latent"] * 6 + ["Absorbed"] * 2
+
+
+def test_a_cache_grows_by_blocks_and_forgets_on_demand():
+    net = build("t6")
+    tokens = torch.randint(0, 300, (2, BLOCK + 9))
+    cache = net.new_cache(2)
+    net(tokens[:, :BLOCK], cache=cache)
+    assert cache.capacity == BLOCK
+    first = net(tokens[:, BLOCK:], cache=cache)
+    assert cache.capacity == 2 * BLOCK and cache.lengths.tolist() == [BLOCK + 9] * 2
+    torch.testing.assert_close(first, net(tokens)[:, BLOCK:], atol=1e-5, rtol=0)
+    cache.set_lengths(BLOCK)
+    torch.testing.assert_close(net(tokens[:, BLOCK:], cache=cache), first)
+    cache.set_lengths([3, BLOCK])
+    again = net(torch.stack((tokens[0, 3:5], tokens[1, BLOCK : BLOCK + 2])), cache=cache)
+    torch.testing.assert_close(again[0], net(tokens[:1, :5])[0, 3:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(again[1], first[1, :2], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="must be 2 numbers of at most 512 tokens"):
+        cache.set_lengths(BLOCK * 3)
+    with pytest.raises(ValueError, match="3 rows of tokens for a cache of 2"):
+        net(tokens[:1].expand(3, -1), cache=cache)
+
+
+def test_a_full_static_cache_refuses_more():
+    net = build("mqa")
+    cache = net.new_cache(1, 4)
+    cache.static = True
+    net(torch.tensor([[1, 2, 3, 4]]), cache=cache)
+    with pytest.raises((IndexError, RuntimeError)):
+        net(torch.tensor([[5]]), cache=cache)
+
+
+def test_autocast_decodes_in_its_own_precision():
+    net = build("t6")
+    net.autocast_dtype = torch.bfloat16
+    tokens = torch.randint(0, 300, (2, 12))
+    cache = net.new_cache(2)
+    ours = torch.cat([net(tokens[:, i : i + 1], cache=cache) for i in range(12)], dim=1)
+    assert cache.layers[0].parts["a_k"].values.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), net(tokens).float(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("model", PACKAGED)
+def test_the_longest_context_is_what_can_be_allocated(model):
+    net = build(model)
+    for dtype in (torch.bfloat16, torch.int8):
+        weights, memory = 2 * counting.num_params(net.config), 2_000_000
+        tokens = counting.longest_context(net.config, memory, dtype)
+        fits, too_large = (net.new_cache(1, n, dtype).nbytes for n in (tokens, tokens + 1))
+        assert weights + fits <= memory < weights + too_large
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_core_reads_nothing_beyond_a_rows_queries(causal):
+    torch.manual_seed(0)
+    attend = SDPA()
+    documents = torch.tensor([[0] * 2 + [1] * 9, [0] * 5 + [1] * 6, [0] * 11])
+    for n_queries in (1, 4):
+        starts = torch.tensor([0, 3, 11 - n_queries])
+        q, k, v = torch.randn(3, n_queries, 6, 8), torch.randn(3, 11, 2, 8), torch.randn(3, 11, 2, 4)
+        for known in (None, documents):
+            poisoned = k.clone(), v.clone()
+            for row, start in enumerate(starts):
+                for tensor in poisoned:
+                    tensor[row, start + n_queries :] = torch.nan
+            mask = AttentionMask(causal, known, starts)
+            ours = attend(Dense(q, *poisoned), lambda qkv, _: qkv, None, mask, 0.3)
+            for row, start in enumerate(starts):
+                alone, n = slice(row, row + 1), start + n_queries
+                mask = AttentionMask(causal, None if known is None else known[alone, :n])
+                wanted = attend(Dense(q[alone], k[alone, :n], v[alone, :n]), lambda qkv, _: qkv, None, mask, 0.3)
+                torch.testing.assert_close(ours[alone], wanted)
