@@ -90,7 +90,9 @@ class Recorder:
         return positions.new_zeros(positions.size(0), positions.size(1), heads, width)
 
 
-def attention_inputs(network: TransformerConfig, batch: int, length: int, layers: int, device, dtype) -> tuple[list, int]:
+def attention_inputs(
+    network: TransformerConfig, batch: int, length: int, layers: int, device, dtype
+) -> tuple[list, int]:
     """For each of `layers` layers what its core gets to attend from the last of `length` tokens: ((qkv, mask, scale),
     bytes of a layer's cache). Every layer has a cache of its own, as in a model."""
     from model.cache import KVCache
@@ -176,7 +178,9 @@ def installed_kernels(qkv) -> dict[str, Callable]:
 # --- a whole step
 
 
-def model_step(network: TransformerConfig, batch: int, length: int, device, dtype) -> tuple[Callable, Callable, int, int]:
+def model_step(
+    network: TransformerConfig, batch: int, length: int, device, dtype
+) -> tuple[Callable, Callable, int, int]:
     """(one step of decoding with `length` tokens attended to, what makes the next one like it, bytes of the cache, bytes
     that a step reads of weights)."""
     with torch.device(device):

@@ -184,17 +184,18 @@ def open_hop(fold: Axis, q: Tensor, k: Tensor, closed: Tensor, own: Tensor, scal
     q, k, closed, own = (fold.fold(share_heads(x, n_heads)) for x in (q, k, closed, own))
     total = -(-max(qk_dim + 2, width + 1) // 8) * 8  # flash kernels want equal widths, multiples of 8
     with torch.autocast(q.device.type, enabled=False):
-        score = (q.float() * k.float()).sum(-1, keepdim=True) if q.dtype != torch.float64 else (q * k).sum(-1, True)
+        score = (q.to(torch.promote_types(q.dtype, torch.float32)) * k).sum(-1, keepdim=True)
     coarse = score.to(q.dtype)
     rest = (score - coarse).to(q.dtype)
     q = torch.cat((q, coarse, rest, q.new_zeros(*q.shape[:-1], total - qk_dim - 2)), dim=-1)
-    first_key, first_value = (x.new_zeros(x.size(0), 1, x.size(2), total) for x in (k, closed))
-    first_key[..., qk_dim : qk_dim + 2] = 1
-    first_value[..., width] = 1
-    k = torch.cat((first_key, F.pad(k[:, :-1], (0, total - qk_dim))), dim=1)
-    values = torch.cat((first_value, F.pad(closed[:, :-1], (0, total - width))), dim=1)
+    k = F.pad(k, (0, total - qk_dim, 0, 0, 1, -1))  # one place up, and wider
+    values = F.pad(closed, (0, total - width, 0, 0, 1, -1))
+    with torch.no_grad():  # constants
+        k[:, 0, :, qk_dim : qk_dim + 2] = 1
+        values[:, 0, :, width] = 1
     mixed = FULL(Dense(q, k, values), unturned, None, AttentionMask(), scale)
-    return fold.unfold(mixed[..., :width] + mixed[..., width : width + 1] * own)
+    past, weight, _ = mixed.split((width, 1, total - width - 1), dim=-1)
+    return fold.unfold(past + weight * own)
 
 
 def shared_hop(fold: Axis, q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
