@@ -120,6 +120,8 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
         blocks["model"] = fill_heads(blocks["model"], blocks["core"], size, blocks["trainer"].seq_len)
     if sound >= {"data", "tokenizer", "core"}:
         errors.extend(data_errors(blocks["data"], blocks["tokenizer"], blocks["core"]))
+    if sound >= {"trainer", "deepspeed"} and blocks["deepspeed"].bf16_engine and blocks["trainer"].dtype == "fp32":
+        errors.append("trainer.dtype=fp32: deepspeed.config.bf16.enabled=true keeps the parameters in bf16")
     if "trainer" in sound:
         try:
             blocks["trainer"].accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))

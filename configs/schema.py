@@ -27,9 +27,11 @@ REFUSED_DEEPSPEED_KEYS = {
     "optimizer": "optim",
     "scheduler": "schedule",
     "fp16": "trainer.dtype",
-    "bf16": "trainer.dtype",
     "torch_autocast": "trainer.dtype",
 }
+
+
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 @dataclass
@@ -125,12 +127,22 @@ class DeepSpeedConfig:
     def stage(self) -> int:
         return self.config.get("zero_optimization", {}).get("stage", 0)
 
+    @property
+    def bf16_engine(self) -> bool:
+        """Whether DeepSpeed keeps the parameters in bf16 (beside fp32 master weights), and not only computes in it."""
+        return bool((self.config.get("bf16") or {}).get("enabled"))
+
     def errors(self):
         for key in self.config:
             if key in REFUSED_DEEPSPEED_KEYS:
                 yield f"deepspeed.config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead"
         if self.stage not in (0, 1, 2, 3):
             yield f"deepspeed.config.zero_optimization.stage={self.stage!r}: must be 0, 1, 2 or 3"
+        if self.bf16_engine and self.stage == 0:
+            yield (
+                "deepspeed.config.bf16.enabled=true: DeepSpeed's bf16 engine is wrong at ZeRO stage 0, where it steps "
+                "once before the first step; use deepspeed=zero1 or higher, or trainer.dtype=bf16 alone"
+            )
 
 
 @dataclass
@@ -161,7 +173,11 @@ class TrainerConfig:
     keep_every: int | None = None  # and those whose step is a multiple of this
     keep_best: bool = False  # and the one with the lowest validation loss
     log_every: int = 10
-    max_bad_steps: int = 10  # steps in a row with a non-finite loss or gradient before the run gives up
+    max_bad_steps: int = 10  # steps in a row with a non-finite loss or gradient before the run goes back
+    max_loss_spike: float | None = 3.0  # nats over the mean of the last 32 steps that send it back; null: any is fine
+    max_rollbacks: int = 3  # times in a row that it goes back to the same checkpoint before it gives up
+    rank_timeout: float = 600.0  # seconds without a sign of life of a rank, or progress of any, that end the job
+    background_saving: bool = True  # write checkpoints while the next steps run
     resume: str = "auto"  # auto: go on where the run folder stopped; never: refuse a folder that holds a run
     init_from: str | None = None  # a run folder or a checkpoint whose weights this run starts from
     compile: bool = False
@@ -200,6 +216,11 @@ class TrainerConfig:
         yield from at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
         yield from at_least(0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples")
         yield from at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps")
+        yield from at_least(0, "trainer", self, "max_rollbacks")
+        if self.max_loss_spike is not None and not self.max_loss_spike > 0:
+            yield f"trainer.max_loss_spike={self.max_loss_spike}: must be a positive number of nats, or null"
+        if not self.rank_timeout >= 5:
+            yield f"trainer.rank_timeout={self.rank_timeout}: must be at least 5 seconds"
         if self.max_steps is None and self.max_tokens is None:
             yield "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"
         if self.resume not in ("auto", "never"):
@@ -272,6 +293,7 @@ class CountingConfig:
     match: str = "params"
     tolerance: float = 0.05
     memory: str | None = None
+    cache_dtype: str = "bf16"
     detail: bool = False
     overrides: list[str] = field(default_factory=list)
 
@@ -279,6 +301,8 @@ class CountingConfig:
         yield from at_least(1, "", self, "seq_len")
         if self.match not in ("params", "flops", "kv_bytes"):
             yield f"match={self.match!r}: must be params, flops or kv_bytes"
+        if self.cache_dtype not in CACHE_DTYPES:
+            yield f"cache_dtype={self.cache_dtype}: must be {', '.join(CACHE_DTYPES)}"
         if self.memory is not None:
             try:
                 parse_bytes(self.memory)

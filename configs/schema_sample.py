@@ -4,9 +4,7 @@ import math
 from dataclasses import dataclass
 
 from configs.errors import at_least
-from configs.schema import check_machine
-
-CACHE_DTYPES = ("auto", "fp32", "bf16", "fp16", "int8")
+from configs.schema import CACHE_DTYPES, check_machine
 
 
 @dataclass
@@ -40,8 +38,8 @@ class SampleConfig:
             yield f"min_p={self.min_p}: must lie in [0, 1]"
         if not 0 < self.repetition_penalty < math.inf:
             yield f"repetition_penalty={self.repetition_penalty}: must be a positive number; 1 changes nothing"
-        if self.cache_dtype not in CACHE_DTYPES:
-            yield f"cache_dtype={self.cache_dtype}: must be {', '.join(CACHE_DTYPES[:-1])} or {CACHE_DTYPES[-1]}"
+        if self.cache_dtype not in ("auto", *CACHE_DTYPES):
+            yield f"cache_dtype={self.cache_dtype}: must be auto, {', '.join(CACHE_DTYPES)}"
         if not self.cache and self.compile:
             yield "compile=true: needs cache=true; without a cache every step has another shape"
         yield from check_machine(self)

@@ -11,7 +11,7 @@ run's configuration hold, with the fingerprint of the data that they number.
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -139,10 +139,17 @@ class TrainLoader:
         return self.samples.read(self.numbers(step, micro))
 
     def batches(
-        self, start_step: int, last_step: int, device: torch.device | str = "cpu"
+        self,
+        start_step: int,
+        last_step: int,
+        device: torch.device | str = "cpu",
+        passed_over: Callable[[int], int] = lambda step: 0,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (tokens [B, T], targets [B, T]): `accumulation_steps` micro-batches for each step in
-        range(start_step, last_step), read ahead by a thread that ends with the iterator."""
+        range(start_step, last_step), read ahead by a thread that ends with the iterator.
+
+        A step for which `passed_over` is n reads the data that lies n steps further on.
+        """
         device = torch.device(device)
         ready: queue.Queue = queue.Queue(PREFETCH)
         stopped = threading.Event()
@@ -158,7 +165,7 @@ class TrainLoader:
             try:
                 for step in range(start_step, last_step):
                     for micro in range(self.accumulation_steps):
-                        rows = torch.from_numpy(self.micro_batch(step, micro))
+                        rows = torch.from_numpy(self.micro_batch(step + passed_over(step), micro))
                         put(rows.pin_memory() if device.type == "cuda" else rows)
                         if stopped.is_set():
                             return

@@ -16,6 +16,7 @@ from rich.rule import Rule
 from configs.app import app
 from configs.errors import ConfigError
 from configs.load import load_flat
+from configs.schema import CACHE_DTYPES
 from configs.schema_sample import SampleConfig
 from data.tokenizers import Tokenizer
 from model import counting
@@ -23,7 +24,6 @@ from model.generation import stream
 from model.sampling import Sampling
 from model.transformer import Transformer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 FIXED = ("run", "device", "dtype", "interactive")  # once the model is there
 HELP = "A line is a prompt. :KEY=VALUE ... changes settings, : shows them, Ctrl-C ends a text, Ctrl-D the program."
 
@@ -97,7 +97,7 @@ def answer(run, config: SampleConfig, notes: Console) -> bool:
         config.seed,
         stop_tokens=[tokenizer.end_of_text],
         use_cache=config.cache,
-        cache_dtype=DTYPES.get(config.cache_dtype),
+        cache_dtype=CACHE_DTYPES.get(config.cache_dtype),
         chunk=config.prefill_chunk,
         compiled=config.compile,
         vocab_size=tokenizer.vocab_size,
@@ -137,7 +137,7 @@ def facts(run, config: SampleConfig, prompt: int, made: list[int], times: list[f
         found.append(f"{sum(made[start + 1 :]) / (times[-1] - times[start]):,.0f} tokens a second")
     if config.cache:
         model = run.model
-        dtype = DTYPES.get(config.cache_dtype) or model.autocast_dtype or model.embedding.weight.dtype
+        dtype = CACHE_DTYPES.get(config.cache_dtype) or model.autocast_dtype or model.embedding.weight.dtype
         size = counting.kv_bytes_per_token(model.config, dtype)
         found.append(f"a {str(dtype).removeprefix('torch.')} cache of {size:,} bytes a token")
     trained = run.config.trainer.seq_len

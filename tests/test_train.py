@@ -44,6 +44,7 @@ def test_a_run_leaves_the_folder_of_the_contract(small_run, tmp_path):
     assert there == {
         "config.yaml",
         "metrics.jsonl",
+        "events.jsonl",
         "checkpoints",
         "latest",
         "loss.png",
@@ -140,40 +141,12 @@ def test_a_signal_saves_and_exits_with_75(small_run, tmp_path):
     assert (tmp_path / "run/latest").read_text() == f"step_{step:08d}"
 
 
-def test_steps_with_a_nonfinite_gradient_are_skipped_then_given_up(small_run, tmp_path, monkeypatch):
-    poisoned = {3, 4}
-    original = train.TrainLoader.batches
-
-    def batches(self, start, last, device):
-        for index, (tokens, targets) in enumerate(original(self, start, last, device)):
-            step = start + index // self.accumulation_steps + 1
-            train.poison = step in poisoned
-            yield tokens, targets
-
-    forward = train.Transformer.forward
-
-    def poisoned_forward(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        return out * float("nan") if self.training and train.poison else out
-
-    monkeypatch.setattr(train, "poison", False, raising=False)
-    monkeypatch.setattr(train.TrainLoader, "batches", batches)
-    monkeypatch.setattr(train.Transformer, "forward", poisoned_forward)
-    assert run([*small_run, "trainer.samples=0"]) == 0
-    lines = read_metrics(tmp_path / "run/metrics.jsonl")
-    assert [line["optim/skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2, 2, 2]
-    assert lines[2]["train/loss"] is None and lines[4]["train/loss"] > 0
-    poisoned.update(range(1, 9))
-    assert run([*small_run, f"run.dir={tmp_path}/bad", "trainer.max_bad_steps=3", "deepspeed=zero1"]) == 1
-    assert len(read_metrics(tmp_path / "bad/metrics.jsonl")) == 3
-
-
 def test_init_from_starts_a_new_run_from_a_runs_weights(small_run, tmp_path):
     assert run(small_run) == 0
     new = [*small_run, f"run.dir={tmp_path}/new", f"trainer.init_from={tmp_path}/run", "trainer.seq_len=48"]
     assert run(new) == 0
     assert losses(tmp_path / "new")[1] < losses(tmp_path / "run")[1] - 0.3
-    with pytest.raises(ConfigError, match=r"factor_proj.*in the checkpoint.*in the model"):
+    with pytest.raises(ConfigError, match=r"another architecture or tokenizer:\n    model.q_rank: 6 there, 5 here$"):
         run([*small_run, f"run.dir={tmp_path}/other", f"trainer.init_from={tmp_path}/run", "model.q_rank=5"])
     assert not (tmp_path / "other").exists()
 

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +25,8 @@ from configs.schema import ConfigError
 from data.shards import sha256_of, write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ARCHITECTURE = ("model.", "size.", "tokenizer.")  # of a run's identity: what its weights mean
+NOT_ARCHITECTURE = ("model.rope_base", "size.name", "size.match", "size.match_tolerance", "tokenizer.name")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -35,27 +36,6 @@ def write_atomic(path: Path, text: str) -> None:
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
-
-
-def save(engine, run_dir: Path, step: int, facts: dict, keep: Callable[[list[dict]], set[int]]) -> str | None:
-    """Save the engine's state as the checkpoint of `step`; every rank calls it, rank 0 writes.
-
-    `facts` join the manifest. Of all whole checkpoints, given by their manifests, the steps that `keep` returns stay.
-    None, or on every rank why it could not be written (a full disk, say): then the checkpoints there are untouched.
-    """
-    weights, moments, updates = gather(engine)
-    failure = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            write(
-                run_dir, {"step": step, "optimizer_updates": updates, **facts}, {"model": weights, "optimizer": moments}
-            )
-            prune(run_dir, keep)
-        except (OSError, SafetensorError) as error:
-            failure = [f"{checkpoint_dir(run_dir, step)}: {error}"]
-            shutil.rmtree(checkpoint_dir(run_dir, step), ignore_errors=True)
-    torch.distributed.broadcast_object_list(failure)
-    return failure[0]
 
 
 def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -153,6 +133,38 @@ def read_manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
+def differing(there: dict, ours: dict) -> str:
+    """The keys in which two runs' identities differ, a line each; empty where they are the same."""
+    keys = [key for key in sorted(there.keys() | ours.keys()) if there.get(key) != ours.get(key)]
+    return "".join(f"\n    {key}: {there.get(key)!r} there, {ours.get(key)!r} here" for key in keys)
+
+
+def check_same_run(folder: Path, identity: dict, data_fingerprint: str) -> None:
+    """ConfigError unless a checkpoint is of the run with this identity, on this data."""
+    manifest = read_manifest(folder)
+    if keys := differing(manifest["identity"], identity):
+        raise ConfigError(f"{folder}: is a checkpoint of another run; move it away, or choose another run.name:{keys}")
+    saved = manifest["data_fingerprint"]
+    if saved != data_fingerprint:
+        raise ConfigError(
+            f"{folder}: was trained on other data than data.dir holds now (fingerprint {saved[:12]}, not "
+            f"{data_fingerprint[:12]}); prepare that data again or choose another run.name"
+        )
+
+
+def check_same_architecture(folder: Path, identity: dict, tokenizer_fingerprint: str) -> None:
+    """ConfigError unless a checkpoint's weights mean the same in a run with this identity and tokenizer."""
+
+    def architecture(identity: dict, fingerprint: str) -> dict:
+        kept = {key: value for key, value in identity.items() if key.startswith(ARCHITECTURE)}
+        return {k: v for k, v in kept.items() if k not in NOT_ARCHITECTURE} | {"tokenizer.fingerprint": fingerprint}
+
+    manifest = read_manifest(folder)
+    there = architecture(manifest["identity"], manifest["tokenizer_fingerprint"])
+    if keys := differing(there, architecture(identity, tokenizer_fingerprint)):
+        raise ConfigError(f"trainer.init_from: {folder} has another architecture or tokenizer:{keys}")
+
+
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Fill the model (before the engine wraps it) from a checkpoint. ConfigError names the tensors that don't fit."""
     weights = load_file(folder / "model.safetensors")
@@ -166,72 +178,3 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-
-
-# --- the engine's state by parameter name ---------------------------------------------------------------------------
-
-
-def gather(engine) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """Weights and moments by name, whole, in fp32, on rank 0's CPU (empty elsewhere), and the updates made so far."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    stage, main = engine.zero_optimization_stage(), torch.distributed.get_rank() == 0
-    optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
-    updates = int(next(iter(optimizer.state.values()))["step"]) if optimizer.state else 0
-    weights, moments = {}, {}
-    for name, parameter in engine.module.named_parameters():
-        whole = {name: safe_get_full_fp32_param(parameter) if stage == 3 else parameter.detach()}
-        if updates:
-            for key in MOMENTS:
-                whole[f"{key}.{name}"] = (optimizer.state[parameter][key] if stage == 0
-                                          else safe_get_full_optimizer_state(parameter, key))  # fmt: skip
-        if main:
-            for key, tensor in whole.items():
-                copy = tensor.to("cpu", torch.float32, copy=True).contiguous()
-                (weights if key == name else moments)[key] = copy
-    return weights, moments, updates
-
-
-def load_optimizer(engine, folder: Path) -> None:
-    """Give the engine's optimizer the moments of a checkpoint; each rank keeps the part that it owns."""
-    updates = read_manifest(folder)["optimizer_updates"]
-    if not updates:
-        return
-    stage = engine.zero_optimization_stage()
-    optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
-    for owned in owned_tensors(engine):
-        step = torch.tensor(float(updates), device=owned.device)
-        optimizer.state[owned] = {"step": step} | {key: torch.zeros_like(owned) for key in MOMENTS}
-    if stage in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # so that parameters find their moments
-    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-        for name, parameter in engine.module.named_parameters():
-            for key in MOMENTS:
-                set_moment(parameter, key, file.get_tensor(f"{key}.{name}"), optimizer, stage)
-
-
-def owned_tensors(engine) -> list[Tensor]:
-    """What the inner optimizer steps on this rank: the parameters at stage 0, flat partitions of them above."""
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
-    return (
-        engine.optimizer.fp32_partitioned_groups_flat
-        if stage == 3
-        else engine.optimizer.single_partition_of_fp32_groups
-    )
-
-
-def set_moment(parameter: Tensor, key: str, value: Tensor, optimizer: torch.optim.Optimizer, stage: int) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-    if stage == 0:
-        optimizer.state[parameter][key].copy_(value)
-    elif stage == 3:  # DeepSpeed's own setter forgets the padding of the last partition
-        part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
-        padded = torch.nn.functional.pad(
-            value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())
-        )
-        safe_set_local_optimizer_state(parameter, padded[rank * part : (rank + 1) * part], key)
-    else:
-        safe_set_full_optimizer_state(parameter, value, key)

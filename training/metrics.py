@@ -64,6 +64,10 @@ class Metrics:
         self.file.flush()
         self._wandb(lambda run: run.log(line))
 
+    def note(self, group: str, facts: dict[str, float]) -> None:
+        """Facts about this start of the run, for W&B's summary alone."""
+        self._wandb(lambda run: run.summary.update({f"{group}/{key}": value for key, value in facts.items()}))
+
     def summarize(self, facts: dict, plot: Path | None = None) -> None:
         """summary.json, and the same in W&B's summary beside the plot."""
         write_atomic(self.run_dir / "summary.json", json.dumps(facts, indent=2) + "\n")
@@ -92,14 +96,14 @@ def log_image(run, path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a torn last line, as a killed run may leave it, is left out."""
+    """The lines of a metrics.jsonl; torn ones, as a killed run may leave them, are left out."""
     lines = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:
-                break
+                continue
     return lines
 
 

@@ -35,6 +35,14 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig, horizon: int
     return peak * (low + (1 - low) * min(1.0, left))
 
 
+def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """The loss; one that is not finite makes every gradient NaN, so that `optimizer_step` skips the step on all ranks.
+
+    An infinite loss may have finite gradients, and this asks no rank to wait for another.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
 def optimizer_step(engine, lr: float, grad_clip: float) -> float:
     """Clip the accumulated gradient, step, and clear it; the gradient's norm before clipping.
 

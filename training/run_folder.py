@@ -1,6 +1,8 @@
 """The run folder: what may go into it, and whether a run may start, go on, or is done."""
 
+import json
 import os
+import time
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -10,7 +12,7 @@ from configs.schema import Config, ConfigError, to_dict
 from data.loader import EvalLoader, TrainLoader
 from data.prepare import ON_FIRST_USE, ensure_prepared, prepared
 from data.shards import TokenShards
-from training.checkpoint import write_atomic
+from training.checkpoint import differing, write_atomic
 from training.metrics import Metrics, plot_loss, read_metrics
 from training.setup import Runtime
 
@@ -62,10 +64,7 @@ def check_run_folder(config: Config, runtime: Runtime) -> None:
         return
     if config.trainer.resume == "never":
         raise ConfigError(f"run.dir={folder}: holds a run, and trainer.resume=never; choose another run.name")
-    there, ours = read_config(folder).identity(), config.identity()
-    differing = [key for key in sorted(there.keys() | ours.keys()) if there.get(key) != ours.get(key)]
-    if differing:
-        keys = "".join(f"\n    {key}: {there.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+    if keys := differing(read_config(folder).identity(), config.identity()):
         raise ConfigError(f"run.dir={folder}: holds another run; choose another run.name, or the same settings:{keys}")
 
 
@@ -94,6 +93,22 @@ def finish(config: Config, counts: dict, unigram_entropy: float, texts: list[str
         "samples": str(run_dir / "samples.txt"),
     }
     console.table("Done", rows)
+
+
+def read_events(run_dir: Path) -> list[dict]:
+    """What happened to a run, oldest first: its starts, rollbacks, pre-emptions, checkpoints that failed."""
+    return read_metrics(Path(run_dir) / "events.jsonl")
+
+
+def log_event(run_dir: Path, event: str, step: int, **facts) -> None:
+    """Add a line to events.jsonl; it is on the disk when this returns."""
+    path = Path(run_dir) / "events.jsonl"
+    line = json.dumps({"time": round(time.time(), 3), "event": event, "step": step, **facts}) + "\n"
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * torn + line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def create_run_folder(config: Config) -> dict:

@@ -5,12 +5,17 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from pydantic import ValidationError
 
 from configs.schema import Config, ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ def find_runtime(config: Config) -> Runtime:
         raise ConfigError(
             f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} GPUs; start one process a GPU"
         )
-    dtype = config.trainer.dtype if config.trainer.dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
+    automatic = "bf16" if kind == "cuda" or config.deepspeed.bf16_engine else "fp32"
+    dtype = automatic if config.trainer.dtype == "auto" else config.trainer.dtype
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     return Runtime(device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], rank, local_rank, world_size)
 
@@ -51,6 +57,7 @@ def import_deepspeed(device_type: str):
     os.environ["DS_ACCELERATOR"] = device_type
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", module="deepspeed")
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # of what DeepSpeed calls
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -61,8 +68,11 @@ def import_deepspeed(device_type: str):
     return deepspeed
 
 
-def init_distributed(runtime: Runtime) -> None:
-    """Join the process group (nccl on GPUs, gloo on CPUs); a lone process makes one of its own."""
+def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs); a lone process makes one of its own.
+
+    Collectives give up only after twice `rank_timeout`, when the watchdog should have ended the process long ago.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -73,12 +83,38 @@ def init_distributed(runtime: Runtime) -> None:
         torch.cuda.set_device(runtime.device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain
     backend = "nccl" if runtime.device.type == "cuda" else "gloo"
-    import_deepspeed(runtime.device.type).init_distributed(dist_backend=backend, verbose=False)
+    timeout = timedelta(seconds=max(1800.0, 2 * rank_timeout))  # others wait here while rank 0 prepares data
+    deepspeed = import_deepspeed(runtime.device.type)
+    from deepspeed.comm.torch import TorchBackend
+
+    TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout)  # its own forgets it
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def from_main(decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, on every rank; a ConfigError that it raises too."""
+    answer = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer = [decide()]
+        except ConfigError as error:
+            answer = [error]
+    torch.distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], ConfigError):
+        raise answer[0]
+    return answer[0]
+
+
+def release_memory() -> None:
+    """Let go of an engine that nothing names any more: it and its hooks refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def shut_down() -> None:
     """Take the process group down and let go of the engine, so that the same process can start another run."""
-    gc.collect()  # an engine and its hooks refer to each other
+    gc.collect()
     if torch.distributed.is_initialized():
         import deepspeed.comm
 
@@ -116,15 +152,9 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
     return engine
 
 
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """The mean of a scalar over all ranks, on every rank."""
-    value = value.detach().float().clone()
-    torch.distributed.all_reduce(value)
-    return value.item() / torch.distributed.get_world_size()
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank, on every rank."""
-    value = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return bool(value.item())
+def agree(mean: torch.Tensor, flag: bool) -> tuple[float, bool]:
+    """The mean of a scalar over all ranks, and whether `flag` is set on any, on every rank."""
+    values = torch.stack((mean.detach().double(), torch.tensor(float(flag), dtype=torch.double, device=mean.device)))
+    torch.distributed.all_reduce(values)
+    total, flags = values.tolist()
+    return total / torch.distributed.get_world_size(), flags > 0

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from configs.app import CONFIGS, app, compose
 from configs.load import load, load_flat
-from configs.schema import ConfigError, CountingConfig, parse_bytes
+from configs.schema import CACHE_DTYPES, ConfigError, CountingConfig, parse_bytes
 from model import counting
 from model.transformer import TransformerConfig
 
@@ -33,8 +33,11 @@ def rows(config: CountingConfig):
 
 
 def main(config: CountingConfig) -> int:
+    dtype = CACHE_DTYPES[config.cache_dtype]
     memory = parse_bytes(config.memory) if config.memory else None
-    title = f"{config.tokenizer} vocabulary, {config.seq_len} tokens, matched by {config.match}, bf16 cache"
+    title = (
+        f"{config.tokenizer} vocabulary, {config.seq_len} tokens, matched by {config.match}, {config.cache_dtype} cache"
+    )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     columns = ["size", "model", "heads", "params (M)", "attention / 4 d_model^2"]
     columns += ["training FLOPs a token", "KV bytes a token", "/ MHA's"]
@@ -55,11 +58,11 @@ def main(config: CountingConfig) -> int:
             f"{counting.num_params(network) / 1e6:.1f}",
             f"{ratios['params']:.3f}",
             f"{counting.training_flops_per_token(network, config.seq_len):.2e}",
-            f"{counting.kv_bytes_per_token(network):,}",
+            f"{counting.kv_bytes_per_token(network, dtype):,}",
             f"{ratios['kv_bytes']:.3f}",
         ]
         cells += [f"{counting.activation_bytes_per_token(network) / 1024:,.0f}"] if config.detail else []
-        cells += [f"{counting.longest_context(network, memory):,}"] if memory else []
+        cells += [f"{counting.longest_context(network, memory, dtype):,}"] if memory else []
         if abs(ratios[config.match] - 1) > config.tolerance:
             found = f"{config.match} are {ratios[config.match]:.3f} x MHA's"
             details.append(f"{model} {size}: no match within {config.tolerance:.0%}: {found}")

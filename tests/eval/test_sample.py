@@ -87,7 +87,7 @@ def test_a_conversation(command, monkeypatch):
         ("min_p=-1", "min_p=-1.0: must lie in [0, 1]"),
         ("temperature=inf", "temperature=inf: must be zero or a positive number"),
         ("repetition_penalty=0", "repetition_penalty=0.0: must be a positive number"),
-        ("cache_dtype=int4", "cache_dtype=int4: must be auto, fp32, bf16, fp16 or int8"),
+        ("cache_dtype=int4", "cache_dtype=int4: must be auto, fp32, bf16, fp16, int8"),
         ("prefill_chunk=0", "prefill_chunk=0: must be at least 1"),
         ("top_q=1", "top_q: unknown key; did you mean top_"),
     ],

@@ -31,13 +31,17 @@ def run(environment, *args: str) -> str:
 
 
 def test_the_generic_tests_run_on_it(environment):
-    out = run(environment, "-m", "pytest", "-p", "no:cacheprovider", "-v", "tests/model/test_every_mechanism.py")
+    files = ("tests/model/test_every_mechanism.py", "tests/model/test_decoding.py")
+    out = run(environment, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", "tied_kv", *files)
     passed = re.findall(r"::(\w+)\[tied_kv.*PASSED", out)
     assert set(passed) >= {
         "test_every_size_builds_with_the_counted_parameters_and_the_parameters_of_mha",
         "test_a_later_token_changes_no_earlier_logit",
         "test_one_batch_is_learnt_by_heart",
         "test_cache_shapes_are_what_the_factors_have",
+        "test_cached_decoding_is_the_full_pass",
+        "test_lower_precision_comes_close_and_bytes_are_those_counted",
+        "test_a_step_compiles_once",
     }
 
 

@@ -1,0 +1,48 @@
+"""What training needs of a device's memory, counted from the configuration.
+
+DeepSpeed's engine over fp32 parameters keeps 4 bytes a number for weights, gradients and each of AdamW's two moments;
+from stage 1 on also an fp32 copy of the rank's share and a buffer for the reduction; sharded as the ZeRO paper
+(arXiv 1910.02054, section 5) has it.
+"""
+
+import dataclasses
+
+from model import counting
+from model.transformer import TransformerConfig
+
+BUCKET_NUMBERS = 5e8  # DeepSpeed's default reduce_bucket_size
+
+
+def activation_bytes(network: TransformerConfig, tokens: int, recompute: bool, bytes_per_number: int) -> float:
+    """What the backward pass of a micro-batch of so many tokens needs kept."""
+    if not recompute:
+        return tokens * counting.activation_bytes_per_token(network, bytes_per_number)
+    one = counting.activation_bytes_per_token(dataclasses.replace(network, n_layers=1), bytes_per_number)
+    return tokens * (network.n_layers * 4 * network.d_model + one)
+
+
+def training_bytes(config, world_size: int, bytes_per_number: int) -> dict[str, float]:
+    """Bytes a device by what needs them, for a `configs.schema.Config`; matrix products read `bytes_per_number`."""
+    network, trainer, deepspeed = TransformerConfig.from_config(config), config.trainer, config.deepspeed
+    zero, stage = deepspeed.config.get("zero_optimization", {}), deepspeed.stage
+    params, stored = counting.num_params(network), 2 if deepspeed.bf16_engine else 4
+
+    def share(from_stage: int) -> float:
+        return 1 / world_size if stage >= from_stage else 1
+
+    optimizer = 8 * params * share(1) + (4 * params / world_size if stage else 0)
+    bucket = 4 * min(params, zero.get("reduce_bucket_size", BUCKET_NUMBERS)) if stage else 0
+    cast = 2 * params * share(3) if bytes_per_number == 2 and stored == 4 else 0  # autocast's copies of the weights
+    tokens = trainer.micro_batch_size * trainer.seq_len
+    return {
+        "weights": 0 if "offload_param" in zero else stored * params * share(3),
+        "gradients": stored * params * share(2),
+        "optimizer": 0 if "offload_optimizer" in zero else optimizer,
+        "buffers": bucket + cast,
+        "activations": activation_bytes(network, tokens, trainer.activation_checkpointing, bytes_per_number),
+    }
+
+
+def checkpoint_bytes(network: TransformerConfig) -> int:
+    """A checkpoint's size: fp32 weights and two moments."""
+    return 12 * counting.num_params(network)
