@@ -116,7 +116,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _continue(self, tokens: Tensor, cache: KVCache, counts: Tensor | None, last: bool) -> Tensor:
         with self._autocast(tokens.device.type):
-            positions, mask = cache.begin(tokens, self.config.document_end)
+            positions, mask = cache.begin(tokens, self.config.document_end, counts)
             x = self.embedding(tokens)
             for block, layer in zip(self.blocks, cache.layers, strict=True):
                 x = block(x, positions, mask, layer)
@@ -144,4 +144,5 @@ class Transformer(nn.Module):
         return KVCache(
             self.config.attention.cache_shapes(), self.config.n_layers, batch, capacity,
             dtype or self.autocast_dtype or weight.dtype, weight.device, self.config.document_end is not None,
+            [block.attention.core for block in self.blocks],
         )  # fmt: skip

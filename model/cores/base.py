@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from model.attention.base import QKV, AttentionConfig
+    from model.attention.base import QKV, Attention, AttentionConfig
+    from model.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,20 @@ class AttentionCore(ABC):
         scale: float,
     ) -> Tensor:
         """The attended values [B, T, H, E] for positions [B or 1, T] and softmax(q k^T * scale)."""
+
+    def layer_cache(self, owner: "KVCache", shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device):
+        """What a layer keeps of the tokens so far: the mechanism's `shapes`, unless a core needs something else."""
+        from model.cache import LayerCache
+
+        return LayerCache(owner, shapes, dtype, device)
+
+    def cache_shapes(self, attention: "AttentionConfig") -> dict[str, tuple[int, ...]]:
+        """What `layer_cache` keeps for every token: the shape of each part by its name."""
+        return attention.cache_shapes()
+
+    def attend_cached(self, attention: "Attention", x: Tensor, positions: Tensor, mask: AttentionMask, cache) -> Tensor:
+        """The attended values [B, T, H, E] of x [B, T, M], whose tokens join the layer's cache."""
+        return attention.attend_cached(x, positions, mask, cache)
 
     @abstractmethod
     def flops_per_token(self, attention: "AttentionConfig", seq_len: int) -> float:

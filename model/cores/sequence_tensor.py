@@ -24,6 +24,7 @@ from torch import Tensor
 
 from model.attention.base import AttentionConfig, Dense, unturned
 from model.cores.base import AttentionMask, PartialCore, share_heads
+from model.cores.folded_cache import FoldedCache
 from model.cores.sdpa import SDPA
 
 FULL = SDPA()
@@ -96,10 +97,11 @@ class SequenceTensor(PartialCore):
         if not mask.causal and prod(sizes) != seq_len:
             raise ValueError(f"core={self.name}: {seq_len} tokens do not fill the fold {sizes}; only a causal one pads")
         padding = prod(sizes) - seq_len
+        places = positions if self.rope == "global" else torch.arange(seq_len, device=positions.device)[None]
         open_track = closed = pad_tokens(unfolded.v, padding)
         hops = [axis for axis, size in enumerate(sizes) if size > 1] or [0]  # an axis of one has nothing to mix
         for axis in hops:
-            turned = rotate(qkv, self.coordinates(axis, sizes, seq_len, positions)).materialize()
+            turned = rotate(qkv, self.coordinate(places, axis)).materialize()
             q, k = pad_tokens(turned.q, padding), pad_tokens(turned.k, padding)
             fold = Axis(batch, prod(sizes[axis + 1 :]), sizes[axis], prod(sizes[:axis]))
             if not mask.causal:
@@ -116,12 +118,29 @@ class SequenceTensor(PartialCore):
         result = open_track if mask.causal else closed
         return share_heads(result, n_heads)[:, :seq_len]
 
-    def coordinates(self, axis: int, sizes: list[int], seq_len: int, positions: Tensor) -> Tensor:
-        """What the hop along `axis` turns by, [1, T]; under `rope: global` the caller's `positions`."""
+    def coordinate(self, positions: Tensor, axis: int) -> Tensor:
+        """What the hop along `axis` turns tokens at `positions` by: the coordinate, or `positions` (`rope: global`)."""
         if self.rope == "global":
             return positions
-        places = torch.arange(seq_len, device=positions.device)[None]
-        return places // prod(sizes[:axis]) % sizes[axis]
+        steps = positions // prod(self.fold[:axis])
+        return steps if axis == len(self.fold) - 1 else steps % self.fold[axis]
+
+    def layer_cache(self, owner, shapes, dtype: torch.dtype, device) -> FoldedCache:
+        return FoldedCache(owner, self, dtype, device)
+
+    def cache_shapes(self, attention: AttentionConfig) -> dict[str, tuple[int, ...]]:
+        """A key in the mechanism's form and a value: closed, and so per query head, unless there is but one axis.
+
+        Beside these a fold keeps queries, keys and values of one unfinished block a level.
+        """
+        with torch.device("meta"):
+            qkv = attention.build(8, 0, self).project(torch.empty(1, 1, 8))
+            shapes = {name: tuple(part.shape[2:]) for name, part in qkv.keys().items()}
+            value = tuple(qkv.materialize().v.shape[2:])
+        return shapes | {"values": value if len(self.fold) == 1 else (attention.n_heads, attention.v_head_dim)}
+
+    def attend_cached(self, attention, x: Tensor, positions: Tensor, mask: AttentionMask, cache: FoldedCache) -> Tensor:
+        return cache.attend(attention.project(x), attention.rotate, positions, attention.config.scale)
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
         """Scores and weighted values of both tracks, 2 operations a multiply-add: O(n_1 + ... + n_m)."""

@@ -56,7 +56,8 @@ def kv_numbers_per_token(attention: AttentionConfig) -> int:
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16) -> int:
     """KV-cache bytes a token over all layers, int8's scales included; `KVCache` allocates so many."""
-    return config.n_layers * bytes_per_token(config.attention.cache_shapes(), dtype)
+    cores = (config.core.for_layer(layer) for layer in range(config.n_layers))
+    return sum(bytes_per_token(core.cache_shapes(config.attention), dtype) for core in cores)
 
 
 def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int = 2) -> int:
