@@ -199,7 +199,8 @@ def train(config: Config, runtime, console: TrainingConsole, preemption: Preempt
             if is_due(step, trainer.checkpoint_every) or is_last or is_preempted:
                 save(step, logged.get("val/loss"))
             if is_preempted:
-                outcome = f"saved step {step}" if saver.finish() else "not saved"
+                with preemption.saving():
+                    outcome = f"saved step {step}" if saver.finish() else "not saved"
                 console.say(f"{preemption.requested or 'signal'}: {outcome}; the same command goes on from here")
                 if metrics:
                     log_event(run_dir, "preempted", step, signal=preemption.requested)

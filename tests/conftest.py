@@ -48,15 +48,19 @@ def pytest_configure(config):
         shutil.copy(Path(spec.origin).parent / "data" / file, Path(cache) / cached_as)
 
 
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory) -> list[str]:
-    """Overrides for data prepared from Python's own help topics: about 0.4 MB of text, a vocabulary of 512."""
-    folder = tmp_path_factory.mktemp("data")
+def prepare_small_data(folder: Path) -> list[str]:
+    """Overrides for data prepared in `folder` from Python's help topics: about 0.4 MB of text, a vocabulary of 512."""
     for name, text in sorted(pydoc_data.topics.topics.items()):
         (folder / f"{name.replace(' ', '_')}.txt").write_text(text, encoding="utf-8")
     overrides = [f"data.files=['{folder}/*.txt']", f"data.dir={folder}/shards"]
     prepare(load(compose("train", [*SMALL_RUN, *overrides])), progress=False)
     return overrides
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> list[str]:
+    """Overrides for small data, prepared once."""
+    return prepare_small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

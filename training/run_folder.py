@@ -28,13 +28,22 @@ def read_config(run_dir: Path) -> Config:
 def check_before_start(config: Config, runtime: Runtime) -> None:
     """Raise one ConfigError with everything that would stop this run; creates nothing."""
     errors = []
-    for check in (check_core, check_data, check_run_folder):
+    for check in (check_nodes, check_core, check_data, check_run_folder):
         try:
             check(config, runtime)
         except ConfigError as error:
             errors.extend(error.errors)
     if errors:
         raise ConfigError(*errors)
+
+
+def check_nodes(config: Config, runtime: Runtime) -> None:
+    node = config.deepspeed.config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if not (isinstance(node, int) and node >= 1 and runtime.world_size % node == 0):
+        raise ConfigError(
+            f"deepspeed.config.zero_optimization.zero_hpz_partition_size={node}: must divide the number of processes, "
+            f"which is {runtime.world_size}; it is the number of GPUs of a node"
+        )
 
 
 def check_core(config: Config, runtime: Runtime) -> None:

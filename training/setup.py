@@ -88,6 +88,10 @@ def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
     from deepspeed.comm.torch import TorchBackend
 
     TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout)  # its own forgets it
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store over restarts, with the addresses of the processes before (torch 2.13).
+    store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 

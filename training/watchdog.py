@@ -53,7 +53,7 @@ class Watchdog:
     """A context around everything that ranks do together; a lone process needs none, and it does nothing there.
 
     `mark` says that this rank moves, and what it is at. After `timeout` seconds without a word from a rank, or without
-    any rank moving, the process prints which and ends with exit code 1.
+    any rank moving once all have begun to, the process prints which and ends with exit code 1.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float):
@@ -102,7 +102,8 @@ class Watchdog:
         silent = [peer for peer in working if peer is not self.me and now - peer.heard > limit]
         if silent:
             return "; ".join(f"{p} has not been heard of for {now - p.heard:.0f} s (last: {p.doing})" for p in silent)
-        if len(working) > 1 and all(now - peer.moved > limit for peer in working):
+        begun = len(working) > 1 and all(peer.marks for peer in working)  # starting up may take its time
+        if begun and all(now - peer.moved > limit for peer in working):
             behind = [peer for peer in working if peer.marks == min(p.marks for p in working)]
             least = "; ".join(f"{p}, {p.doing}" for p in behind)
             return f"no rank has moved for {limit:.0f} s; furthest behind: {least}"

@@ -64,7 +64,7 @@ def test_the_other_commands_compose(name, cls):
         ("run.name=a/b", "run.name='a/b': must be a plain folder name (use run.dir for a path)"),
         ("trainer.max_steps=null", "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"),
         ("++deepspeed.config.train_batch_size=8", "deepspeed.config.train_batch_size: set trainer.global_batch_size"),
-        ("++deepspeed.config.bf16.enabled=true", "deepspeed.config.bf16: set trainer.dtype instead"),
+        ("++deepspeed.config.fp16.enabled=true", "deepspeed.config.fp16: set trainer.dtype instead"),
         ("deepspeed.config.zero_optimization.stage=7", "deepspeed.config.zero_optimization.stage=7: must be 0, 1"),
         ("size.d_ff=0", "size.d_ff=0: must be at least 1"),
         ("data.dir=${nowhere}", "data.dir=${nowhere}: Interpolation key 'nowhere' not found"),

@@ -42,11 +42,14 @@ def test_parameters_outside_of_linear_layers_are_sharded_too(reference, tmp_path
     assert deviation(curve(tmp_path / "3"), curve(tmp_path / "0")) < FP32
 
 
-@pytest.mark.parametrize(("stage", "next_stage"), [(0, 3), (3, 2)])
+HPZ = ["deepspeed=zero3_hpz", "++deepspeed.config.zero_optimization.zero_hpz_partition_size=2"]
+
+
+@pytest.mark.parametrize(("stage", "next_stage"), [(["deepspeed=zero0"], 3), (HPZ, 2)])
 def test_two_processes_agree_and_one_goes_on_from_them(reference, tmp_path, stage, next_stage):
     overrides, expected, _ = reference
     mine = [*overrides, f"run.dir={tmp_path}/run"]
-    run([*mine, f"deepspeed=zero{stage}", "trainer.micro_batch_size=1"], processes=2)
+    run([*mine, *stage, "trainer.micro_batch_size=1"], processes=2)
     assert deviation(curve(tmp_path / "run"), expected) < FP32
     forget_after(tmp_path / "run", 4)
     run([*mine, f"deepspeed=zero{next_stage}"])
@@ -106,6 +109,13 @@ def test_deepspeeds_own_bf16_engine_is_refused_where_it_is_wrong(reference):
     with pytest.raises(ConfigError, match=r"trainer.dtype=fp32: deepspeed.config.bf16.enabled=true"):
         load(compose("train", [*overrides, "deepspeed=zero1", "++deepspeed.config.bf16.enabled=true",
                                "trainer.dtype=fp32"]))  # fmt: skip
+
+
+def test_a_node_that_does_not_divide_the_processes_is_refused(reference):
+    with pytest.raises(
+        ConfigError, match=r"zero_hpz_partition_size=8: must divide the number of processes, which is 1"
+    ):
+        run([*reference[0], "deepspeed=zero3_hpz"])
 
 
 def forget_after(folder, step: int) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is passed over, by name."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import train
 from configs.app import compose
 from configs.load import load
 from configs.schema import ConfigError
+from data.prepare import prepare
 from model.transformer import Transformer, TransformerConfig
 from tests.conftest import ROOT, SMALL_RUN
 from training import checkpoint
@@ -61,6 +63,59 @@ def test_a_broken_checkpoint_is_named_and_passed_over(finished, tmp_path, damage
     action(newest)
     assert checkpoint.newest(tmp_path / "run", said.append) == newest.with_name("step_00000004")
     assert len(said) == 1 and message in said[0] and "step_00000008" in said[0]
+
+
+def test_any_damage_to_any_byte_is_noticed(finished, tmp_path):
+    """Bytes sampled over every file, the first and the last among them: flipped, cut off there; and each file gone."""
+    shutil.copytree(finished, tmp_path / "run")
+    newest, chance = tmp_path / "run/checkpoints/step_00000008", random.Random(0)
+    before = newest.with_name("step_00000004")
+
+    def noticed(path) -> None:
+        said = []
+        assert checkpoint.newest(tmp_path / "run", said.append) == before
+        assert len(said) == 1 and str(path.parent) in said[0] and "taking the checkpoint before" in said[0]
+
+    for path in sorted(newest.iterdir()):
+        whole = path.read_bytes()
+        for place in {0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(20))}:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+            noticed(path)
+            path.write_bytes(whole[:place])
+            noticed(path)
+        path.unlink()
+        noticed(path)
+        path.write_bytes(whole)
+    assert checkpoint.newest(tmp_path / "run", print) == newest
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_differing_keys(finished, small_data, tmp_path):
+    shutil.copytree(finished, tmp_path / "other")
+    (tmp_path / "other/summary.json").unlink()
+    overrides = [*SMALL_RUN, *small_data, f"run.dir={tmp_path}/mine", "model.q_rank=3", "size.d_model=32"]
+    assert train.main(load(compose("train", overrides))) == 0
+    shutil.rmtree(tmp_path / "mine/checkpoints")
+    shutil.copytree(finished / "checkpoints", tmp_path / "mine/checkpoints")
+    (tmp_path / "mine/summary.json").unlink()
+    with pytest.raises(ConfigError, match="is a checkpoint of another run") as caught:
+        train.main(load(compose("train", overrides)))
+    assert "model.q_rank: 6 there, 3 here" in str(caught.value) and "size.d_model: 64 there, 32 here" in str(
+        caught.value
+    )
+
+
+def test_weights_are_not_taken_over_from_another_tokenizer(finished, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"other words make other pieces\nthan those of number {number}\n" * 600)
+    data = [f"data.files=['{folder}/*.txt']", f"data.dir={tmp_path}/shards", "data.val_fraction=0.2"]
+    overrides = [*SMALL_RUN, *data, "tokenizer.vocab_size=300", f"run.dir={tmp_path}/run"]
+    prepare(load(compose("train", overrides)), progress=False)
+    overrides.append(f"trainer.init_from={finished}")
+    with pytest.raises(ConfigError, match="another architecture or tokenizer") as caught:
+        train.main(load(compose("train", overrides)))
+    assert "tokenizer.fingerprint: " in str(caught.value) and "tokenizer.vocab_size: 512 there" in str(caught.value)
 
 
 def test_only_the_newest_checkpoints_are_kept(small_data, tmp_path):
