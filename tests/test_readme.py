@@ -77,6 +77,8 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
         return [*python, *rest, "--cfg", "job"]  # from the hub
     if "data.benchmark" in rest:
         return [*python, *rest, "text_bytes=200000", "rounds=1"]
+    if "eval.speed.attention" in rest:
+        return [*python, *rest, "lengths=[64,128]", "rounds=1", "n_heads=1"]
     if "train.py" not in rest or "--cfg" in rest:
         return [*python, *rest]
     own_data = (
