@@ -83,40 +83,36 @@ class SequenceTensor(PartialCore):
         return sizes
 
     def __call__(self, qkv, rotate, positions: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-        unfolded = qkv.materialize()
-        batch, seq_len, n_heads = unfolded.q.shape[:3]
-        if mask.starts is not None or unfolded.k.size(1) != seq_len:
-            raise ValueError(f"core={self.name}: as many queries as keys, please; decoding has a cache of its own")
+        seq_len, sizes = positions.size(1), self.sizes(positions.size(1))
+        padding = prod(sizes) - seq_len
         if mask.documents is not None:
             raise ValueError(f"core={self.name}: cannot mask documents, {self.why_no_documents}")
         if mask.causal and self.scores == "shared":
             raise ValueError(
-                f"core={self.name}: scores=shared mixes future tokens into every score: causal=False alone"
+                f"core={self.name}: scores=shared mixes future tokens into every score; per_slice does not"
             )
-        sizes = self.sizes(seq_len)
-        if not mask.causal and prod(sizes) != seq_len:
+        if padding and not mask.causal:
             raise ValueError(f"core={self.name}: {seq_len} tokens do not fill the fold {sizes}; only a causal one pads")
-        padding = prod(sizes) - seq_len
         places = positions if self.rope == "global" else torch.arange(seq_len, device=positions.device)[None]
-        open_track = closed = pad_tokens(unfolded.v, padding)
         hops = [axis for axis, size in enumerate(sizes) if size > 1] or [0]  # an axis of one has nothing to mix
+        opened = closed = None
         for axis in hops:
             turned = rotate(qkv, self.coordinate(places, axis)).materialize()
-            q, k = pad_tokens(turned.q, padding), pad_tokens(turned.k, padding)
-            fold = Axis(batch, prod(sizes[axis + 1 :]), sizes[axis], prod(sizes[:axis]))
-            if not mask.causal:
-                closed = shared_hop(fold, q, k, closed, scale) if self.scores == "shared" else mix(
-                    fold, q, k, closed, scale, causal=False)  # fmt: skip
-                continue
-            if axis == hops[0]:  # both tracks start from v
-                following = mix(fold, q, k, closed, scale, causal=True)
-            else:
-                following = open_hop(fold, q, k, closed, open_track, scale)
-            if axis != hops[-1]:
-                closed = mix(fold, q, k, closed, scale, causal=False)
-            open_track = following
-        result = open_track if mask.causal else closed
-        return share_heads(result, n_heads)[:, :seq_len]
+            if mask.starts is not None or turned.k.size(1) != seq_len:
+                raise ValueError(
+                    f"core={self.name}: must have as many keys as queries; decoding has a cache of its own"
+                )
+            q, k, v = (pad_tokens(x, padding) for x in (turned.q, turned.k, turned.v))
+            fold = Axis(q.size(0), prod(sizes[axis + 1 :]), sizes[axis], prod(sizes[:axis]))
+            past = v if closed is None else closed  # both tracks start from v
+            if mask.causal:
+                whole = opened is None
+                opened = (
+                    mix(fold, q, k, past, scale, causal=True) if whole else open_hop(fold, q, k, past, opened, scale)
+                )
+            if axis != hops[-1] or not mask.causal:
+                closed = (shared_hop if self.scores == "shared" else mix)(fold, q, k, past, scale)
+        return share_heads(opened if mask.causal else closed, q.size(2))[:, :seq_len]
 
     def coordinate(self, positions: Tensor, axis: int) -> Tensor:
         """What the hop along `axis` turns tokens at `positions` by: the coordinate, or `positions` (`rope: global`)."""
@@ -183,7 +179,7 @@ def pad_tokens(x: Tensor, padding: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
 
 
-def mix(fold: Axis, q: Tensor, k: Tensor, values: Tensor, scale: float, causal: bool) -> Tensor:
+def mix(fold: Axis, q: Tensor, k: Tensor, values: Tensor, scale: float, causal: bool = False) -> Tensor:
     """softmax(q k^T scale) values along one axis: [B, T, H, E]."""
     if fold.inner > 1 or k.size(2) != values.size(2):  # heads and offsets share a dimension
         k, values = share_heads(k, q.size(2)), share_heads(values, q.size(2))
