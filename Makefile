@@ -6,6 +6,8 @@ PYTHON ?= python3
 RUN ?= first
 ARGS ?=
 BIN := .venv/bin
+# For the kernels' tests on a CPU; the CUDA build of torch brings its own.
+TRITON := triton==3.7.1
 
 .PHONY: train test setup lint clean
 
@@ -35,6 +37,7 @@ lint: .venv/.installed-dev
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	@touch $@
 
 clean:

@@ -183,6 +183,7 @@ def main(config: SampleConfig) -> int:
     from eval.loading import load_run
 
     run = load_run(config.run, config.device, config.dtype)
+    run.model.store_weights_as_computed()
     notes = Console(stderr=True, highlight=False, soft_wrap=True, style="dim")
     notes.print(f"{config.run}, step {run.step}")
     if config.interactive:

@@ -96,7 +96,7 @@ class Transformer(nn.Module):
             if self.config.document_end is not None:
                 positions, documents = split_documents(tokens, self.config.document_end)
             mask = AttentionMask(causal=True, documents=documents)
-            x = self.embedding(tokens)
+            x = self.embed(tokens)
             for block in self.blocks:
                 if self.recompute and self.training:
                     x = checkpoint(block, x, positions, mask, use_reentrant=False)
@@ -108,6 +108,18 @@ class Transformer(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream [B, T, M] to start with: fp32 under autocast, whatever the weights are stored in."""
+        x = self.embedding(tokens)
+        return x if self.autocast_dtype is None else x.float()
+
+    def store_weights_as_computed(self) -> None:
+        """For inference: keep the matrices in the precision that autocast would cast them to at every step."""
+        if self.autocast_dtype is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data = module.weight.data.to(self.autocast_dtype)
+
     def _autocast(self, device_type: str):
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
@@ -117,7 +129,7 @@ class Transformer(nn.Module):
     def _continue(self, tokens: Tensor, cache: KVCache, counts: Tensor | None, last: bool) -> Tensor:
         with self._autocast(tokens.device.type):
             positions, mask = cache.begin(tokens, self.config.document_end, counts)
-            x = self.embedding(tokens)
+            x = self.embed(tokens)
             for block, layer in zip(self.blocks, cache.layers, strict=True):
                 x = block(x, positions, mask, layer)
             cache.advance(tokens.size(1), counts)

@@ -75,6 +75,11 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
     rest = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words[1:]]
     if any(word.startswith("data=fineweb") for word in rest):
         return [*python, *rest, "--cfg", "job"]  # from the hub
+    if "eval.speed.decoding" in rest:
+        rest = [word for word in rest if not word.startswith(("d_models=", "size=", "lengths=", "batches="))]
+        return [*python, *rest, "size=tiny", "size.n_layers=1", "lengths=[64]", "batches=[1]", "rounds=1"]
+    if "eval.speed.training" in rest:
+        return [*python, *rest, "size=tiny", "trainer.seq_len=32", "steps=1"]
     if "data.benchmark" in rest:
         return [*python, *rest, "text_bytes=200000", "rounds=1"]
     if "eval.speed.attention" in rest:

@@ -1,7 +1,7 @@
-"""What the decoding benchmark lets compete: mechanisms with a filled cache, and the kernels that can attend for them."""
+"""What competes in the decoding benchmark: mechanisms with a filled cache, and the kernels that can attend for them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,10 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.app import compose
 from configs.load import load
+from configs.schema import SizeConfig
 from model.attention.base import Attention, Dense, unturned
 from model.attention.latent import Absorbed
 from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
-from model.cores.base import AttentionCore, AttentionMask
+from model.cache import KVCache
+from model.cores.base import AttentionCore
 from model.cores.flash_tpa import FlashTPA
 from model.cores.sdpa import SDPA
 from model.transformer import Transformer, TransformerConfig
@@ -46,48 +48,47 @@ class Contestant:
     """A network, and under which name it competes."""
 
     model: str
+    size: str
     core: str  # sdpa, flash_tpa, or sdpa (k, v cached) for a TPA that caches what its factors make
     network: TransformerConfig
 
 
-def contestants(models: list[str], size: str, overrides: list[str], materialized: bool) -> Iterator[Contestant]:
-    for model in models:
-        chosen = [f"model={model}", "tokenizer=gpt2"]
-        if size.isdigit():
-            family = "t6" if model.startswith("t6") else model
-            chosen += [f"size.d_model={size}", "size=medium", "size.head_dim=64", f"size.name=paper_{size}"]
-            chosen += [f"model.n_heads={int(size) // 64}", *PAPER_SETTING.get(family, [])]
-        else:
-            chosen += [f"size={size}"]
-        network = TransformerConfig.from_config(load(compose("train", [*chosen, *overrides])))
-        if not isinstance(network.attention, TensorProductConfig):
-            yield Contestant(model, "sdpa", with_core(network, SDPA()))
-            continue
-        yield Contestant(model, "flash_tpa", with_core(network, FlashTPA()))
-        if materialized:
-            values = {field.name: getattr(network.attention, field.name) for field in fields(network.attention)}
-            explicit = with_core(network, SDPA())
-            explicit.attention = MaterializedConfig(**values)
-            yield Contestant(model, "sdpa (k, v cached)", explicit)
+def contestants(
+    models: list[str], size: SizeConfig, d_models: list[int], overrides: list[str], materialized: bool
+) -> Iterator[Contestant]:
+    """Every model at this size, or instead at each of `d_models` in the paper's setting."""
+    values = {f"size.{key}": value for key, value in vars(size).items() if key != "name" and value is not None}
+    own = [f"size={size.name}", *(f"{key}={value}" for key, value in values.items())]
+    for name, chosen in [(f"paper_{d}", paper_setting(d)) for d in d_models] or [(size.name, lambda model: own)]:
+        for model in models:
+            tree = compose("train", [f"model={model}", "tokenizer=gpt2", *chosen(model), *overrides])
+            network = TransformerConfig.from_config(load(tree))
+            if not isinstance(network.attention, TensorProductConfig):
+                yield Contestant(model, name, "sdpa", replace(network, core=SDPA()))
+                continue
+            yield Contestant(model, name, "flash_tpa", replace(network, core=FlashTPA()))
+            if materialized:
+                explicit = MaterializedConfig(**vars(network.attention))
+                yield Contestant(model, name, "sdpa (k, v cached)", replace(network, core=SDPA(), attention=explicit))
 
 
-def with_core(network: TransformerConfig, core: AttentionCore) -> TransformerConfig:
-    values = {field.name: getattr(network, field.name) for field in fields(network)}
-    return TransformerConfig(**values | {"core": core})
+def paper_setting(d_model: int) -> Callable[[str], list[str]]:
+    def chosen(model: str) -> list[str]:
+        own = PAPER_SETTING.get("t6" if model.startswith("t6") else model, [])
+        return ["size=medium", f"size.d_model={d_model}", f"model.n_heads={d_model // 64}", *own]
+
+    return chosen
 
 
 # --- the attention step alone
 
 
-class Recorder:
-    """A core that keeps what it is called with."""
+class Reached(Exception):
+    """Raised with what a core was called with."""
 
-    def __call__(self, qkv, rotate, positions, mask, scale) -> Tensor:
-        self.call = (qkv, mask, scale)
-        dense = qkv if isinstance(qkv, Dense) else None
-        heads = qkv.k.a.size(2) if isinstance(qkv, Factored) else qkv.q.size(2)
-        width = dense.v.size(-1) if dense else qkv.v.b.size(-1) if isinstance(qkv, Factored) else qkv.q.size(-1)
-        return positions.new_zeros(positions.size(0), positions.size(1), heads, width)
+
+def stop_here(*call):
+    raise Reached(*call)
 
 
 def attention_inputs(
@@ -95,8 +96,6 @@ def attention_inputs(
 ) -> tuple[list, int]:
     """For each of `layers` layers what its core gets to attend from the last of `length` tokens: ((qkv, mask, scale),
     bytes of a layer's cache). Every layer has a cache of its own, as in a model."""
-    from model.cache import KVCache
-
     attention = network.attention.build(network.d_model, 0, network.core).to(device, dtype).requires_grad_(False)
     shapes = network.attention.cache_shapes()
     cache = KVCache(shapes, layers, batch, length, dtype, device)
@@ -105,16 +104,14 @@ def attention_inputs(
     cache.set_lengths(length - 1)
     x = torch.randn(batch, 1, network.d_model, device=device, dtype=dtype)
     positions, mask = cache.begin(torch.zeros(batch, 1, dtype=torch.long, device=device))
-    attention.core = recorder = Recorder()
+    attention.core = stop_here
     made = []
     for layer in cache.layers:
         try:
-            attention.attend_cached(x, positions, AttentionMask(starts=mask.starts), layer)
-        except (RuntimeError, TypeError):  # what follows the core, given nothing real, does not matter
-            if not hasattr(recorder, "call"):
-                raise
-        made.append(recorder.call)
-        del recorder.call
+            attention.attend_cached(x, positions, mask, layer)
+        except Reached as reached:
+            qkv, _, _, mask, scale = reached.args
+            made.append((qkv, mask, scale))
     return made, cache.nbytes // layers
 
 
@@ -181,8 +178,8 @@ def installed_kernels(qkv) -> dict[str, Callable]:
 def model_step(
     network: TransformerConfig, batch: int, length: int, device, dtype
 ) -> tuple[Callable, Callable, int, int]:
-    """(one step of decoding with `length` tokens attended to, what makes the next one like it, bytes of the cache, bytes
-    that a step reads of weights)."""
+    """(one step of decoding that attends to `length` tokens, what makes the next one like it, bytes of the cache, bytes
+    of the weights)."""
     with torch.device(device):
         model = Transformer(network).to(dtype).eval()
     cache = model.new_cache(batch, length, dtype)

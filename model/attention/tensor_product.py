@@ -145,9 +145,13 @@ class TensorProductConfig(AttentionConfig):
         return 2 * (d_model * projected + products + self.output_params(d_model))
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The contextual factors of keys and values: constants need no cache."""
+        """The contextual factors of keys and values: constants need no cache.
+
+        Head factors lie with their heads next to each other, [R, H]: so a core reads them side by side, rank by rank.
+        """
         shapes = self.factor_shapes().items()
-        return {f: shape for f, shape in shapes if f[-1] != "q" and not self.is_constant(f)}
+        kept = {f: shape for f, shape in shapes if f[-1] != "q" and not self.is_constant(f)}
+        return {f: shape[::-1] if f[0] == "a" else shape for f, shape in kept.items()}
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "TensorProductAttention":
         return TensorProductAttention(self, d_model, core)
@@ -220,10 +224,10 @@ class TensorProductAttention(Attention):
         kept = {f"{letter}_{part}": getattr(getattr(qkv, part), letter) for part in "kv" for letter in "abc"}
         if self.config.shared_b:
             kept["b_k"] = qkv.v.b
-        return {name: kept[name] for name in self.config.cache_shapes()}
+        return {name: kept[name].mT if name[0] == "a" else kept[name] for name in self.config.cache_shapes()}
 
     def recall(self, qkv: Factored, kept: dict[str, Tensor], places: Tensor) -> Factored:
-        made = dict(kept)
+        made = {factor: x.mT if factor[0] == "a" else x for factor, x in kept.items()}
         for factor, shape in self.config.factor_shapes().items():
             if factor[-1] != "q" and factor not in made:  # constants: [1, S, ...] until they are turned
                 constant = getattr(self, factor).to(qkv.q.b.dtype).expand(1, places.size(1), *shape)

@@ -4,8 +4,9 @@ With P[t,r,s,k] = <b_q[t,r], b_k[s,k]>, which all heads share, the logit of head
 
     sum_{r,k} a_q[t,h,r] a_k[s,h,k] P[t,r,s,k] * scale / (R_q R_k)
 
-and its output is the softmax-weighted sum of a_v[s,h,u] b_v[s,u] / R_v (arXiv 2501.06425, sections 3 and A). Shapes as in
-`model.attention.tensor_product.Factors`; B batch, T queries, S keys, H heads, R ranks, D and E widths of keys and values.
+and its output is the softmax-weighted sum of a_v[s,h,u] b_v[s,u] / R_v (arXiv 2501.06425, sections 3 and A). Shapes as
+in `model.attention.tensor_product.Factors`; B batch, T queries, S keys, H heads, R ranks, D and E widths of keys and
+values.
 """
 
 import torch
@@ -87,7 +88,7 @@ def form(factors: Factors, tokens: slice, dtype: torch.dtype) -> Tensor:
 def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:
     """A few queries of one sequence against many keys, as in decoding: fills `out` [T, H, E].
 
-    The queries are formed (T x H x D, small); keys and values never are: each rank's products with b_k are scaled by a_k.
+    The queries are formed (T x H x D, small); keys and values never are: a_k scales each rank's products with b_k.
     """
     n_queries, heads, width = out.shape
     wide = torch.promote_types(out.dtype, torch.float32)
@@ -96,8 +97,9 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, ca
     partial, tops, sums = [], [], []
     for first in range(0, n_keys, DECODE_KEYS):
         stop = min(first + DECODE_KEYS, n_keys)
-        block_k, block_v = (each(part, lambda x: x[first:stop].to(wide)) for part in (k, v))  # noqa: B023
-        a_k, a_v, b_v = block_k.a, block_v.a, block_v.token_factor()
+        block_k, block_v = (each(part, lambda x: x[first:stop]) for part in (k, v))  # noqa: B023
+        block_k = each(block_k, lambda x: x.to(wide))
+        a_k, a_v, b_v = block_k.a, block_v.a.to(wide), block_v.token_factor()
         products = block_k.token_factor().reshape(-1, queries.size(0)) @ queries
         products = products.view(stop - first, -1, n_queries, heads)
         logits = products[:, 0] * a_k[:, None, :, 0]
@@ -110,7 +112,11 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, ca
         weights = logits.sub_(top.clamp_min(torch.finfo(wide).min)).exp_()  # a query that sees none here has none
         weighted = weights.new_empty(stop - first, a_v.size(-1), n_queries, heads)
         torch.mul(weights[:, None], a_v.mT[:, :, None], out=weighted)
-        partial.append(long_product(weighted.view(-1, rows), b_v.reshape(-1, width), SPLIT_KEYS * a_v.size(-1)))
+        weighted, b_v = (
+            weighted.view(-1, rows).to(b_v.dtype),
+            b_v.reshape(-1, width),
+        )  # half precision: as flash kernels
+        partial.append(long_product(weighted, b_v, SPLIT_KEYS * a_v.size(-1)))
         tops.append(top.view(rows))
         sums.append(weights.sum(0).view(rows))
     tops = torch.stack(tops)
@@ -121,13 +127,14 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, ca
 
 
 def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:
-    """x^T y for x [N, m] and y [N, n] with a long N: a batch of products of `length` rows each, which all cores share."""
+    """x^T y for x [N, m] and y [N, n] with a long N: a batch of products of `length` rows, which all cores share."""
     n = x.size(0) // length
     if n < 2:
         return x.T @ y
     whole = n * length
-    out = torch.bmm(x[:whole].view(n, length, -1).mT, y[:whole].view(n, length, -1)).sum(0)
-    return out.addmm_(x[whole:].T, y[whole:]) if whole < x.size(0) else out
+    out = torch.bmm(x[:whole].view(n, length, -1).mT, y[:whole].view(n, length, -1))
+    out = out.sum(0, dtype=torch.promote_types(y.dtype, torch.float32))
+    return out + x[whole:].T @ y[whole:] if whole < x.size(0) else out
 
 
 def attend_many(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:

@@ -55,7 +55,7 @@ class Keys:
 
 
 class Block:
-    """The queries `t` of one sequence against the S' keys that they see: weights [T, H, S'] and what they are made of."""
+    """The queries `t` of one sequence against the S' keys they see: weights [T, H, S'] and what they are made of."""
 
     def __init__(self, a_q, b_q, keys: Keys, t: slice, n_queries: int, scale: float, causal: bool):
         n_keys = keys.b_k.size(1)

@@ -18,18 +18,18 @@ from model.cores.sdpa import SDPA
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_COLUMNS = 512  # up to so many (query, head) pairs of a row go through the decoding kernel
-# How many multiply-adds of a matrix product take as long as one pass over one logit of a block: measured on a CPU; on a
-# GPU from an H100's data sheet, 8 bytes at 3.35 TB/s against 495 T multiply-adds a second, as such a block is in memory.
-PASS_COST = {"cpu": 24, "cuda": 1200}
+# How many multiply-adds of a matrix product take as long as one pass over one logit of a block: measured on a CPU; on
+# a GPU, where such a block lies in memory, an H100's data sheet: 8 bytes at 3.35 TB/s, 495 T multiply-adds a second.
+PASS_COST = {"cpu": 17, "cuda": 1200}
 FUSED_PASS_COST = 4  # of a flash kernel, whose blocks stay in registers
 
 
 def flash_tpa(factored: Factored, scale: float, causal: bool = True, starts: Tensor | None = None) -> Tensor:
     """softmax(q k^T * scale) v from factors whose b of q and k is rotated: [B, T, H, E], without a gradient.
 
-    Query t of row b sees the keys up to starts[b] + t ([B]; by default the queries are the last T of the S positions), or
-    all the row's keys without `causal`. What lies beyond starts[b] + T may be anything, NaN included. Every starts[b] + T
-    must be at most S. On a GPU the shapes alone decide what runs, so a CUDA graph may hold it.
+    Query t of row b sees the keys up to starts[b] + t ([B]; by default the queries are the last T of the S positions),
+    or all the row's keys without `causal`. What lies from starts[b] + T on may be anything, NaN included; that is at
+    most S. On a GPU the shapes alone decide what runs, so a CUDA graph may hold it.
     """
     parts = (factored.q, factored.k, factored.v)
     return attend(*(x for part in parts for x in (part.a, part.b, part.c)), float(scale), causal, starts)

@@ -1,11 +1,14 @@
 """Decoding from a cache is the full forward pass, for every mechanism; and the cache is as large as counted."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from model import counting
 from model.attention.base import Dense
+from model.attention.tensor_product import from_multi_head
 from model.cache import BLOCK
 from model.cores.base import AttentionMask
 from model.cores.sdpa import SDPA
@@ -42,7 +45,10 @@ def poison(cache):
 
 
 def decode(net, tokens, lengths, chunk, cache, static=False):
-    """Logits by row and position: the first `lengths` of each row of `tokens` in chunks, the rest token by token."""
+    """Logits by row and position: the first `lengths` of each row of `tokens` in chunks, the rest token by token.
+
+    `static`: as a compiled step does it, over the whole capacity and with a mask.
+    """
     found = [[] for _ in lengths]
     for start in range(0, max(lengths), chunk):
         poison(cache)
@@ -55,7 +61,8 @@ def decode(net, tokens, lengths, chunk, cache, static=False):
     for _ in range(tokens.size(1) - max(lengths)):
         poison(cache)
         step = tokens.gather(1, cache.lengths[:, None])
-        logits = net(step, cache=cache)
+        with mock.patch("torch.compiler.is_compiling", lambda: static):
+            logits = net(step, cache=cache)
         for row in range(len(lengths)):
             found[row].append(logits[row])
     return [torch.cat(row) for row in found]
@@ -72,6 +79,37 @@ def test_cached_decoding_is_the_full_pass(model, options):
         for ours, wanted in zip(decode(net, tokens, lengths, chunk, cache, static), full, strict=True):
             torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
         assert cache.lengths.tolist() == [length + 17 - max(lengths) for length in lengths]
+
+
+SWITCHES = [
+    ["t6_noncontextual_a", "model.contextual_b=false"],  # all is constant: there is nothing to cache
+    ["t6_noncontextual_a", "model.shared_b=true", "model.a_activation=softmax"],
+    ["t6_noncontextual_b", "model.shared_b=true", "model.qk_norm=true"],
+    ["t6_third_order", "model.shared_b=true"],
+    ["t6_third_order", "model.contextual_a=false", "model.qk_norm=true"],
+    ["t6_third_order", "model.contextual_b=false"],
+    ["t6_kvonly", "model.contextual_a=false", "model.rope_fraction=0"],
+]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("switches", SWITCHES, ids=",".join)
+def test_tpas_switches_combine(switches):
+    net = build(*switches)
+    tokens = torch.randint(0, 300, (3, 17))
+    for ours, wanted in zip(decode(net, tokens, RAGGED, 4, net.new_cache(3)), net(tokens), strict=True):
+        torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
+
+
+def test_a_converted_mha_decodes():
+    net = build("gqa", "model.qk_norm=true")
+    tokens = torch.randint(0, 300, (3, 17))
+    full = net(tokens)
+    for block in net.blocks:
+        block.attention = from_multi_head(block.attention)
+    net.config.attention = net.blocks[0].attention.config
+    for ours, wanted in zip(decode(net, tokens, RAGGED, 4, net.new_cache(3)), full, strict=True):
+        torch.testing.assert_close(ours, wanted[: len(ours)], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -146,8 +184,13 @@ def test_a_cache_grows_by_blocks_and_forgets_on_demand():
     again = net(torch.stack((tokens[0, 3:5], tokens[1, BLOCK : BLOCK + 2])), cache=cache)
     torch.testing.assert_close(again[0], net(tokens[:1, :5])[0, 3:], atol=1e-5, rtol=0)
     torch.testing.assert_close(again[1], first[1, :2], atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="must be 2 numbers of at most 512 tokens"):
-        cache.set_lengths(BLOCK * 3)
+    cache.static = True
+    net(tokens[:, :1], cache=cache)
+    cache.static = False  # the host asks how long the rows have become
+    cache.reserve(2 * BLOCK)
+    assert cache.capacity == 4 * BLOCK and cache.lengths.tolist() == [6, BLOCK + 3]
+    with pytest.raises(ValueError, match="must be 2 numbers of at most 1024 tokens"):
+        cache.set_lengths(BLOCK * 5)
     with pytest.raises(ValueError, match="3 rows of tokens for a cache of 2"):
         net(tokens[:1].expand(3, -1), cache=cache)
 
@@ -165,10 +208,14 @@ def test_autocast_decodes_in_its_own_precision():
     net = build("t6")
     net.autocast_dtype = torch.bfloat16
     tokens = torch.randint(0, 300, (2, 12))
-    cache = net.new_cache(2)
-    ours = torch.cat([net(tokens[:, i : i + 1], cache=cache) for i in range(12)], dim=1)
-    assert cache.layers[0].parts["a_k"].values.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.float(), net(tokens).float(), atol=0.05, rtol=0)
+    wanted = net(tokens).float()
+    for _ in range(2):
+        cache = net.new_cache(2)
+        ours = torch.cat([net(tokens[:, i : i + 1], cache=cache) for i in range(12)], dim=1)
+        assert cache.layers[0].parts["a_k"].values.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), wanted, atol=0.05, rtol=0)
+        net.store_weights_as_computed()
+    assert net.head.weight.dtype == torch.bfloat16 and net.head.weight is net.embedding.weight
 
 
 @pytest.mark.parametrize("model", PACKAGED)
@@ -181,8 +228,9 @@ def test_the_longest_context_is_what_can_be_allocated(model):
         assert weights + fits <= memory < weights + too_large
 
 
+@pytest.mark.parametrize("compiling", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_core_reads_nothing_beyond_a_rows_queries(causal):
+def test_the_core_reads_nothing_beyond_a_rows_queries(causal, compiling):
     torch.manual_seed(0)
     attend = SDPA()
     documents = torch.tensor([[0] * 2 + [1] * 9, [0] * 5 + [1] * 6, [0] * 11])
@@ -195,7 +243,8 @@ def test_the_core_reads_nothing_beyond_a_rows_queries(causal):
                 for tensor in poisoned:
                     tensor[row, start + n_queries :] = torch.nan
             mask = AttentionMask(causal, known, starts)
-            ours = attend(Dense(q, *poisoned), lambda qkv, _: qkv, None, mask, 0.3)
+            with mock.patch("torch.compiler.is_compiling", lambda: compiling):
+                ours = attend(Dense(q, *poisoned), lambda qkv, _: qkv, None, mask, 0.3)
             for row, start in enumerate(starts):
                 alone, n = slice(row, row + 1), start + n_queries
                 mask = AttentionMask(causal, None if known is None else known[alone, :n])

@@ -32,9 +32,7 @@ def nan_in_new_memory():
 
 def to_device(factored):
     parts = (factored.q, factored.k, factored.v)
-    return type(factored)(
-        *(Factors(*(None if x is None else x.to(DEVICE) for x in (p.a, p.b, p.c))) for p in parts)
-    )
+    return type(factored)(*(Factors(*(None if x is None else x.to(DEVICE) for x in (p.a, p.b, p.c))) for p in parts))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -106,5 +104,7 @@ def test_kernels_compile_for_a_hopper_gpu(tmp_path):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     file = tmp_path / "build.py"
     file.write_text(COMPILE)
-    done = subprocess.run([sys.executable, file], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, file], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,9 +1,10 @@
 """Decoding from the factor cache: a few queries against a long cache, FlashTPA's Algorithm 2 (arXiv 2501.06425).
 
-One pass over the cache. A program has a range of keys (a split) and a block of columns, each a (query, head) pair; it forms
-its queries q [D, columns] from their factors, and with them tensor cores make b_k q for each rank, which a_k scales to
-logits. The softmax runs online; values are accumulated as b_v^T (weights x a_v). A second kernel merges the splits by their
-log-sum-exp. Lengths are read on the device and the grid depends on the cache's capacity alone, so that CUDA graphs hold it.
+One pass over the cache. A program has a range of keys (a split) and a block of columns, each a (query, head) pair; it
+forms its queries q [D, columns] from their factors, and with them tensor cores make b_k q for each rank, which a_k
+scales to logits. The softmax runs online; values are accumulated as b_v^T (weights x a_v). A second kernel merges the
+splits by their log-sum-exp. Lengths are read on the device and the grid depends on the cache's capacity alone, so that
+CUDA graphs hold it.
 """
 
 import math
@@ -15,8 +16,15 @@ from torch import Tensor
 
 from model.attention.tensor_product import Factored
 from model.cores.kernels.common import (
-    autotuned, head_factor, like_output, load_rows, multiprocessors, operands, precision, sizes,
-)  # fmt: skip
+    autotuned,
+    head_factor,
+    like_output,
+    load_rows,
+    multiprocessors,
+    operands,
+    precision,
+    sizes,
+)
 
 MAX_SPLITS = 128
 SPLIT_KEYS = 256  # a split has at least so many keys
@@ -35,7 +43,8 @@ def split_kernel(
     ak_b, ak_s, ak_h, ak_r, bk_b, bk_s, bk_r, ck_b, ck_s, ck_r,
     av_b, av_s, av_h, av_r, bv_b, bv_s, bv_r, cv_b, cv_s, cv_r,
     H: tl.constexpr, R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr, DENSE_Q: tl.constexpr,
-    D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip

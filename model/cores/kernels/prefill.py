@@ -1,7 +1,7 @@
 """Many queries at once, as in a prefill: flash attention whose tiles of q, k and v are formed from factors on the chip.
 
-A program has a block of queries of one head. It reads b_k and b_v, which all heads share (so mostly from the L2 cache), and a
-few numbers of a_k and a_v a token; keys and values never reach memory.
+A program has a block of queries of one head. It reads b_k and b_v, which all heads share (so mostly from the L2 cache),
+and a few numbers of a_k and a_v a token; keys and values never reach memory.
 """
 
 import math
@@ -30,7 +30,8 @@ SMALL = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2}  # what 
 @triton.jit
 def form(
     a, b, c, a_t, a_h, a_r, b_t, b_r, c_t, c_r, t, h, inside,
-    R: tl.constexpr, DENSE: tl.constexpr, D: tl.constexpr, D_B: tl.constexpr, BLOCK: tl.constexpr, SIGMOID: tl.constexpr,
+    R: tl.constexpr, DENSE: tl.constexpr, D: tl.constexpr, D_B: tl.constexpr, BLOCK: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """R times the queries, keys or values of head h of some tokens, [len(t), BLOCK] in fp32."""
     made = tl.zeros((t.shape[0], BLOCK), tl.float32)
@@ -52,7 +53,8 @@ def prefill_kernel(
     ak_b, ak_s, ak_h, ak_r, bk_b, bk_s, bk_r, ck_b, ck_s, ck_r,
     av_b, av_s, av_h, av_r, bv_b, bv_s, bv_r, cv_b, cv_s, cv_r,
     H: tl.constexpr, R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr, DENSE_Q: tl.constexpr,
-    D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
