@@ -33,6 +33,13 @@ class SlidingWindow(PartialCore):
         n_queries, n_keys, size = dense.q.size(1), dense.k.size(1), self.window
         if not mask.causal:
             raise ValueError(f"core={self.name}: is causal; use core=sdpa")
+        if (
+            mask.starts is None and n_queries != n_keys
+        ):  # decoding reads no further back than the first window
+            seen = slice(max(0, n_keys - n_queries - size + 1), n_keys)
+            documents = mask.documents if mask.documents is None else mask.documents[:, seen]
+            dense, mask = Dense(dense.q, dense.k[:, seen], dense.v[:, seen]), AttentionMask(documents=documents)
+            n_keys = dense.k.size(1)
         if mask.starts is not None or n_queries != n_keys:
             return FULL(dense, unturned, positions, replace(mask, window=size), scale)
         if n_keys <= size:

@@ -69,3 +69,13 @@ def test_bf16_autocast_comes_close(model, core):
     exact = net(tokens, tokens, reduction="mean")
     net.autocast_dtype = torch.bfloat16
     assert abs(net(tokens, tokens, reduction="mean") - exact) < 0.02 * exact
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("model", MODELS)
+def test_decoding_from_a_cache_equals_the_full_pass(model, core):
+    mixed = ["core.full_every=2"] if core in SMALL_BY_CORE else []
+    net, tokens = network(model, core, *mixed).eval(), torch.randint(0, 300, (2, 14))
+    cache = net.new_cache(2)
+    steps = [net(piece, cache=cache) for piece in tokens.split([5, 2, *[1] * 7], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), net(tokens), atol=1e-5, rtol=1e-4)

@@ -6,7 +6,7 @@ import torch
 from configs.app import compose
 from configs.load import load
 from model.transformer import Transformer
-from tests.model.helpers import MODELS, small_network, wake_up
+from tests.model.helpers import small_network, wake_up
 
 FOLDS = ["[7]", "[3,4]", "[4,1]", "[2,3,2]"]
 
@@ -29,12 +29,6 @@ def test_chunks_of_any_size_equal_the_full_pass(model, fold):
     whole = net(tokens)
     for chunks in ([1] * 15, [4, 1, 1, 7, 1, 1], [15], [5, 10]):
         torch.testing.assert_close(decode(net, tokens, chunks)[0], whole, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_every_mechanism_decodes_from_its_fold(model):
-    net, tokens = network(model, "[3,4]", "core.full_every=2", "core.rope=global"), torch.randint(0, 300, (2, 14))
-    torch.testing.assert_close(decode(net, tokens, [5, *[1] * 9])[0], net(tokens), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fold", ["[3,4]", "[2,3,2]"])

@@ -44,6 +44,13 @@ def test_rows_of_a_cache_keep_their_window():
             torch.testing.assert_close(cached[row : row + 1, t : t + 1], alone)
 
 
+def test_decoding_reads_no_further_back_than_the_window():
+    q, k, v = (torch.randn(2, n, 1, 4) for n in (2, 9, 9))
+    wanted = attend(SDPA(), AttentionMask(window=3), q, k, v)
+    k[:, :5], v[:, :5] = torch.nan, torch.nan  # the first query, at 7, sees 5, 6 and 7
+    torch.testing.assert_close(attend(SlidingWindow(window=3), AttentionMask(), q, k, v), wanted)
+
+
 def test_operations_count_the_keys_that_are_seen():
     config = MultiHeadConfig("mha", 4, n_heads=3)
     for window, seq_len in ((5, 13), (20, 13)):
