@@ -33,9 +33,7 @@ class SlidingWindow(PartialCore):
         n_queries, n_keys, size = dense.q.size(1), dense.k.size(1), self.window
         if not mask.causal:
             raise ValueError(f"core={self.name}: is causal; use core=sdpa")
-        if (
-            mask.starts is None and n_queries != n_keys
-        ):  # decoding reads no further back than the first window
+        if mask.starts is None and n_queries != n_keys:  # decoding reads no further back than the first window
             seen = slice(max(0, n_keys - n_queries - size + 1), n_keys)
             documents = mask.documents if mask.documents is None else mask.documents[:, seen]
             dense, mask = Dense(dense.q, dense.k[:, seen], dense.v[:, seen]), AttentionMask(documents=documents)
