@@ -14,6 +14,7 @@ TRITON := triton==3.7.1
 train: .venv/.installed
 	$(BIN)/python train.py run.name=$(RUN) $(ARGS)
 	$(BIN)/python -m eval.run run=runs/$(RUN)
+	$(BIN)/python -m eval.run run=runs/$(RUN) suite=builtin_cloze
 	$(BIN)/python -m eval.sample run=runs/$(RUN) prompt="The"
 	@echo "The loss plot is runs/$(RUN)/loss.png"
 

@@ -20,6 +20,7 @@ from data.loader import EvalLoader, TrainLoader
 from data.prepare import ensure_prepared
 from data.shards import Manifest, TokenShards
 from data.tokenizers import load_tokenizer
+from eval.in_training import Benchmarks
 from eval.perplexity import bits_per_byte, evaluate, perplexity
 from eval.sample import sample_texts
 from model import counting
@@ -57,6 +58,7 @@ def main(config: Config) -> int:
     if is_finished(config):
         console.say(f"{config.run.dir} is finished; choose another run.name to train again")
         return 0
+    benchmarks = Benchmarks(config, runtime, console.say)
     with Preemption() as preemption:
         if runtime.is_main:
             ensure_prepared(config)  # the built-in corpus on first use; the others wait where the process group forms
@@ -64,7 +66,7 @@ def main(config: Config) -> int:
         watchdog = Watchdog(runtime.rank, runtime.world_size, config.trainer.rank_timeout)
         try:
             with watchdog:
-                while (code := train(config, runtime, console, preemption, watchdog)) == GO_BACK:
+                while (code := train(config, runtime, console, preemption, watchdog, benchmarks)) == GO_BACK:
                     release_memory()
             return code
         except RuntimeError as error:
@@ -77,7 +79,7 @@ def main(config: Config) -> int:
             shut_down()
 
 
-def train(config: Config, runtime, console: TrainingConsole, preemption: Preemption, watchdog: Watchdog) -> int:
+def train(config: Config, runtime, console: TrainingConsole, preemption, watchdog, benchmarks: Benchmarks) -> int:
     """From the last checkpoint, or the beginning, to the end: an exit code, or GO_BACK to be called again."""
     trainer, run_dir, device = config.trainer, Path(config.run.dir), runtime.device
 
@@ -140,7 +142,7 @@ def train(config: Config, runtime, console: TrainingConsole, preemption: Preempt
     # --- the loop: a step is one optimizer update on global_batch_size sequences
     accumulation_steps = trainer.accumulation_steps(runtime.world_size)
     timed_steps, timed_seconds = 0, 0.0
-    keep = checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best)
+    keep = benchmarks.keep(checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best))
     saver = CheckpointSaver(run_dir, keep, save_failed, trainer.background_saving, watchdog.mark)
     batches = train_data.batches(start_step, trainer.horizon, device, rollbacks.passed_over)
     console.start(start_step, trainer.horizon)
@@ -188,16 +190,21 @@ def train(config: Config, runtime, console: TrainingConsole, preemption: Preempt
                     "val/perplexity": perplexity(val_loss),
                     "val/bits_per_byte": bits_per_byte(val_loss, manifest.bytes_per_token("val")),
                 }
+            if benchmarks.due(step) and not trouble:
+                logged |= benchmarks.run(engine.module, tokenizer, step, watchdog.mark)
             if metrics and logged:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
+                benchmarks.collect(metrics.log)
             console.update(step, logged)
 
             if trouble:
                 saver.finish()
                 return go_back(config, step, trouble, rollbacks, metrics, console)
             is_preempted = is_preempted and not is_last
-            if is_due(step, trainer.checkpoint_every) or is_last or is_preempted:
+            if is_due(step, trainer.checkpoint_every) or benchmarks.due(step) or is_last or is_preempted:
                 save(step, logged.get("val/loss"))
+            if benchmarks.job_due(step) and saver.finish():  # the job reads the checkpoint
+                benchmarks.submit(step)
             if is_preempted:
                 with preemption.saving():
                     outcome = f"saved step {step}" if saver.finish() else "not saved"
@@ -213,6 +220,7 @@ def train(config: Config, runtime, console: TrainingConsole, preemption: Preempt
     # --- the end: samples, plot, summary
     texts = sample_texts(engine.module, tokenizer, trainer.samples, trainer.seq_len, device, config.run.seed)
     if metrics:
+        benchmarks.collect(metrics.log)
         finish(config, counts, manifest.unigram_entropy, texts, metrics, console)
     return 0
 

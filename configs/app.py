@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -19,12 +20,27 @@ CONFIGS = Path(__file__).parent.resolve()
 GROUPS = {path.name for path in CONFIGS.iterdir() if any(path.glob("**/*.yaml"))}
 
 
+@contextmanager
+def config_errors() -> Iterator[None]:
+    """What Hydra and OmegaConf raise, as ConfigError."""
+    try:
+        yield
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").partition("/")
+        raise ConfigError(
+            f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, error.options or [])}"
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        text = " ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line)
+        raise ConfigError(text) from error
+
+
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """The tree that Hydra makes of `configs/<config_name>.yaml` and command-line overrides."""
     running = GlobalHydra.instance()
     around, running.hydra = running.hydra, None  # a Hydra app may compose further configurations
     try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with config_errors(), hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra.compose(config_name, [force(override) for override in overrides])
     finally:
         running.hydra = around
@@ -45,21 +61,13 @@ def app(main: Callable[[Config], int | None], config_name: str = "train", load: 
             sys.exit(code)
 
     try:
-        if args.cfg == "job" and not args.package:
-            print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, args.overrides))))), end="")
-        else:
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+        with config_errors():
+            if args.cfg == "job" and not args.package:
+                print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, args.overrides))))), end="")
+            else:
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except ConfigError as error:
         fail(error)
-    except MissingConfigException as error:
-        group, _, name = (error.missing_cfg_file or "").partition("/")
-        fail(
-            ConfigError(
-                f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, error.options or [])}"
-            )
-        )
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(ConfigError(" ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line)))
 
 
 def force(override: str) -> str:

@@ -30,6 +30,8 @@ REFUSED_DEEPSPEED_KEYS = {
     "torch_autocast": "trainer.dtype",
 }
 
+SUITES = Path(__file__).parent / "suite"
+
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
@@ -184,6 +186,12 @@ class TrainerConfig:
     dtype: str = "auto"  # auto: bf16 on a GPU, fp32 on a CPU. bf16 is autocast over fp32 master weights
     activation_checkpointing: bool = False
     samples: int = 3  # texts sampled at the end of the run
+    benchmark_every: int | None = None  # each of `benchmarks` at so many steps, and at the last one
+    benchmarks: list[str] = field(default_factory=lambda: ["builtin_cloze"])  # suites: names in configs/suite
+    benchmark_limit: int | None = None  # questions of each task, or windows
+    benchmark_overrides: list[str] = field(default_factory=list)  # of `python -m eval.run`, as suite.data_dir=...
+    benchmark_job: bool = False  # as a Slurm job of its own, which reads the checkpoint; false: inside the training job
+    benchmark_sbatch: list[str] = field(default_factory=list)  # options of sbatch for it, as --time=1:00:00
 
     @property
     def tokens_per_step(self) -> int:
@@ -214,13 +222,19 @@ class TrainerConfig:
     def errors(self):
         sizes = ("seq_len", "micro_batch_size", "global_batch_size")
         yield from at_least(1, "trainer", self, "max_steps", "max_tokens", *sizes, "eval_batches", "log_every")
-        yield from at_least(0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples")
-        yield from at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps")
+        yield from at_least(
+            0, "trainer", self, "eval_every", "checkpoint_every", "keep_every", "samples", "benchmark_every"
+        )
+        yield from at_least(1, "trainer", self, "keep_checkpoints", "max_bad_steps", "benchmark_limit")
         yield from at_least(0, "trainer", self, "max_rollbacks")
         if self.max_loss_spike is not None and not self.max_loss_spike > 0:
             yield f"trainer.max_loss_spike={self.max_loss_spike}: must be a positive number of nats, or null"
         if not self.rank_timeout >= 5:
             yield f"trainer.rank_timeout={self.rank_timeout}: must be at least 5 seconds"
+        suites = sorted(path.stem for path in SUITES.glob("*.yaml"))
+        for name in self.benchmarks:
+            if name not in suites:
+                yield f"trainer.benchmarks: there is no configs/suite/{name}.yaml; there are {', '.join(suites)}"
         if self.max_steps is None and self.max_tokens is None:
             yield "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"
         if self.resume not in ("auto", "never"):
@@ -254,32 +268,6 @@ class Config:
         trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
         trainer["horizon"] = self.trainer.horizon
         return flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
-
-
-@dataclass
-class SuiteConfig:
-    name: str
-    kind: str
-
-    def errors(self):
-        if self.kind != "perplexity":
-            yield f"suite.kind={self.kind!r}: must be perplexity"
-
-
-@dataclass
-class EvalConfig:
-    """`python -m eval.run`."""
-
-    run: str
-    suite: SuiteConfig
-    limit: int | None = None
-    batch_size: int = 16
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def errors(self):
-        yield from at_least(1, "", self, "limit", "batch_size")
-        yield from check_machine(self)
 
 
 @dataclass
@@ -353,7 +341,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def to_dict(config) -> dict[str, Any]:
     """The configuration as plain values, from which `load` makes it again (`_target_` names the chosen classes)."""
     tree = dataclasses.asdict(config)
-    for key in ("model", "core"):
+    for key in ("model", "core", "suite"):
         if key in tree:
             cls = type(getattr(config, key))
             tree[key] = {"_target_": f"{cls.__module__}.{cls.__qualname__}"} | tree[key]

@@ -121,19 +121,26 @@ def build(data: DataConfig, config: TokenizerConfig, dir: Path, settings: dict[s
         dir.mkdir()
         tokenizer = make_tokenizer(config, stream, data, val_up_to, dir, progress)
     made = Preparation(dir, data, tokenizer, identity)
-    if journal:
-        made.restore(journal)
-        stream.load_state_dict(journal["stream_state"]) if journal["stream_state"] else None
-        say(f"{dir}: going on after {made.documents.total() + made.skipped.total():,} documents", progress)
-    else:
-        made.save()
+    start(made, journal, stream, progress)
     tokenise_all(stream, data, config, dir, val_up_to, made, progress)
     return finish(made, data, config, tokenizer, settings, identity["source"])
+
+
+def start(made: Preparation, journal: dict[str, Any] | None, stream: sources.Stream, progress: bool) -> None:
+    """Go on from the journal, or begin one."""
+    if not journal:
+        made.save()
+        return
+    made.restore(journal)
+    if journal["stream_state"]:
+        stream.load_state_dict(journal["stream_state"])
+    say(f"{made.dir}: going on after {made.documents.total() + made.skipped.total():,} documents", progress)
 
 
 def tokenise_all(
     stream, data: DataConfig, config: TokenizerConfig, dir: Path, val_up_to: float, made: Preparation, progress: bool
 ) -> None:
+    """Everything of `stream`, with the tokenizer stored in `dir`."""
     setup = {"setup": set_tokeniser, "setup_args": (config, dir, val_up_to, data.max_document_bytes)}
     before = {"documents": made.documents.total() + made.skipped.total(), "tokens": made.tokens.total()}
     tasks = sources.batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)

@@ -1,21 +1,26 @@
 """Documents to token shards: `python -m data.prepare data=NAME [overrides]`.
 
 Everything is written into `<data.dir>.partial` and renamed into place at the end, so that nobody sees half of it. A
-killed preparation goes on from there when it is started again.
+killed preparation goes on from there when it is started again. With `part=I parts=N` it is one of N that may run at
+the same time, on several machines: the last to finish joins them.
 """
 
 import dataclasses
 import os
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import filelock
 
 from configs.app import app
+from configs.load import load_extended
 from configs.schema import Config, ConfigError, DataConfig, TokenizerConfig
 from data.build import build, has_finished_shards
 from data.foreign import adopt, foreign_shards
 from data.parallel import say
+from data.parts import all_finished, join, prepare_part, remove_parts
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest
 from data.sources import matching_files
 from data.tokenizers import new_tokenizer
@@ -23,17 +28,25 @@ from data.tokenizers import new_tokenizer
 ON_FIRST_USE = ("builtin", "shards")  # sources that a training run prepares by itself
 
 
-def prepare(config: Config, progress: bool = True) -> Manifest:
+@dataclass
+class PrepareConfig(Config):
+    part: int = 0  # of so many parts, from 0
+    parts: int = 1
+
+
+def prepare(config: Config, progress: bool = True, parts: int = 1) -> Manifest:
     """Make the shards of `config.data` with `config.tokenizer` in `config.data.dir`, unless they are there already.
+
+    With `parts` they are joined from parts that are all finished.
 
     ConfigError where the folder holds data made with other settings, something else, or a broken shard.
     """
-    dir = Path(config.data.dir)
+    dir, settings = Path(config.data.dir), settings_of(config.data)
     if found := prepared(config):
         say(f"{dir}: already prepared, {describe(found)}", progress)
         return found
     check_before_work(config)
-    partial, lock = dir.with_name(f"{dir.name}.partial"), dir.with_name(f"{dir.name}.lock")
+    unfinished, lock = dir.with_name(f"{dir.name}.partial"), dir.with_name(f"{dir.name}.lock")
     try:
         dir.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock):
@@ -41,18 +54,32 @@ def prepare(config: Config, progress: bool = True) -> Manifest:
                 if found := prepared(config):  # by another process, in the meantime
                     return found
                 if config.data.source == "shards":
-                    manifest = adopt(dir, config.data, config.tokenizer, settings_of(config.data), progress)
-                else:  # whoever else wrote into the partial folder is gone: we have the lock
-                    manifest = build(config.data, config.tokenizer, partial, settings_of(config.data), progress)
-                    partial.rename(dir)
+                    manifest = adopt(dir, config.data, config.tokenizer, settings, progress)
+                else:  # whoever else wrote into the unfinished folder is gone: we have the lock
+                    made = partial(join, parts=parts) if parts > 1 else build
+                    manifest = made(config.data, config.tokenizer, unfinished, settings, progress)
+                    unfinished.rename(dir)
+                    remove_parts(dir)
             finally:
-                if not has_finished_shards(partial):
-                    shutil.rmtree(partial, ignore_errors=True)
+                if not has_finished_shards(unfinished):
+                    shutil.rmtree(unfinished, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except PermissionError as error:
         raise ConfigError(f"data.dir={dir}: cannot be written ({error})") from error
     say(f"{dir}: prepared, {describe(manifest)}", progress)
     return manifest
+
+
+def prepare_in_parts(config: Config, part: int, parts: int, progress: bool = True) -> Manifest | None:
+    """One part of N, and `prepare` from all of them where they are finished; None where others are not."""
+    if parts > 1 and not prepared(config):
+        check_before_work(config)
+        settings = settings_of(config.data)
+        prepare_part(config.data, config.tokenizer, settings, part, parts, progress)
+        if not all_finished(config.data, config.tokenizer, settings, parts):
+            say(f"{config.data.dir}: other parts are not finished; the last one joins them", progress)
+            return None
+    return prepare(config, progress, parts)
 
 
 def ensure_prepared(config: Config, progress: bool = True) -> Manifest:
@@ -131,9 +158,10 @@ def describe(manifest: Manifest) -> str:
     return ", ".join(parts) + (f"; skipped {skipped:,} ({manifest.skipped})" if skipped else "")
 
 
-def main(config: Config) -> None:
-    prepare(config, progress=int(os.environ.get("RANK", 0)) == 0)
+def main(config: PrepareConfig) -> None:
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    prepare_in_parts(config, config.part, config.parts, progress=is_main)
 
 
 if __name__ == "__main__":
-    app(main)
+    app(main, load=partial(load_extended, cls=PrepareConfig))

@@ -1,18 +1,21 @@
-"""A run's model, ready to evaluate: read from its checkpoint, without DeepSpeed."""
+"""A run's model, ready to evaluate: read from a checkpoint without DeepSpeed, or as it stands in training."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import Config, ConfigError
 from data.tokenizers import Tokenizer, load_tokenizer
+from model.rope import RopeScaling
 from model.transformer import Transformer, TransformerConfig
-from training.checkpoint import load_weights, newest, read_manifest
+from training.checkpoint import checkpoint_dir, load_weights, newest, problems, read_manifest
 from training.run_folder import read_config
 from training.setup import Runtime, find_runtime
 
 
 @dataclass
 class LoadedRun:
+    """`model` is in eval mode on the runtime's device. `lockstep`: all ranks must call it equally often (ZeRO-3)."""
+
     dir: Path
     config: Config
     step: int
@@ -20,10 +23,21 @@ class LoadedRun:
     model: Transformer
     tokenizer: Tokenizer
     runtime: Runtime
+    lockstep: bool = False
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model was trained to see."""
+        return self.config.trainer.seq_len
+
+    def scale_rope(self, kind: str, factor: float | None) -> None:
+        """Read texts `factor` times as long as in training from here on; `none` takes it back."""
+        scaling = None if kind == "none" or factor == 1 else RopeScaling(kind, factor, self.context)
+        self.model.config.attention.rope_scaling = scaling
 
 
-def load_run(run: str, device: str = "auto", dtype: str = "auto") -> LoadedRun:
-    """The newest whole checkpoint of the run folder `run`. ConfigError if there is none."""
+def load_run(run: str, device: str = "auto", dtype: str = "auto", step: int | None = None) -> LoadedRun:
+    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none."""
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         others = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
@@ -32,7 +46,7 @@ def load_run(run: str, device: str = "auto", dtype: str = "auto") -> LoadedRun:
         )
     config = read_config(folder)
     config.device, config.trainer.dtype = device, dtype
-    found = newest(folder, warn=print)
+    found = newest(folder, warn=print) if step is None else checkpoint_of(folder, step)
     if found is None:
         raise ConfigError(f"run={run}: has no whole checkpoint yet")
     runtime = find_runtime(config)
@@ -43,3 +57,14 @@ def load_run(run: str, device: str = "auto", dtype: str = "auto") -> LoadedRun:
     return LoadedRun(
         folder, config, facts["step"], facts["tokens"], model.to(runtime.device).eval(), tokenizer, runtime
     )
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    found = checkpoint_dir(folder, step)
+    if not found.is_dir():
+        steps = sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
+        raise ConfigError(f"step={step}: {folder} has no checkpoint of it; {there}")
+    if broken := problems(found):
+        raise ConfigError(*broken)
+    return found

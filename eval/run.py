@@ -1,62 +1,64 @@
-"""Evaluate a run's newest checkpoint: `python -m eval.run run=runs/NAME [suite=perplexity]`.
+"""Evaluate a run's checkpoint: `python -m eval.run run=runs/NAME [suite=paper_zeroshot] [step=1000]`.
 
-Results go to results/<suite>.json in the run folder.
+Results go to results/<suite>.json in the run folder, to a line of its metrics.jsonl, and to its W&B run. Under torchrun
+the processes share the work.
 """
 
-import json
-from pathlib import Path
-
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from configs.app import app
 from configs.load import load_flat
-from configs.schema import EvalConfig
-from data.loader import EvalLoader
-from data.shards import TokenShards
+from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig
+from eval.in_training import pending
 from eval.loading import LoadedRun, load_run
-from eval.perplexity import bits_per_byte, evaluate, perplexity
-from training.checkpoint import write_atomic
-
-
-def perplexity_suite(run: LoadedRun, config: EvalConfig) -> dict[str, float]:
-    """Loss over the whole validation split of the run's own data, or over `limit` sequences of it."""
-    shards = TokenShards(run.config.data.dir, "val")
-    batches = EvalLoader(shards, run.config.trainer.seq_len, config.batch_size, 0, 1, max_samples=config.limit)
-    progress = track(batches, description="perplexity", total=len(batches), transient=True)
-    loss, tokens = evaluate(run.model, progress, run.runtime.device)
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "bits_per_byte": bits_per_byte(loss, shards.manifest.bytes_per_token("val")),
-        "unigram_entropy": shards.manifest.unigram_entropy,
-        "tokens": tokens,
-    }
-
-
-SUITES = {"perplexity": perplexity_suite}
+from eval.ranks import process_group
+from eval.results import Outcome, log, save, show, variant_of
 
 
 @torch.no_grad()
+def run_suite(run: LoadedRun, config: EvalConfig) -> Outcome | None:
+    """What the suite finds; every rank calls it, rank 0 has the outcome."""
+    return kind_of(config.suite)(run, config)
+
+
+def kind_of(suite: SuiteConfig):
+    """The function that runs such a suite; what it needs is imported with it."""
+    if isinstance(suite, PerplexitySuite):
+        from eval.perplexity import perplexity_suite as found
+    elif isinstance(suite, HarnessSuite):
+        from eval.benchmarks import harness_suite as found
+    elif isinstance(suite, LongContextSuite):
+        from eval.long_context import long_context_suite as found
+    else:
+        raise TypeError(f"{type(suite).__name__}: no kind of suite")
+    return found
+
+
+def check_suite(suite: SuiteConfig) -> None:
+    """ConfigError for what can be found missing without a model."""
+    if isinstance(suite, HarnessSuite):
+        from eval.tasks import load_tasks
+
+        load_tasks(suite, None)
+
+
 def main(config: EvalConfig) -> int:
-    run = load_run(config.run, config.device, config.dtype)
-    results = SUITES[config.suite.kind](run, config)
-    record = {
-        "run": run.config.run.name,
-        "suite": config.suite.name,
-        "step": run.step,
-        "tokens": run.tokens,
-        "results": results,
-    }
-    folder = Path(config.run) / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{config.suite.name}.json"
-    write_atomic(path, json.dumps(record, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
-    for name, value in results.items():
-        console.print(f"{name:>16}  {value:,.4f}" if isinstance(value, float) else f"{name:>16}  {value:,}")
-    console.print(f"{'written to':>16}  {path}")
+    if getattr(config.suite, "prefetch", False):
+        from eval.tasks import prefetch
+
+        prefetch(config.suite)
+        return 0
+    run = load_run(config.run, config.device, config.dtype, config.step)
+    run.scale_rope(config.rope_scaling, config.rope_factor)
+    with process_group(run.runtime):
+        outcome = run_suite(run, config)
+    if run.runtime.is_main:
+        variant = variant_of(run, config.step, config.rope_scaling, config.rope_factor)
+        path = save(run, config.suite.name, outcome, config.limit, variant)
+        if config.rope_scaling == "none":
+            log(run, config.suite.name, outcome.metrics(config.suite.name))
+        pending(run.dir / "results" / "inbox", config.suite.name, run.step).unlink(missing_ok=True)
+        show(outcome, path)
     return 0
 
 

@@ -1,13 +1,63 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), half-split pairs: feature i turns with feature i + D/2."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+SCALINGS = ("none", "linear", "ntk", "yarn")
 
-def rope_tables(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model trained at `original_length` is made to read texts `factor` times as long, without training.
+
+    linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows, so that the
+    slowest pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn fewer than `slow` times
+    over the original length are divided by the factor, those that turn more than `fast` times stay, and the logits are
+    sharpened (Peng et al., arXiv 2309.00071).
+    """
+
+    kind: str
+    factor: float
+    original_length: int
+    fast: float = 32.0
+    slow: float = 1.0
+
+    @property
+    def logit_factor(self) -> float:
+        """What multiplies the attention logits: YaRN's 1/t = (0.1 ln(factor) + 1)^2."""
+        return (0.1 * math.log(self.factor) + 1) ** 2 if self.kind == "yarn" and self.factor > 1 else 1.0
+
+    def frequencies(self, dim: int, base: float, device=None) -> Tensor:
+        """Radians a position [dim/2] for each pair, in fp32."""
+        if self.kind == "ntk" and dim > 2:
+            return rope_frequencies(dim, base * self.factor ** (dim / (dim - 2)), device)
+        plain = rope_frequencies(dim, base, device)
+        if self.kind != "yarn":
+            return plain / self.factor
+        kept = 1 - self._ramp(dim, base, device)
+        return plain * kept + plain / self.factor * (1 - kept)
+
+    def _ramp(self, dim: int, base: float, device) -> Tensor:
+        """0 for the pairs that stay, 1 for those divided by the factor, linear in the pair's number between them."""
+        turns = (self.fast, self.slow)
+        pairs = [dim * math.log(self.original_length / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns]
+        first, last = max(math.floor(pairs[0]), 0), min(math.ceil(pairs[1]), dim - 1)
+        numbers = torch.arange(dim // 2, dtype=torch.float32, device=device)
+        return ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)
+
+
+def rope_frequencies(dim: int, base: float, device=None) -> Tensor:
+    """Radians a position [dim/2] for each pair of features, in fp32."""
+    return base ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+def rope_tables(positions: Tensor, dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., dim/2] in fp32 for `positions` [...]; computed on use, so no length limit."""
-    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions[..., None].float() * base**-exponent
+    frequencies = (scaling.frequencies if scaling else rope_frequencies)(dim, base, device=positions.device)
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 

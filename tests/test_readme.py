@@ -73,8 +73,23 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
         [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     )
     rest = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words[1:]]
+    if words[0] == "sbatch":  # tests/slurm runs the scripts
+        at = next(index for index, word in enumerate(words) if word.endswith(".sbatch"))
+        command = {"slurm/train.sbatch": ["train.py"], "slurm/prepare.sbatch": ["-m", "data.prepare"]}[words[at]]
+        return [sys.executable, *command, *words[at + 1 :], "--cfg", "job"]
+    if "slurm.submit" in rest:
+        kept = [word for word in rest if not word.startswith(("data=", "tokenizer="))]
+        alone = ["--nodes=1", "--ntasks-per-node=1", "--dry-run", "data=files", "tokenizer.vocab_size=512"]
+        return [*python, *kept, *SHRINK, *alone, *small_data]
     if any(word.startswith("data=fineweb") for word in rest):
         return [*python, *rest, "--cfg", "job"]  # from the hub
+    if any(word in rest for word in ("suite=paper_zeroshot", "suite=harness")):
+        return [sys.executable, *rest, "--cfg", "job"]  # from the hub
+    if "suite=builtin_cloze" in rest:
+        return [*python, *rest, "suite.tasks=[cloze]", "limit=4"]  # on the small data
+    if "suite=long_context" in rest:
+        own = [word for word in rest if not word.startswith("suite.files")]
+        return [*python, *own, "suite.lengths=[32,128]", "suite.trials=1", "limit=2"]
     if "eval.speed.decoding" in rest:
         rest = [word for word in rest if not word.startswith(("d_models=", "size=", "lengths=", "batches="))]
         return [*python, *rest, "size=tiny", "size.n_layers=1", "lengths=[64]", "batches=[1]", "rounds=1"]

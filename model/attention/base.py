@@ -6,7 +6,7 @@ attend is a core's business (model/cores).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.cache import LayerCache
 from model.cores.base import AttentionCore, AttentionMask
-from model.rope import apply_rope, rope_tables
+from model.rope import RopeScaling, apply_rope, rope_tables
 
 
 class QKV(ABC):
@@ -61,6 +61,7 @@ class AttentionConfig(ABC):
     qk_norm: bool = False  # RMS-normalise each query and key head, without a learned weight
     output_gate: bool = False  # multiply the attended values by sigmoid(W x), arXiv 2505.06708
     by_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # size name -> values for the keys left null
+    rope_scaling: ClassVar[RopeScaling | None] = None  # an evaluation sets it on its own model's configuration
 
     @property
     def qk_head_dim(self) -> int:
@@ -83,7 +84,7 @@ class AttentionConfig(ABC):
     @property
     def scale(self) -> float:
         """What multiplies the logits before the softmax."""
-        return self.qk_head_dim**-0.5
+        return self.qk_head_dim**-0.5 * (self.rope_scaling.logit_factor if self.rope_scaling else 1.0)
 
     @property
     def head_multiple(self) -> int:
@@ -203,7 +204,7 @@ class Attention(nn.Module, ABC):
         """RoPE on each of `vectors` [B, T, N, D] at `positions`."""
         if self.config.rope_dim == 0:
             return list(vectors)
-        tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base)
+        tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base, self.config.rope_scaling)
         return [apply_rope(x, *tables) for x in vectors]
 
 

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from configs.app import CONFIGS, GROUPS, compose
 from configs.load import load, load_extended, load_flat
-from configs.schema import Config, ConfigError, EvalConfig, to_dict
+from configs.schema import Config, ConfigError, to_dict
+from configs.schema_eval import EvalConfig
 from configs.schema_sample import SampleConfig
 
 

@@ -21,7 +21,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def main(stages="0,1,2,3,3_offload", worlds="1,2,4", dtype="fp32", model="t6") -> int:
-    console, tolerance = Console(), TOLERANCES[dtype]
+    console, tolerance = Console(highlight=False, soft_wrap=True), TOLERANCES[dtype]
     stages, splits = stages.split(","), [(int(w), micro) for w in worlds.split(",") for micro in SPLITS[int(w)]]
     with tempfile.TemporaryDirectory() as folder:
         common = [*SMALL_RUN, *prepare_small_data(Path(folder)), "trainer.samples=0", "optim.lr=1e-2",

@@ -9,7 +9,8 @@ import torch
 import train
 from configs.app import compose
 from configs.load import load, load_flat
-from configs.schema import ConfigError, EvalConfig
+from configs.schema import ConfigError
+from configs.schema_eval import EvalConfig
 from data.loader import EvalLoader
 from data.shards import TokenShards
 from eval import run as eval_run
@@ -30,7 +31,9 @@ def finished(small_data, tmp_path_factory):
 def test_a_checkpoint_evaluates_to_the_loss_that_training_logged(finished):
     assert eval_run.main(load_flat(compose("eval", [f"run={finished}", "batch_size=3"]), EvalConfig)) == 0
     record = json.loads((finished / "results/perplexity.json").read_text())
-    last, results = read_metrics(finished / "metrics.jsonl")[-1], record["results"]
+    *_, last, evaluated = read_metrics(finished / "metrics.jsonl")
+    results = record["results"]
+    assert evaluated["step"] == 8 and evaluated["eval/perplexity/loss"] == results["loss"]
     assert record["step"] == 8 and record["tokens"] == last["tokens"]
     assert results["loss"] == pytest.approx(last["val/loss"], abs=1e-5)
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))

@@ -1,0 +1,121 @@
+"""A benchmark that needs no download: which of four continuations is the text's own?
+
+Each question is a passage of a validation document and the words that follow it; the wrong answers are what follows
+passages of other documents. All four come from the same pool, so only the passage tells them apart. Scored as the
+harness scores multiple choice: `acc` by log-likelihood, `acc_norm` by log-likelihood a character.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+
+import datasets
+import numpy as np
+from lm_eval.api.task import ConfigurableTask
+
+from configs.errors import ConfigError
+from data import documents, sources
+from data.loader import EVAL_KEY, permute
+from data.shards import TokenShards
+from eval.loading import LoadedRun
+from eval.ranks import from_main
+
+TASKS = ("builtin_cloze", "cloze")  # on the built-in corpus, on the run's own data
+VERSION = 1.0
+CONTEXT_WORDS, ANSWER_WORDS = 32, 8
+CHOICES = 4
+QUESTIONS = 400
+DOCUMENTS = 2000  # read of a large validation split
+VAL_FRACTION = 0.05  # of the built-in corpus, as configs/data/builtin.yaml has it
+
+
+def task(name: str, run: LoadedRun) -> ConfigurableTask:
+    """The harness's task `name` with its questions."""
+    return as_task(name, from_main(lambda: questions(texts_of(name, run))))
+
+
+def as_task(name: str, asked: list[dict]) -> ConfigurableTask:
+    """Questions {context, choices, gold} as a multiple-choice task of the harness."""
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    return ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(asked)},
+            "test_split": "test",
+            "fewshot_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "context",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "num_fewshot": 0,
+            "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
+            "metadata": {"version": VERSION},
+        }
+    )
+
+
+def texts_of(name: str, run: LoadedRun) -> Iterable[str]:
+    """Validation documents: the built-in corpus's from the run's shards where they are that, else from the modules."""
+    if name == "cloze" or run.config.data.source == "builtin":
+        return shard_texts(run)
+    corpus = sources.builtin_corpus(None, True)
+    return (one["text"] for one in corpus if documents.place(one["name"].encode()) <= VAL_FRACTION)
+
+
+def shard_texts(run: LoadedRun) -> Iterator[str]:
+    """Documents of the run's validation split, at most DOCUMENTS of them, spread over it."""
+    shards = TokenShards(run.config.data.dir, "val")
+    spans = [
+        (array, int(start), int(end))
+        for array, starts in zip(shards.arrays, shards.documents(), strict=True)
+        for start, end in zip(starts, [*starts[1:], len(array)], strict=True)
+    ]
+    chosen = permute(np.arange(min(DOCUMENTS, len(spans))), len(spans), EVAL_KEY)
+    for number in sorted(chosen):
+        array, start, end = spans[number]
+        ids = array[start:end].tolist()
+        yield run.tokenizer.decode(ids[:-1] if ids[-1] == run.tokenizer.end_of_text else ids)
+
+
+def questions(texts: Iterable[str]) -> list[dict]:
+    """[{context, choices, gold}], at most QUESTIONS, the same for the same texts. ConfigError for too little text."""
+    found = [(number, *cut) for number, text in enumerate(texts) for cut in cuts(text)]
+    chosen = permute(np.arange(min(QUESTIONS, len(found))), len(found), EVAL_KEY) if found else []
+    asked = []
+    for place in sorted(chosen):
+        document, context, answer = found[place]
+        wrong = distractors(found, place, document, answer)
+        if len(wrong) == CHOICES - 1:
+            gold = digest(context) % CHOICES
+            asked.append({"context": context, "choices": [*wrong[:gold], answer, *wrong[gold:]], "gold": gold})
+    if not asked:
+        raise ConfigError(
+            f"suite.tasks: the validation split is too small for questions: they need several documents of more than "
+            f"{CONTEXT_WORDS + ANSWER_WORDS} words"
+        )
+    return asked
+
+
+def cuts(text: str) -> Iterator[tuple[str, str]]:
+    """Passages of a text and the words that follow, with a single space between, side by side."""
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    for start in range(0, len(words) - CONTEXT_WORDS - ANSWER_WORDS + 1, CONTEXT_WORDS + ANSWER_WORDS):
+        border, end = start + CONTEXT_WORDS, start + CONTEXT_WORDS + ANSWER_WORDS
+        before, after = words[border - 1][1], words[border][0]
+        if text[before:after] == " ":
+            yield text[words[start][0] : before], text[after : words[end - 1][1]]
+
+
+def distractors(found: list[tuple[int, str, str]], place: int, document: int, answer: str) -> list[str]:
+    """CHOICES - 1 answers to passages of other documents (fewer where there are none)."""
+    wrong: list[str] = []
+    key = digest(found[place][1] + answer)
+    for other in permute(np.arange(min(64, len(found))), len(found), key):
+        source, _, theirs = found[other]
+        if source != document and theirs not in (answer, *wrong):
+            wrong.append(theirs)
+    return wrong[: CHOICES - 1]
+
+
+def digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")

@@ -1,0 +1,127 @@
+"""What an evaluation leaves: results/<suite>.json, what was drawn, a line in metrics.jsonl, and the same in W&B."""
+
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from eval.loading import LoadedRun
+from training.checkpoint import newest, write_atomic
+from training.metrics import start_wandb
+
+
+@dataclass
+class Outcome:
+    """Results by flat key: `loss`, or `<task>/<metric>` where they belong to tasks."""
+
+    results: dict[str, float]
+    stderr: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, str] | None = None  # the tasks to log, and the names to log them by; None: there are no tasks
+    versions: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)  # what else the JSON file holds: curves, settings
+    shown: list[RenderableType] = field(default_factory=list)  # in the terminal; default: the results
+    files: dict[str, str | Callable[[Path], None]] = field(default_factory=dict)  # by suffix: text, or what draws it
+
+    def metrics(self, suite: str) -> dict[str, float]:
+        """The results by the names that they have in metrics.jsonl and W&B."""
+        named = {}
+        for key, value in self.results.items():
+            task, slash, metric = key.partition("/")
+            if self.tasks is None or not slash:
+                named[f"eval/{suite}/{key}"] = value
+            elif task in self.tasks:
+                named[f"eval/{self.tasks[task]}/{metric}"] = value
+        return named
+
+
+def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
+    """Write the results and the files beside them; `variant` goes into the files' names. Rank 0 calls it."""
+    record = {
+        "run": run.config.run.name,
+        "suite": suite,
+        "step": run.step,
+        "tokens": run.tokens,
+        "limit": limit,
+        "results": outcome.results,
+        "stderr": outcome.stderr,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch",)} | outcome.versions,
+    }
+    folder = run.dir / "results"
+    folder.mkdir(exist_ok=True)
+    for suffix, content in outcome.files.items():
+        path = folder / f"{suite}{variant}{suffix}"
+        if isinstance(content, str):
+            write_atomic(path, content)
+        else:
+            draw(content, path)
+    path = folder / f"{suite}{variant}.json"
+    write_atomic(path, json.dumps(finite(record | outcome.details), indent=2) + "\n")
+    return path
+
+
+def draw(picture: Callable[[Path], None], path: Path) -> None:
+    """Write a picture so that a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    picture(partial)
+    os.replace(partial, path)
+
+
+def finite(value):
+    """The same with null for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor: float | None) -> str:
+    """What tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
+    latest = newest(run.dir, warn=lambda line: None)
+    older = step is not None and latest is not None and latest.name != f"step_{step:08d}"
+    scaled = "" if rope_scaling == "none" else f"_{rope_scaling}{rope_factor:g}"
+    return (f"_step_{step:08d}" if older else "") + scaled
+
+
+def log(run: LoadedRun, suite: str, metrics: dict[str, float]) -> None:
+    """Add the results to the run, at the step that they belong to: a line of metrics.jsonl, and W&B.
+
+    A run that is not finished has one writer, the training process: it finds them in results/inbox and logs them.
+    """
+    facts, metrics = {"step": run.step, "tokens": run.tokens}, finite(metrics)
+    inbox = run.dir / "results" / "inbox"
+    if not (run.dir / "summary.json").exists():
+        inbox.mkdir(parents=True, exist_ok=True)
+        write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(facts | {"metrics": metrics}))
+        return
+    line = facts | metrics
+    with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    dashboard = start_wandb(run.config, {}, run.dir)
+    if dashboard is not None:
+        try:
+            dashboard.log(line)
+            dashboard.finish()
+        except Exception as error:  # a dashboard is no reason to fail
+            print(f"W&B failed (metrics.jsonl has everything): {error}")
+
+
+def show(outcome: Outcome, path: Path) -> None:
+    """Print the results and where they are."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # a table is better cut by the terminal than wrapped
+    for item in outcome.shown:
+        console.print(item)
+    if not outcome.shown:
+        for name, value in outcome.results.items():
+            spread = f"  +- {outcome.stderr[name]:.4f}" if name in outcome.stderr else ""
+            console.print(f"{name:>16}  {value:,.4f}{spread}" if isinstance(value, float) else f"{name:>16}  {value:,}")
+    console.print(f"{'written to':>16}  {path}")
+    for suffix in outcome.files:
+        console.print(f"{'':>16}  {path.with_name(path.stem + suffix)}")

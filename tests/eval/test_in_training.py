@@ -1,0 +1,100 @@
+"""Benchmarks in training: inside the job without a trace in the run, and as jobs of their own."""
+
+import json
+import os
+import stat
+
+import pytest
+
+import train
+from configs.app import compose
+from configs.load import load
+from configs.schema import ConfigError
+from eval import in_training
+from eval import run as eval_run
+from tests.eval.helpers import evaluation
+from training.metrics import read_metrics
+
+BENCHMARKS = ["trainer.benchmark_every=4", "trainer.benchmarks=[builtin_cloze]", "trainer.benchmark_limit=6",
+              "trainer.benchmark_overrides=['suite.tasks=[cloze]']"]  # fmt: skip
+
+
+def lines(folder, *, evaluations: bool) -> list[dict]:
+    return [
+        line for line in read_metrics(folder / "metrics.jsonl") if any("eval/" in key for key in line) == evaluations
+    ]
+
+
+def test_benchmarks_are_logged_at_their_step_and_leave_no_trace_in_training(small_run, tmp_path):
+    plain, other = [*small_run, f"run.dir={tmp_path}/plain"], [*small_run, f"run.dir={tmp_path}/other", *BENCHMARKS]
+    assert train.main(load(compose("train", plain))) == train.main(load(compose("train", other))) == 0
+    before, after = read_metrics(tmp_path / "plain/metrics.jsonl"), read_metrics(tmp_path / "other/metrics.jsonl")
+    for one, two in zip(before, after, strict=True):
+        assert {key: two[key] for key in one if "perf" not in key} == {
+            key: one[key] for key in one if "perf" not in key
+        }
+    scored = {line["step"]: line["eval/cloze/acc_norm"] for line in after if "eval/cloze/acc_norm" in line}
+    assert scored.keys() == {4, 8}
+    record = json.loads((tmp_path / "other/results/builtin_cloze.json").read_text())
+    assert record["step"] == 8 and record["limit"] == 6 and record["results"]["cloze/acc_norm"] == scored[8]
+    # The same suite on the checkpoint, by the command, gives the same scores.
+    arguments = [f"run={tmp_path}/other", "suite=builtin_cloze", "suite.tasks=[cloze]", "limit=6"]
+    assert eval_run.main(evaluation(*arguments, "step=4")) == 0
+    older = json.loads((tmp_path / "other/results/builtin_cloze_step_00000004.json").read_text())
+    assert older["results"]["cloze/acc_norm"] == pytest.approx(scored[4])
+
+
+def test_a_failing_benchmark_costs_its_results_only(small_run, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(eval_run, "run_suite", fail)
+    assert train.main(load(compose("train", [*small_run, *BENCHMARKS]))) == 0
+    assert "the benchmark builtin_cloze failed, training goes on: no such luck" in capsys.readouterr().out
+
+
+def test_what_cannot_be_benchmarked_is_refused_before_anything_is_made(small_run, tmp_path):
+    with pytest.raises(ConfigError, match="there is no configs/suite/imagenet.yaml"):
+        load(compose("train", [*small_run, "trainer.benchmarks=[imagenet]"]))
+    missing = ["trainer.benchmarks=[paper_zeroshot]", f"trainer.benchmark_overrides=['suite.data_dir={tmp_path}/none']"]
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        train.main(load(compose("train", [*small_run, "trainer.benchmark_every=4", *missing])))
+    assert not (tmp_path / "run").exists()
+
+
+def test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps(small_run, tmp_path, monkeypatch):
+    """A scheduler that runs the job at a later step stands for Slurm: tests/slurm has a real one."""
+    submitted = tmp_path / "submitted"
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$*" >> {submitted}\nenv | grep -c WORLD_SIZE >> {tmp_path}/leaks\necho 7\n'
+    )
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(in_training, "SCRIPT", sbatch)
+    run, original = tmp_path / "run", in_training.Benchmarks.due
+
+    def due(self, step):  # between steps 6 and 7 the first job gets its turn
+        if step == 7 and not (run / "results/builtin_cloze_step_00000002.json").exists():
+            assert eval_run.main(evaluation(*submitted.read_text().splitlines()[0].split()[2:])) == 0
+        return original(self, step)
+
+    monkeypatch.setattr(in_training.Benchmarks, "due", due)
+    overrides = [
+        *small_run,
+        *BENCHMARKS,
+        "trainer.benchmark_every=2",
+        "trainer.benchmark_job=true",
+        "trainer.keep_checkpoints=1",
+    ]
+    assert train.main(load(compose("train", overrides))) == 0
+    assert [line.split()[-1] for line in submitted.read_text().splitlines()] == [f"step={n}" for n in (2, 4, 6, 8)]
+    assert set((tmp_path / "leaks").read_text().split()) == {"0"}
+    (scored,) = lines(run, evaluations=True)
+    assert scored["step"] == 2 and scored["tokens"] == 1024 and "eval/cloze/acc_norm" in scored
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"step_00000004", "step_00000006", "step_00000008"}  # the first one has been read
+    # The others get theirs when the run is finished: then the evaluation itself adds the line.
+    assert eval_run.main(evaluation(*submitted.read_text().splitlines()[1].split()[2:])) == 0
+    assert [line["step"] for line in lines(run, evaluations=True)] == [2, 4]

@@ -1,0 +1,140 @@
+"""Length: RoPE scaling against transformers', the same tokens at every length, and passkeys that an oracle finds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from configs.schema import ConfigError
+from eval import run as eval_run
+from eval.loading import LoadedRun
+from eval.long_context import documents_of, long_context_suite
+from eval.passkey import prompt, retrieve
+from eval.texts import read_text
+from tests.eval.helpers import evaluation
+
+HUGGING_FACE = {"linear": ("linear", 4.0), "ntk": ("dynamic", 1.0), "yarn": ("yarn", 4.0)}  # NTK at 4 x the length
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_scaled_rope_is_transformers(ours, theirs, kind):
+    name, factor = HUGGING_FACE[kind]
+    config = transformers.LlamaConfig(**(theirs.config.to_dict() | {
+        "rope_parameters": {"rope_type": name, "factor": factor, "rope_theta": 10000.0},
+        "attn_implementation": "eager",
+    }))  # fmt: skip
+    llama = transformers.LlamaForCausalLM(config).eval()
+    llama.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(512, (2, 4 * ours.context), generator=torch.Generator().manual_seed(0))
+    plain = ours.model(tokens)
+    ours.scale_rope(kind, 4.0)
+    try:
+        scaled = ours.model(tokens)
+    finally:
+        ours.scale_rope("none", None)
+    assert torch.allclose(scaled, llama(tokens).logits, atol=2e-4)
+    assert not torch.allclose(scaled, plain, atol=1e-3) and torch.equal(ours.model(tokens), plain)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    (folder / "long.txt").write_text("".join(f"The value of item {n} is {n * n % 97}.\n" for n in range(60)))
+    (folder / "short.txt").write_text("Too short to count.")
+    return folder
+
+
+@torch.no_grad()
+def test_every_length_is_scored_on_the_same_tokens(ours, book):
+    arguments = [f"suite.files=[{book}/*.txt]", "suite.lengths=[32,128,256]", "suite.scored=20", "suite.trials=0"]
+    config = evaluation("run=x", "suite=long_context", *arguments, "suite.scalings=[none,yarn]", "suite.windows=4")
+    found = long_context_suite(ours, config)
+    (document, _) = sorted(documents_of(read_text(config.suite, ours)), key=len, reverse=True)
+    places = range(len(document) - 1, 255, -20)
+    ends = [places[n] for n in np.linspace(0, len(places) - 1, 4).round().astype(int)]
+    for length in (32, 128, 256):
+        losses = []
+        for end in ends:
+            tokens = torch.tensor(document[end - length : end + 1])
+            logits = ours.model(tokens[None, :-1])[0]
+            losses.append(F.cross_entropy(logits[-20:], tokens[-20:]))
+        assert found.results[f"none/{length}/loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+    assert found.results["yarn/32/loss"] == found.results["none/32/loss"]  # no longer than in training
+    assert found.results["yarn/256/loss"] != found.results["none/256/loss"]
+    assert found.results["none/256/tokens_per_second"] > 0 and found.results["none/256/memory_gb"] > 0
+
+
+class Copier(nn.Module):
+    """Continues as the text did after the last four tokens, if it sees that they were there before."""
+
+    def __init__(self, vocab_size: int, sight: int):
+        super().__init__()
+        self.vocab_size, self.sight, self.head = vocab_size, sight, nn.Identity()
+
+    def forward(self, tokens):
+        logits = torch.zeros(*tokens.shape, self.vocab_size)
+        for row, ids in enumerate(tokens.tolist()):
+            for place in range(3, len(ids)):
+                for earlier in range(place - 1, max(3, place - self.sight), -1):
+                    if ids[earlier - 3 : earlier + 1] == ids[place - 3 : place + 1]:
+                        logits[row, place, ids[earlier + 1]] = 1.0
+                        break
+        return self.head(logits)
+
+
+def test_passkeys_are_found_by_who_can_see_them(ours):
+    found = {}
+    for sight in (10_000, 150):
+        model = Copier(ours.model.config.vocab_size, sight)
+        oracle = LoadedRun(ours.dir, ours.config, 0, 0, model, ours.tokenizer, ours.runtime)
+        found[sight], nats = retrieve(oracle, 400, [0.0, 1.0], trials=2, batch_size=4)
+        assert nats.shape == (2,)
+    assert found[10_000].tolist() == [1.0, 1.0] and found[150].tolist() == [0.0, 1.0]
+    assert retrieve(ours, 32, [0.5], 1, 1) is None
+
+
+def test_prompts_have_their_length_and_depth(ours):
+    for length in (300, 512):
+        places = []
+        for depth in (0.0, 0.3, 1.0):
+            context, answer = prompt(ours.tokenizer, "31415", length, depth)
+            assert len(context) + len(answer) == length + 1
+            text = ours.tokenizer.decode(context + answer)
+            assert text.endswith("The pass key is 31415") and text.count("31415") == 3
+            places.append(text.index("31415") / len(text))
+        assert places == sorted(places) and places[0] < 0.35 and places[-1] > 0.6
+
+
+def test_two_runs_side_by_side(trained, book, capsys):
+    arguments = [
+        f"suite.files=[{book}/*.txt]",
+        "suite.lengths=[64,256]",
+        "suite.trials=1",
+        "suite.depths=[0,1]",
+        "limit=2",
+    ]
+    config = evaluation(f"run={trained}", "suite=long_context", *arguments, f"suite.beside=[{trained}]")
+    assert eval_run.main(config) == 0
+    results = trained / "results"
+    for name in ("long_context.png", "long_context_passkey.png", "long_context_beside.png"):
+        assert (results / name).read_bytes()[:4] == b"\x89PNG"
+    table = (results / "long_context_beside.md").read_text().splitlines()
+    assert len([line for line in table if "| none |" in line]) == 4  # two runs at two lengths
+    record = json.loads((results / "long_context.json").read_text())
+    assert record["results"]["none/256/loss"] > 0 and "none/64/passkey" not in record["results"]
+    assert capsys.readouterr().out.count("256") >= 2
+
+
+def test_lengths_that_no_document_has_are_refused(ours, book):
+    with pytest.raises(ConfigError, match=r"suite.lengths=\[64, 100000\]: the longest document"):
+        long_context_suite(ours, evaluation("run=x", "suite=long_context", f"suite.files=[{book}/*.txt]",
+                                            "suite.lengths=[64,100000]"))  # fmt: skip
+    with pytest.raises(ConfigError, match="takes suite.scalings"):
+        evaluation("run=x", "suite=long_context", "rope_scaling=yarn", "rope_factor=2")
+    with pytest.raises(ConfigError, match="must be one of none, linear, ntk, yarn"):
+        evaluation("run=x", "suite=long_context", "suite.scalings=[alibi]")
