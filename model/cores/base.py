@@ -104,6 +104,9 @@ class AttentionCore(ABC):
         """What `layer_cache` keeps for every token: the shape of each part by its name."""
         return attention.cache_shapes()
 
+    def check_decoding(self, dtype: torch.dtype | None, compiled: bool) -> None:
+        """Raise a ValueError that names what this core's cache cannot be; `dtype` None: that of the forward pass."""
+
     def attend_cached(self, attention: "Attention", x: Tensor, positions: Tensor, mask: AttentionMask, cache) -> Tensor:
         """The attended values [B, T, H, E] of x [B, T, M], whose tokens join the layer's cache."""
         return attention.attend_cached(x, positions, mask, cache)

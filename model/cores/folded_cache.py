@@ -40,8 +40,7 @@ class FoldedCache:
     """
 
     def __init__(self, owner: KVCache, core: "SequenceTensor", dtype: torch.dtype, device):
-        if dtype == torch.int8:
-            raise ValueError(f"core={core.name}: closed values are not quantised; use a float dtype for the cache")
+        core.check_decoding(dtype, compiled=False)
         self.owner, self.core, self.dtype, self.device = owner, core, dtype, device
         self.fold = core.fold
         self.spans = list(accumulate(self.fold[:-1], mul, initial=1))  # positions inside of a step: 1, n_1, n_1 n_2 ...
@@ -50,10 +49,7 @@ class FoldedCache:
         self.ends = [0] * owner.batch
 
     def fix_shapes(self) -> None:
-        raise ValueError(
-            f"core={self.core.name}: folds blocks as they complete, which a compiled step of fixed shapes cannot; "
-            "decode without compiling"
-        )
+        self.core.check_decoding(self.dtype, compiled=True)
 
     def attend(self, qkv: QKV, rotate: Callable, positions: Tensor, scale: float) -> Tensor:
         """The attended values [B, T, H, E] of tokens at `positions` [B or 1, T], which join the cache.

@@ -135,6 +135,15 @@ class SequenceTensor(PartialCore):
             value = tuple(qkv.materialize().v.shape[2:])
         return shapes | {"values": value if len(self.fold) == 1 else (attention.n_heads, attention.v_head_dim)}
 
+    def check_decoding(self, dtype: torch.dtype | None, compiled: bool) -> None:
+        if dtype == torch.int8:
+            raise ValueError(f"core={self.name}: closed values are not quantised; use a float dtype for the cache")
+        if compiled:
+            raise ValueError(
+                f"core={self.name}: folds blocks as they complete, which a compiled step of fixed shapes cannot; "
+                "decode without compiling"
+            )
+
     def attend_cached(self, attention, x: Tensor, positions: Tensor, mask: AttentionMask, cache: FoldedCache) -> Tensor:
         return cache.attend(attention.project(x), attention.rotate, positions, attention.config.scale)
 

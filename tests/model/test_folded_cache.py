@@ -73,3 +73,7 @@ def test_what_its_cache_cannot_do_is_refused():
     torch.testing.assert_close(net(tokens, cache=cache), net(tokens), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="decode without compiling"):
         net.generate([[1, 2]], 2, compiled=True)
+    for dtype, compiled in ((torch.int8, False), (None, True)):
+        with pytest.raises(ValueError, match="core=sequence_tensor: "):
+            net.config.core.check_decoding(dtype, compiled)
+    net.config.core.check_decoding(None, False)
