@@ -114,6 +114,8 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
         errors.extend(found)
         if block and not found:
             sound.add(key)
+    if sound >= {"core", "trainer"}:
+        blocks["core"] = blocks["core"].resolved(blocks["trainer"].seq_len)
     if sound >= {"model", "size", "core", "trainer"}:
         blocks["model"] = fill_heads(blocks["model"], blocks["core"], size, blocks["trainer"].seq_len)
     if sound >= {"data", "tokenizer", "core"}:
@@ -154,7 +156,8 @@ def data_errors(data, tokenizer, core):
     except ConfigError as error:
         yield from error.errors
     if data.document_mask and not core.masks_documents:
-        yield f"data.document_mask=true: core={core.name} cannot mask documents; use core=sdpa"
+        why = f", {core.why_no_documents}" if core.why_no_documents else ""
+        yield f"data.document_mask=true: core={core.name} cannot mask documents{why}; use core=sdpa"
 
 
 def load_flat(tree: DictConfig, cls: type):

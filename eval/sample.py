@@ -183,6 +183,10 @@ def main(config: SampleConfig) -> int:
     from eval.loading import load_run
 
     run = load_run(config.run, config.device, config.dtype)
+    try:
+        run.config.core.check_decoding(CACHE_DTYPES.get(config.cache_dtype), config.cache and config.compile)
+    except ValueError as error:
+        raise ConfigError(f"cache_dtype={config.cache_dtype}, compile={config.compile}: {error}") from None
     run.model.store_weights_as_computed()
     notes = Console(stderr=True, highlight=False, soft_wrap=True, style="dim")
     notes.print(f"{config.run}, step {run.step}")

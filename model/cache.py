@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from model.cores.base import AttentionMask
+from model.cores.base import AttentionCore, AttentionMask
 
 BLOCK = 256  # tokens by which a cache grows
 SCALE_DTYPE = torch.bfloat16  # of int8's scales: one a token and part
@@ -95,6 +95,9 @@ class LayerCache:
             part.write(new[name], positions)
         return {name: part.read(self.owner.n_keys, new[name].dtype) for name, part in self.parts.items()}
 
+    def fix_shapes(self) -> None:
+        """ValueError where this layer cannot go on with shapes that never change."""
+
     def places(self) -> Tensor:
         """The positions [1, S] of the tokens that `append` returns."""
         n_keys = self.owner.capacity if self.owner.n_keys is None else self.owner.n_keys
@@ -119,13 +122,18 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         documents: bool = False,
+        cores: Sequence[AttentionCore] = (),
     ):
         self.batch, self.capacity = batch, capacity
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.layers = [LayerCache(self, shapes, dtype, device) for _ in range(n_layers)]
+        if cores:
+            self.layers = [core.layer_cache(self, shapes, dtype, device) for core in cores]
+        else:
+            self.layers = [LayerCache(self, shapes, dtype, device) for _ in range(n_layers)]
         # The number of each token's document and, at a row's length, of its next token's.
         self.documents = torch.zeros(batch, capacity + 1, dtype=torch.int32, device=device) if documents else None
         self.n_keys: int | None = 0  # what a layer attends to; None: all there is room for
+        self.counts: list[int] | None = None  # how many of the tokens of `begin` are each row's own; None: all
         self._ends = [0] * batch  # `lengths`, on the host
 
     @property
@@ -136,6 +144,9 @@ class KVCache:
     def static(self, static: bool) -> None:
         if self.static and not static:
             self._ends = self.lengths.tolist()
+        if static:
+            for layer in self.layers:
+                layer.fix_shapes()
         self.n_keys = None if static else 0
 
     def parts(self) -> Iterator[Part]:
@@ -171,12 +182,18 @@ class KVCache:
             if self.documents is not None:
                 self.documents = longer(self.documents, self.capacity + 1)
 
-    def begin(self, tokens: Tensor, document_end: int | None = None) -> tuple[Tensor, AttentionMask]:
-        """Positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and the mask to attend with."""
+    def begin(
+        self, tokens: Tensor, document_end: int | None = None, counts: Tensor | None = None
+    ) -> tuple[Tensor, AttentionMask]:
+        """Positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and the mask to attend with.
+
+        `counts`: as `advance` will be given.
+        """
         batch, n_tokens = tokens.shape
         if batch != self.batch:
             raise ValueError(f"{batch} rows of tokens for a cache of {self.batch}")
         new = torch.arange(n_tokens, device=tokens.device)
+        self.counts = None if counts is None or self.static else counts.tolist()
         if not self.static:
             self.reserve(n_tokens)
             self.n_keys = max(self._ends) + n_tokens

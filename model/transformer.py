@@ -64,7 +64,8 @@ class Transformer(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute  # drop each block's activations and compute them again in the backward pass
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        attentions = (config.attention.build(config.d_model, layer, config.core) for layer in range(config.n_layers))
+        cores = [config.core.for_layer(layer) for layer in range(config.n_layers)]
+        attentions = (config.attention.build(config.d_model, layer, core) for layer, core in enumerate(cores))
         self.blocks = nn.ModuleList(Block(a, config.d_model, config.d_ff, config.norm_eps) for a in attentions)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -127,7 +128,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _continue(self, tokens: Tensor, cache: KVCache, counts: Tensor | None, last: bool) -> Tensor:
         with self._autocast(tokens.device.type):
-            positions, mask = cache.begin(tokens, self.config.document_end)
+            positions, mask = cache.begin(tokens, self.config.document_end, counts)
             x = self.embed(tokens)
             for block, layer in zip(self.blocks, cache.layers, strict=True):
                 x = block(x, positions, mask, layer)
@@ -155,4 +156,5 @@ class Transformer(nn.Module):
         return KVCache(
             self.config.attention.cache_shapes(), self.config.n_layers, batch, capacity,
             dtype or self.autocast_dtype or weight.dtype, weight.device, self.config.document_end is not None,
+            [block.attention.core for block in self.blocks],
         )  # fmt: skip

@@ -101,6 +101,8 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
         there = {"runs/mechanisms": "runs/first", "runs/elastic": "runs/first"}
         there |= {} if "update=true" in rest else {"reference=reference.json": "reference=runs/first/summary.json"}
         return [*python, *(there.get(word, word) for word in rest)]
+    if "eval.speed.attention" in rest:
+        return [*python, *rest, "lengths=[64,128]", "rounds=1", "n_heads=1"]
     if "train.py" not in rest or "--cfg" in rest:
         return [*python, *rest]
     own_data = (

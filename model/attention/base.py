@@ -24,6 +24,15 @@ class QKV(ABC):
     def materialize(self) -> "Dense":
         """The same as explicit queries, keys and values."""
 
+    def keys(self) -> dict[str, Tensor]:
+        """The keys alone, [B, S, ...] by name, in as few numbers as this form has for them."""
+        return {"k": self.materialize().k}
+
+    @staticmethod
+    def make_keys(kept: dict[str, Tensor]) -> Tensor:
+        """Explicit keys [B, S, G, D] from what `keys` gave."""
+        return kept["k"]
+
 
 @dataclass
 class Dense(QKV):
@@ -165,7 +174,7 @@ class Attention(nn.Module, ABC):
         if cache is None:
             attended = self.core(self.project(x), self.rotate, positions, mask, self.config.scale)
         else:
-            attended = self.attend_cached(x, positions, mask, cache)
+            attended = self.core.attend_cached(self, x, positions, mask, cache)
         attended = attended.flatten(-2)
         if self.gate_proj is not None:
             attended = attended * torch.sigmoid(self.gate_proj(x))

@@ -62,6 +62,13 @@ class Factored(QKV):
     def materialize(self) -> Dense:
         return Dense(self.q.product(), self.k.product(), self.v.product())
 
+    def keys(self) -> dict[str, Tensor]:
+        return {name: factor for name, factor in vars(self.k).items() if factor is not None}
+
+    @staticmethod
+    def make_keys(kept: dict[str, Tensor]) -> Tensor:
+        return Factors(**kept).product()
+
 
 @dataclass
 class TensorProductConfig(AttentionConfig):

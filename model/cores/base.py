@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from model.attention.base import QKV, AttentionConfig
+    from model.attention.base import QKV, Attention, AttentionConfig
+    from model.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class AttentionMask:
     `starts` [B] is the key index of each row's first query, where the rows of a cache differ in length: query t of row
     b is at index starts[b] + t, and what lies beyond a row's last query is garbage, NaN perhaps, that must not reach
     the result. Without it the queries are the last T of the S positions. `documents` [B, S] numbers the document of
-    each position: a query sees keys of its own only.
+    each position: a query sees keys of its own only. `window` limits a query to so many keys before it, its own
+    included.
     """
 
     causal: bool = True
     documents: Tensor | None = None
     starts: Tensor | None = None
+    window: int | None = None
 
     def allowed(self, n_queries: int, n_keys: int, device=None) -> Tensor:
         """The mask spelt out, true where the query sees the key: [T, S], or [B, 1, T, S] with documents or starts."""
@@ -33,6 +36,8 @@ class AttentionMask:
         places = first + queries  # [T] or [B, T]
         last = places if self.causal else places[..., -1:]
         seen = (keys <= last[..., None]).expand(*places.shape, n_keys)
+        if self.window is not None:
+            seen = seen & (keys > places[..., None] - self.window)
         if self.documents is not None:
             own = self.documents.gather(1, places.expand(self.documents.size(0), n_queries))
             seen = seen & (own[:, :, None] == self.documents[:, None, :])
@@ -47,6 +52,11 @@ class AttentionMask:
         return (seq_len + 1) / 2 if self.causal else seq_len
 
 
+def share_heads(x: Tensor, n_heads: int) -> Tensor:
+    """x [B, S, G, D] with each key head repeated for the H / G query heads that it serves, [B, S, H, D]."""
+    return x if x.size(2) == n_heads else x.repeat_interleave(n_heads // x.size(2), dim=2)
+
+
 @dataclass
 class AttentionCore(ABC):
     """A core is its own configuration: a dataclass that a YAML in configs/core/ names.
@@ -56,6 +66,7 @@ class AttentionCore(ABC):
 
     name: str
     masks_documents: ClassVar[bool] = False  # whether it honours AttentionMask.documents; others are refused with them
+    why_no_documents: ClassVar[str] = ""  # the reason, where there is one to give
 
     def errors(self):
         """Mistakes in the core's own keys, one message each."""
@@ -63,6 +74,14 @@ class AttentionCore(ABC):
 
     def check(self, attention: "AttentionConfig", device: str, dtype: torch.dtype) -> None:
         """Raise a ValueError that names what this core cannot do; never fall back silently."""
+
+    def resolved(self, seq_len: int) -> "AttentionCore":
+        """The core with what it takes from the training length decided, as the run's configuration keeps it."""
+        return self
+
+    def for_layer(self, layer: int) -> "AttentionCore":
+        """What layer number `layer`, counted from 0, attends with."""
+        return self
 
     @abstractmethod
     def __call__(
@@ -75,6 +94,39 @@ class AttentionCore(ABC):
     ) -> Tensor:
         """The attended values [B, T, H, E] for positions [B or 1, T] and softmax(q k^T * scale)."""
 
+    def layer_cache(self, owner: "KVCache", shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device):
+        """What a layer keeps of the tokens so far: the mechanism's `shapes`, unless a core needs something else."""
+        from model.cache import LayerCache
+
+        return LayerCache(owner, shapes, dtype, device)
+
+    def cache_shapes(self, attention: "AttentionConfig") -> dict[str, tuple[int, ...]]:
+        """What `layer_cache` keeps for every token: the shape of each part by its name."""
+        return attention.cache_shapes()
+
+    def check_decoding(self, dtype: torch.dtype | None, compiled: bool) -> None:
+        """Raise a ValueError that names what this core's cache cannot be; `dtype` None: that of the forward pass."""
+
+    def attend_cached(self, attention: "Attention", x: Tensor, positions: Tensor, mask: AttentionMask, cache) -> Tensor:
+        """The attended values [B, T, H, E] of x [B, T, M], whose tokens join the layer's cache."""
+        return attention.attend_cached(x, positions, mask, cache)
+
     @abstractmethod
     def flops_per_token(self, attention: "AttentionConfig", seq_len: int) -> float:
         """Floating-point operations of one layer's forward pass for one token of a sequence of `seq_len`."""
+
+
+@dataclass
+class PartialCore(AttentionCore):
+    """A core that does not let every query meet every key; `full_every` mixes it with full attention."""
+
+    full_every: int | None = None  # every so many layers, the last of each such group attends in full (core=sdpa)
+
+    def errors(self):
+        if self.full_every is not None and self.full_every < 1:
+            yield f"core.full_every={self.full_every}: must be at least 1, or null"
+
+    def for_layer(self, layer: int) -> AttentionCore:
+        from model.cores.sdpa import SDPA
+
+        return SDPA() if self.full_every and (layer + 1) % self.full_every == 0 else self

@@ -46,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -
         q = q.reshape(q.size(0), n_groups, n_heads // n_groups, -1)
     elif n_heads != n_groups:
         options["enable_gqa"] = True
-    plain = mask.documents is None and mask.starts is None
+    plain = mask.documents is None and mask.starts is None and mask.window is None
     if plain and mask.causal and n_queries == n_keys > 1:
         options["is_causal"] = True  # aligned to the top left, where a cache's queries are at the bottom right
     elif not plain or (mask.causal and n_queries > 1):
@@ -61,6 +61,6 @@ def attend_by_row(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: f
     for row, start in enumerate(mask.starts.tolist()):
         here, end = slice(row, row + 1), start + q.size(2)
         documents = None if mask.documents is None else mask.documents[here, :end]
-        own = AttentionMask(mask.causal, documents)
+        own = AttentionMask(mask.causal, documents, window=mask.window)
         rows.append(attend(q[here], k[here, :, :end], v[here, :, :end], own, scale))
     return torch.cat(rows)

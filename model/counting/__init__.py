@@ -43,9 +43,10 @@ def training_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
 
     Causal attention counts the keys a query sees, (T + 1)/2 on average; PaLM's convention (6N + 12LHDT) counts all T.
     """
-    attention = attention_flops_per_token(config.attention, config.core, config.d_model, seq_len)
-    layer = attention + 2 * 3 * config.d_model * config.d_ff
-    return 3 * (config.n_layers * layer + 2 * config.vocab_size * config.d_model)
+    attention, cores = config.attention, [config.core.for_layer(layer) for layer in range(config.n_layers)]
+    attentions = sum(attention_flops_per_token(attention, core, config.d_model, seq_len) for core in cores)
+    feed_forward = config.n_layers * 2 * 3 * config.d_model * config.d_ff
+    return 3 * (attentions + feed_forward + 2 * config.vocab_size * config.d_model)
 
 
 def kv_numbers_per_token(attention: AttentionConfig) -> int:
@@ -55,7 +56,8 @@ def kv_numbers_per_token(attention: AttentionConfig) -> int:
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16) -> int:
     """KV-cache bytes a token over all layers, int8's scales included; `KVCache` allocates so many."""
-    return config.n_layers * bytes_per_token(config.attention.cache_shapes(), dtype)
+    cores = (config.core.for_layer(layer) for layer in range(config.n_layers))
+    return sum(bytes_per_token(core.cache_shapes(config.attention), dtype) for core in cores)
 
 
 def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int = 2) -> int:

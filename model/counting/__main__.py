@@ -12,6 +12,7 @@ from configs.app import CONFIGS, app, compose
 from configs.load import load, load_flat
 from configs.schema import CACHE_DTYPES, ConfigError, CountingConfig, parse_bytes
 from model import counting
+from model.cache import bytes_per_token
 from model.transformer import TransformerConfig
 
 SIZES = ("tiny", "small", "medium", "large", "xl")
@@ -41,6 +42,8 @@ def main(config: CountingConfig) -> int:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     columns = ["size", "model", "heads", "params (M)", "attention / 4 d_model^2"]
     columns += ["training FLOPs a token", "KV bytes a token", "/ MHA's"]
+    folded = any(override.startswith("core=") for override in config.overrides)
+    columns += ["without that core"] if folded else []
     columns += ["activations (KiB a token)"] if config.detail else []
     columns += [f"longest context in {config.memory}"] if memory else []
     for column in columns:
@@ -51,6 +54,8 @@ def main(config: CountingConfig) -> int:
             table.add_section()
         previous = size
         ratios = counting.over_mha(network.attention, network.core, network.d_model, config.seq_len)
+        kept = counting.kv_bytes_per_token(network, dtype)
+        alone = network.n_layers * bytes_per_token(network.attention.cache_shapes(), dtype)  # the mechanism's own
         cells = [
             size,
             model,
@@ -58,9 +63,10 @@ def main(config: CountingConfig) -> int:
             f"{counting.num_params(network) / 1e6:.1f}",
             f"{ratios['params']:.3f}",
             f"{counting.training_flops_per_token(network, config.seq_len):.2e}",
-            f"{counting.kv_bytes_per_token(network, dtype):,}",
-            f"{ratios['kv_bytes']:.3f}",
+            f"{kept:,}",
+            f"{ratios['kv_bytes'] * kept / alone:.3f}",
         ]
+        cells += [f"{alone:,}"] if folded else []
         cells += [f"{counting.activation_bytes_per_token(network) / 1024:,.0f}"] if config.detail else []
         cells += [f"{counting.longest_context(network, memory, dtype):,}"] if memory else []
         if abs(ratios[config.match] - 1) > config.tolerance:

@@ -1,0 +1,28 @@
+"""The length-extension experiments compose, keep their fold, and name the run they start from."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.app import CONFIGS, compose
+from configs.load import load
+from model.cores.sequence_tensor import SequenceTensor
+
+NAMES = sorted(p.stem for p in Path(CONFIGS, "experiment/extend").glob("*.yaml") if p.stem != "common")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_extension_composes_for_any_mechanism(name):
+    config = load(
+        compose("train", [f"experiment=extend/{name}", "model=mha", "trainer.init_from=runs/mine"]), world_size=1
+    )
+    assert config.trainer.init_from == "runs/mine" and config.model.name == "mha"
+    if isinstance(config.core, SequenceTensor):
+        n_1, n_2, *rest = config.core.fold
+        assert n_1 * n_2 == config.trainer.seq_len and config.core.sizes(config.trainer.seq_len) == [n_1, n_2, *rest]
+
+
+def test_more_blocks_and_a_new_axis_are_one_function_up_to_the_training_length():
+    blocks, axis = (load(compose("train", [f"experiment=extend/{n}"])).core for n in ("fold", "fold_new_axis"))
+    assert blocks.sizes(2048) == axis.sizes(2048)[:2]
+    assert (blocks.sizes(8192), axis.sizes(8192)) == ([32, 256], [32, 64, 4])

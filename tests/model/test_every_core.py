@@ -1,0 +1,81 @@
+"""What must hold for every core with every mechanism that fits it: a new YAML in configs/core/ is tested here too."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.app import CONFIGS
+from model.transformer import Transformer, TransformerConfig
+from tests.model.helpers import MODELS, small_config, wake_up
+
+# Full attention is in test_every_mechanism.
+CORES = sorted(path.stem for path in Path(CONFIGS, "core").glob("*.yaml") if path.stem != "sdpa")
+# Sizes at which 13 tokens span several blocks and end inside of one.
+SMALL_BY_CORE = {"sequence_tensor": ["core.fold=[3,4]"], "sliding_window": ["core.window=4"]}
+
+
+@cache
+def configured(model: str, core: str, *overrides: str):
+    return small_config(model, f"core={core}", *SMALL_BY_CORE.get(core, []), *overrides)
+
+
+def network(model: str, core: str, *overrides: str) -> Transformer:
+    config = configured(model, core, *overrides)
+    try:
+        config.core.check(config.model, "cpu", torch.float32)
+    except ValueError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    return wake_up(Transformer(TransformerConfig.from_config(config)))
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_later_token_changes_no_earlier_logit(model, core):
+    net = network(model, core)
+    tokens = torch.randint(0, 300, (2, 13))
+    before = net(tokens)
+    for t in (1, 7):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % 300
+        after = net(changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.allclose(before[:, t:], after[:, t:])
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_gets_a_gradient_and_recomputing_changes_none(model, core):
+    net = network(model, core)
+    tokens = torch.randint(0, 300, (2, 13))
+    grads = []
+    for recompute in (False, True):
+        net.recompute = recompute
+        net.zero_grad()
+        net(tokens, tokens).backward()
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        grads.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("model", MODELS)
+def test_bf16_autocast_comes_close(model, core):
+    net = network(model, core)
+    tokens = torch.randint(0, 300, (2, 13))
+    exact = net(tokens, tokens, reduction="mean")
+    net.autocast_dtype = torch.bfloat16
+    assert abs(net(tokens, tokens, reduction="mean") - exact) < 0.02 * exact
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("model", MODELS)
+def test_decoding_from_a_cache_equals_the_full_pass(model, core):
+    mixed = ["core.full_every=2"] if core in SMALL_BY_CORE else []
+    net, tokens = network(model, core, *mixed).eval(), torch.randint(0, 300, (2, 14))
+    cache = net.new_cache(2)
+    steps = [net(piece, cache=cache) for piece in tokens.split([5, 2, *[1] * 7], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), net(tokens), atol=1e-5, rtol=1e-4)
