@@ -7,7 +7,6 @@ import shlex
 import time
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 
 from configs.schema import Config
@@ -112,7 +111,7 @@ def plan(runs: list[Run], options: argparse.Namespace, sbatch_options: list[str]
             for run in todo
         ]
         jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, for_all + no_gpu))
-    if options.eval and sweep and find_spec("eval.compare"):
+    if options.eval and sweep:
         out = f"out={Path('runs', name, 'compare')}"
         tasks = [({"T6_CODE": code[runs[0].dir]}, [*(run.dir for run in runs), out])]
         jobs.append(Job("compare", f"compare-{name}", folder, "slurm-compare-%j.log", tasks, for_all))

@@ -10,7 +10,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -308,9 +307,8 @@ def test_a_sweep_is_an_array_and_each_run_is_evaluated(outcome, scenarios):
     configs = [OmegaConf.load(folder / "config.yaml") for folder in folders]
     assert {config.optim.lr for config in configs} == {1e-3, 1e-2}
     assert len({config.wandb.group for config in configs}) == 1
-    if find_spec("eval.compare"):
-        logs = scenarios.run_dir(".slurm").glob("sweep-*/slurm-compare-*.log")
-        assert list(scenarios.run_dir("").glob("sweep-*/compare/report.md")), "".join(path.read_text() for path in logs)
+    logs = scenarios.run_dir(".slurm").glob("sweep-*/slurm-compare-*.log")
+    assert list(scenarios.run_dir("").glob("sweep-*/compare/report.md")), "".join(path.read_text() for path in logs)
 
 
 def refused(scenarios, words: list[str], match: str) -> None:
