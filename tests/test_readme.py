@@ -15,6 +15,7 @@ from configs.app import compose
 from configs.load import load
 from tests.conftest import ROOT, SMALL_MLA, SMALL_RUN
 
+pytestmark = pytest.mark.xdist_group("readme")  # one command leaves what a later one needs
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [
     shlex.split(line, comments=True)
@@ -84,7 +85,7 @@ def shrink(words: list[str], small_data: list[str]) -> list[str]:
     if any(word.startswith("data=fineweb") for word in rest):
         return [*python, *rest, "--cfg", "job"]  # from the hub
     if any(word in rest for word in ("suite=paper_zeroshot", "suite=harness")):
-        return [sys.executable, *rest, "--cfg", "job"]  # from the hub
+        return [sys.executable, *(w for w in rest if not w.startswith("--nproc")), "--cfg", "job"]  # from the hub
     if "suite=builtin_cloze" in rest:
         return [*python, *rest, "suite.tasks=[cloze]", "limit=4"]  # on the small data
     if "suite=long_context" in rest:
