@@ -23,13 +23,12 @@ def torchrun(processes: int, *launcher_options: str) -> list[str]:
 
 
 def start(overrides: list[str], processes: int, *launcher_options: str, script: Path | str = "train.py"):
-    """A run in the background, its output in one pipe, its launcher and workers in a process group of their own."""
+    """A run in the background, its output in one pipe."""
     command = [*torchrun(processes, *launcher_options), str(script), *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def run(overrides: list[str], processes: int = 1, script: Path | str = "train.py") -> str:

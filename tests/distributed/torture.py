@@ -5,15 +5,14 @@ while it writes a checkpoint. The same command starts it again each time, and no
 metrics must be those of a run that nobody disturbed, to the last bit. Exits with 1 where they are not.
 """
 
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from tests.conftest import SMALL_RUN, prepare_small_data
@@ -41,8 +40,7 @@ def main(kills="50", processes="2", stage="2", seed="0") -> int:
             step = live(process, moment, parts, chance)
             if process.poll() is not None:
                 break  # it came to its end first, or failed: what it left will tell
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill(process)
             done[moment] += 1
             console.print(f"kill {sum(done.values()):>3}/{kills}  while {moment:<8}  at step {step}/{steps}")
         run([*overrides, f"run.dir={parts}"], processes, script=SCRIPT)
@@ -52,6 +50,14 @@ def main(kills="50", processes="2", stage="2", seed="0") -> int:
                   f"{time.monotonic() - began:.0f} s; {steps} steps of metrics "
                   f"{'EQUAL' if same else 'DIFFER FROM'} those of the undisturbed run")  # fmt: skip
     return int(not same or sum(done.values()) < kills)
+
+
+def kill(process) -> None:
+    """The launcher and its workers, which have sessions of their own, all at once."""
+    launcher = psutil.Process(process.pid)
+    for each in (launcher, *launcher.children(recursive=True)):
+        each.kill()
+    process.communicate()
 
 
 def live(process, moment: str, folder: Path, chance: random.Random) -> int:
