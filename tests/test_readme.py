@@ -15,7 +15,6 @@ from configs.app import compose
 from configs.load import load
 from tests.conftest import ROOT, SMALL_MLA, SMALL_RUN
 
-pytestmark = pytest.mark.xdist_group("readme")  # one command leaves what a later one needs
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [
     shlex.split(line, comments=True)

@@ -4,6 +4,8 @@ Prints the largest difference of losses and gradient norms from one process at s
 with 1 if one is beyond the tolerance. Options: stages=0,1,2,3,3_offload worlds=1,2,4 dtype=fp32 model=t6.
 """
 
+import contextlib
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +23,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def main(stages="0,1,2,3,3_offload", worlds="1,2,4", dtype="fp32", model="t6") -> int:
-    console, tolerance = Console(highlight=False, soft_wrap=True), TOLERANCES[dtype]
+    console, tolerance = Console(file=sys.stdout, highlight=False, soft_wrap=True), TOLERANCES[dtype]
     stages, splits = stages.split(","), [(int(w), micro) for w in worlds.split(",") for micro in SPLITS[int(w)]]
     with tempfile.TemporaryDirectory() as folder:
         common = [*SMALL_RUN, *prepare_small_data(Path(folder)), "trainer.samples=0", "optim.lr=1e-2",
@@ -29,7 +31,8 @@ def main(stages="0,1,2,3,3_offload", worlds="1,2,4", dtype="fp32", model="t6") -
 
         def train(name: str, stage: str, world: int, micro: int, dtype: str) -> dict:
             mine = [f"run.dir={folder}/{name}", f"deepspeed=zero{stage}", f"trainer.micro_batch_size={micro}"]
-            run([*common, *mine, f"trainer.dtype={dtype}"], world, script="train.py" if world > 1 else "./train.py")
+            with contextlib.redirect_stdout(io.StringIO()):
+                run([*common, *mine, f"trainer.dtype={dtype}"], world)
             return curve(Path(folder) / name)
 
         reference = train("reference", "0", 1, GLOBAL_BATCH, "fp32")

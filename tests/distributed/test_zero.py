@@ -31,7 +31,7 @@ def test_stages_agree_on_one_process(reference, tmp_path, stage):
     assert deviation(curve(tmp_path / "run"), expected) < FP32
 
 
-@pytest.mark.parametrize("model", ["t6_noncontextual_a", "t6_noncontextual_b", "t6_third_order", "mla"])
+@pytest.mark.parametrize("model", ["t6_noncontextual_a", "mla"])
 def test_parameters_outside_of_linear_layers_are_sharded_too(reference, tmp_path, model):
     """Stage 3 gathers a module's own parameters (constant factors, norm weights) when its forward pass begins."""
     overrides, _, _ = reference
@@ -82,7 +82,7 @@ def test_resuming_at_the_same_stage_is_bit_identical(reference, tmp_path, stage)
 def test_bf16_is_the_same_at_every_stage(reference, tmp_path):
     overrides, expected, _ = reference
     curves = {}
-    for stage, processes in ((0, 1), (1, 1), (3, 1), (2, 2)):
+    for stage, processes in ((0, 1), (3, 1), (2, 2)):
         folder = tmp_path / f"{stage}"
         run([*overrides, f"run.dir={folder}", f"deepspeed=zero{stage}", "trainer.dtype=bf16"], processes)
         curves[stage] = curve(folder)

@@ -26,7 +26,7 @@ from tests.conftest import ROOT, SMALL_RUN
 from tests.slurm.cluster import Cluster, is_pending
 from training.metrics import read_metrics
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.distributed
 
 SECONDS = 400  # for one scenario on a busy machine
 STEPS, TINY_STEPS = 30, 12
