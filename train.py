@@ -34,6 +34,7 @@ from training.optim import build_optimizer, finite_or_nan, learning_rate, optimi
 from training.preemption import PREEMPTED, Preemption
 from training.preflight import preflight
 from training.run_folder import check_before_start, create_run_folder, finish, is_finished, log_event
+from training.run_lock import RunLock
 from training.saver import CheckpointSaver
 from training.setup import (
     agree,
@@ -55,8 +56,9 @@ def main(config: Config) -> int:
     runtime = find_runtime(config)
     console = TrainingConsole(enabled=runtime.is_main)
     check_before_start(config, runtime)
+    done = f"{config.run.dir} is finished; choose another run.name to train again"
     if is_finished(config):
-        console.say(f"{config.run.dir} is finished; choose another run.name to train again")
+        console.say(done)
         return 0
     benchmarks = Benchmarks(config, runtime, console.say)
     with Preemption() as preemption:
@@ -64,7 +66,15 @@ def main(config: Config) -> int:
             ensure_prepared(config)  # the built-in corpus on first use; the others wait where the process group forms
         init_distributed(runtime, config.trainer.rank_timeout)
         watchdog = Watchdog(runtime.rank, runtime.world_size, config.trainer.rank_timeout)
+        lock = RunLock(config.run.dir)
         try:
+            patience = config.trainer.rank_timeout / 2  # the other ranks wait for rank 0 here
+            if reason := from_main(lambda: lock.acquire(patience, console.say)):
+                console.say(reason)
+                return 1
+            if from_main(lambda: is_finished(config)):  # by the one that had the lock
+                console.say(done)
+                return 0
             with watchdog:
                 while (code := train(config, runtime, console, preemption, watchdog, benchmarks)) == GO_BACK:
                     release_memory()
@@ -77,6 +87,7 @@ def main(config: Config) -> int:
         finally:
             console.stop()
             shut_down()
+            lock.release()
 
 
 def train(config: Config, runtime, console: TrainingConsole, preemption, watchdog, benchmarks: Benchmarks) -> int:
@@ -220,8 +231,9 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
     # --- the end: samples, plot, summary
     texts = sample_texts(engine.module, tokenizer, trainer.samples, trainer.seq_len, device, config.run.seed)
     if metrics:
-        benchmarks.collect(metrics.log)
         finish(config, counts, manifest.unigram_entropy, texts, metrics, console)
+        benchmarks.collect(metrics.log)  # an evaluation that ends after summary.json is there sees to itself
+        metrics.close()
     return 0
 
 

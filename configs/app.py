@@ -17,6 +17,7 @@ from configs.load import did_you_mean, load
 from configs.schema import Config, ConfigError, to_dict
 
 CONFIGS = Path(__file__).parent.resolve()
+INTERRUPTED = 130  # what shells make of Ctrl-C
 GROUPS = {path.name for path in CONFIGS.iterdir() if any(path.glob("**/*.yaml"))}
 
 
@@ -68,6 +69,9 @@ def app(main: Callable[[Config], int | None], config_name: str = "train", load: 
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
     except ConfigError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def force(override: str) -> str:

@@ -1,6 +1,5 @@
 """Benchmarks of a run in training: inside the job, or as Slurm jobs of their own that read its checkpoints."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from configs.schema import Config
 from configs.schema_eval import EvalConfig
 from data.tokenizers import Tokenizer
 from eval.loading import LoadedRun
+from eval.results import collect, inbox_of, save
 from model.transformer import Transformer
 from training.setup import Runtime
 
@@ -30,7 +30,7 @@ class Benchmarks:
         self.config, self.runtime, self.say = config, runtime, say
         trainer = config.trainer
         self.every = trainer.benchmark_every if trainer.benchmarks else None
-        self.inbox = Path(config.run.dir) / "results" / "inbox"
+        self.inbox = inbox_of(config.run.dir)
         self.suites: dict[str, EvalConfig] = {}
         if not self.every:
             return
@@ -74,7 +74,6 @@ class Benchmarks:
         """
         if self.config.trainer.benchmark_job:
             return {}
-        from eval.results import save
         from eval.run import run_suite
 
         here = LoadedRun(
@@ -132,10 +131,7 @@ class Benchmarks:
 
     def collect(self, log: Callable[[int, int, dict], None]) -> None:
         """Pass on what evaluations of this run have left since, at the steps that they belong to; rank 0 does it."""
-        for path in sorted(self.inbox.glob("*.json")):
-            found = json.loads(path.read_text())
-            log(found["step"], found["tokens"], found["metrics"])
-            path.unlink()
+        collect(self.config.run.dir, log)
 
 
 def of_the_job(variable: str) -> bool:

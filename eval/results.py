@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 
 from eval.loading import LoadedRun
 from training.checkpoint import newest, write_atomic
+from training.metrics import metrics_line
 from training.wandb_run import log_evaluation
 
 
@@ -92,18 +93,32 @@ def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor:
 def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> None:
     """Add the results to the run, at the step that they belong to: a line of metrics.jsonl, and W&B.
 
-    A run that is not finished has one writer, the training process: it finds them in results/inbox and logs them.
-    `path` is what `save` returned.
+    A run that is not finished has one writer, the training process, which finds them in its inbox. `path` is what
+    `save` returned.
     """
-    facts, metrics = {"step": run.step, "tokens": run.tokens}, finite(metrics)
-    inbox = run.dir / "results" / "inbox"
-    if not (run.dir / "summary.json").exists():
-        inbox.mkdir(parents=True, exist_ok=True)
-        write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(facts | {"metrics": metrics}))
-    else:
+    inbox = inbox_of(run.dir)
+    inbox.mkdir(parents=True, exist_ok=True)
+    found = {"step": run.step, "tokens": run.tokens, "metrics": metrics}
+    write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(found))
+    if (run.dir / "summary.json").exists():
         with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(facts | metrics) + "\n")
+            collect(run.dir, lambda *found: file.write(metrics_line(*found)))
     log_evaluation(run.dir, path.stem, json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png")))
+
+
+def inbox_of(run_dir: Path) -> Path:
+    return Path(run_dir) / "results" / "inbox"
+
+
+def collect(run_dir: Path, log: Callable[[int, int, dict[str, float]], None]) -> None:
+    """Pass on (step, tokens, metrics) of what evaluations have left in the inbox, each to one caller."""
+    for path in sorted(inbox_of(run_dir).glob("*.json")):
+        try:
+            found = json.loads(path.read_text())
+            path.unlink()
+        except FileNotFoundError:
+            continue  # somebody else was here
+        log(found["step"], found["tokens"], found["metrics"])
 
 
 def show(outcome: Outcome, path: Path) -> None:

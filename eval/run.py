@@ -12,7 +12,7 @@ from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, Perp
 from eval.in_training import pending
 from eval.loading import LoadedRun, load_run
 from eval.ranks import process_group
-from eval.results import Outcome, log, save, show, variant_of
+from eval.results import Outcome, inbox_of, log, save, show, variant_of
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def main(config: EvalConfig) -> int:
         path = save(run, config.suite.name, outcome, config.limit, variant)
         if config.rope_scaling == "none":
             log(run, config.suite.name, outcome.metrics(config.suite.name), path)
-        pending(run.dir / "results" / "inbox", config.suite.name, run.step).unlink(missing_ok=True)
+        pending(inbox_of(run.dir), config.suite.name, run.step).unlink(missing_ok=True)
         show(outcome, path)
     return 0
 

@@ -57,10 +57,7 @@ class Metrics:
         self.wandb = WandbRun(config, tree)
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """One line; a number that is not finite becomes null, which JSON can hold."""
-        line = {"step": step, "tokens": tokens}
-        line |= {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(metrics_line(step, tokens, metrics))
         self.file.flush()
         self.wandb.catch_up()
 
@@ -81,6 +78,12 @@ class Metrics:
     def close(self, exit_code: int = 0) -> None:
         self.file.close()
         self.wandb.finish(exit_code)
+
+
+def metrics_line(step: int, tokens: int, metrics: dict[str, float]) -> str:
+    """A line of metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
+    numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    return json.dumps({"step": step, "tokens": tokens} | numbers) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict]:

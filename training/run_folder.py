@@ -90,7 +90,6 @@ def finish(config: Config, counts: dict, unigram_entropy: float, texts: list[str
     plot = plot_loss(run_dir, config.run.name, unigram_entropy)
     summary = {"run": config.run.name} | counts | last | {"unigram_entropy": unigram_entropy}
     metrics.summarize(summary, plot, texts)
-    metrics.close()
     if texts:
         console.say(f"\nA sample:\n\n{texts[0]}")
     gain, loss = unigram_entropy - last["val/loss"], last["val/loss"]

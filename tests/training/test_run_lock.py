@@ -1,0 +1,54 @@
+"""A run that is being trained is not trained by another process as well."""
+
+import signal
+import subprocess
+import sys
+
+import train
+from configs.app import compose
+from configs.load import load
+from tests.conftest import ROOT
+from training.run_lock import RunLock
+
+HOLD = """
+import sys, time
+from training.run_lock import RunLock
+lock = RunLock(sys.argv[1])
+print(lock.acquire(0, print), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_has_one_process_at_a_time_whatever_becomes_of_it(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "None\n"
+        said, lock = [], RunLock(tmp_path / "run")
+        problem = lock.acquire(0.3, said.append)
+        assert f"run is being trained by process {holder.pid} on " in problem and "choose another run.name" in problem
+        assert len(said) == 1 and said[0].endswith("waiting for 0 s")
+        holder.send_signal(signal.SIGKILL)
+        assert lock.acquire(30, said.append) is None
+    assert RunLock(tmp_path / "run").acquire(0, said.append)  # it holds for this process too
+    lock.release()
+    again = RunLock(tmp_path / "run")
+    assert again.acquire(0, said.append) is None
+    again.release()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_start_leaves_everything_as_it_is(small_run, tmp_path, capsys):
+    lock = RunLock(tmp_path / "run")
+    assert lock.acquire(0, print) is None
+    config = load(compose("train", [*small_run, "trainer.rank_timeout=5"]))
+    assert train.main(config) == 1
+    assert "is being trained by process" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    lock.release()
+    assert train.main(config) == 0
+
+
+def test_ctrl_c_while_a_command_starts_is_no_traceback():
+    code = "import configs.app as a\ndef main(config): raise KeyboardInterrupt\na.app(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -1,0 +1,70 @@
+"""One process trains a run at a time: a second one would write into the same files."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+class RunLock:
+    """A lock on `<run folder>/.lock`, of the process that made it; the system lets go of it however the process ends.
+
+    Orphans are what it is for: workers whose launcher was killed go on, and the run is started again.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.path, self.file = Path(run_dir) / ".lock", None
+
+    def acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
+        """Wait `patience` seconds at most; None, or what is wrong. A file system without locks has nothing to say."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        deadline, told = time.monotonic() + patience, False
+        while not self._locked():
+            holder = f"{self.path.parent} is being trained by {self._holder()}"
+            if time.monotonic() > deadline:
+                return f"{holder}; end that one first, or choose another run.name"
+            if not told:
+                say(f"{holder}; waiting for {patience:.0f} s")
+            told = True
+            time.sleep(0.2)
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+        return None
+
+    def _locked(self) -> bool:
+        file = open(self.path, "a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        except OSError:
+            pass  # a file system that knows no locks
+        try:
+            current = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            current = False
+        if not current:  # its holder has removed it in between
+            file.close()
+            return self._locked()
+        self.file = file
+        return True
+
+    def _holder(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8") or "another process"
+        except FileNotFoundError:
+            return "another process"
+
+    def release(self) -> None:
+        """Leaves nothing behind, not even a run folder that nothing else came into."""
+        if self.file:
+            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
+            self.file.close()
+            self.file = None
