@@ -19,7 +19,8 @@ from eval.results import collect, inbox_of, save
 from model.transformer import Transformer
 from training.setup import Runtime
 
-SCRIPT = Path(__file__).parent.parent / "slurm" / "eval.sbatch"
+CODE = Path(__file__).resolve().parent.parent
+SCRIPT = CODE / "slurm" / "eval.sbatch"
 OF_THE_JOB = ("SLURM_", "SBATCH_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
@@ -107,6 +108,7 @@ class Benchmarks:
             return
         self.inbox.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if not of_the_job(key)}
+        environment |= {"T6_CODE": str(CODE), "T6_RUN": str(Path(self.config.run.dir).absolute())}
         for name in self.suites:
             options = ["--parsable", *self.config.trainer.benchmark_sbatch, str(SCRIPT)]
             command = ["sbatch", *options, *self.arguments(name), f"step={step}"]

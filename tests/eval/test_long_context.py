@@ -9,12 +9,16 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+import train
+from configs.app import compose
+from configs.load import load
 from configs.schema import ConfigError
 from eval import run as eval_run
 from eval.loading import LoadedRun
 from eval.long_context import documents_of, long_context_suite
 from eval.passkey import prompt, retrieve
 from eval.texts import read_text
+from tests.conftest import SMALL_RUN
 from tests.eval.helpers import evaluation
 
 HUGGING_FACE = {"linear": ("linear", 4.0), "ntk": ("dynamic", 1.0), "yarn": ("yarn", 4.0)}  # NTK at 4 x the length
@@ -110,7 +114,10 @@ def test_prompts_have_their_length_and_depth(ours):
         assert places == sorted(places) and places[0] < 0.35 and places[-1] > 0.6
 
 
-def test_two_runs_side_by_side(trained, book, capsys):
+def test_two_runs_side_by_side(trained, book, small_data, tokenizer_file, tmp_path, capsys):
+    other = [small_data[0], "tokenizer=huggingface", f"tokenizer.path={tokenizer_file}", f"data.dir={trained.parent}/shards"]
+    other += ["model=t6", "run.name=the other one", "trainer.max_steps=2", f"run.dir={tmp_path}/run"]
+    assert train.main(load(compose("train", [*SMALL_RUN, *other]))) == 0
     arguments = [
         f"suite.files=[{book}/*.txt]",
         "suite.lengths=[64,256]",
@@ -118,13 +125,17 @@ def test_two_runs_side_by_side(trained, book, capsys):
         "suite.depths=[0,1]",
         "limit=2",
     ]
-    config = evaluation(f"run={trained}", "suite=long_context", *arguments, f"suite.beside=[{trained}]")
+    config = evaluation(f"run={trained}", "suite=long_context", *arguments, f"suite.beside=[{tmp_path}/run]")
     assert eval_run.main(config) == 0
     results = trained / "results"
     for name in ("long_context.png", "long_context_passkey.png", "long_context_beside.png"):
         assert (results / name).read_bytes()[:4] == b"\x89PNG"
     table = (results / "long_context_beside.md").read_text().splitlines()
-    assert len([line for line in table if "| none |" in line]) == 4  # two runs at two lengths
+    runs = [line.split("|")[1].strip() for line in table if "| none |" in line]
+    name = json.loads((trained / "summary.json").read_text())["run"]
+    assert runs == [name, "the other one"] * 2  # at two lengths each
+    losses = [line.split("|", 2)[2] for line in table if "| none |" in line]
+    assert len(set(losses)) == 4  # and each its own numbers
     record = json.loads((results / "long_context.json").read_text())
     assert record["results"]["none/256/loss"] > 0 and "none/64/passkey" not in record["results"]
     assert capsys.readouterr().out.count("256") >= 2

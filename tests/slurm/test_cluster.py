@@ -164,6 +164,20 @@ class Scenarios:
         self.cluster.start_node("node2")
         return self.wait_for_end(job)
 
+    def benchmarked(self):
+        """Benchmarks as jobs of their own: training is stopped until the first has ended, and finds its results."""
+        suite = ["trainer.benchmarks=[builtin_cloze]", "trainer.benchmark_limit=4", "trainer.benchmark_every=20"]
+        suite += ["trainer.benchmark_overrides=['suite.tasks=[cloze]']", "trainer.keep_checkpoints=1"]
+        suite += ["trainer.benchmark_job=true", "trainer.benchmark_sbatch=[--cpus-per-task=1,--exclude=node2]"]
+        job = self.train("benchmarked", "--exclude=node2", *suite, steps=40)
+        self.cluster.wait(lambda: "is Slurm job" in self.log("benchmarked"), SECONDS, "benchmark's job")
+        with self.cluster.held(job) as held:
+            first = self.wait_for_end(re.search(r"is Slurm job (\d+)", self.log("benchmarked"))[1])
+            before = read_metrics(self.run_dir("benchmarked") / "metrics.jsonl")
+        self.wait_for_end(job)
+        last = self.wait_for_end(re.findall(r"is Slurm job (\d+)", self.log("benchmarked"))[-1])
+        return first, last, bool(held), before
+
     def sweep(self):
         words = [*self.overrides(None, steps=8), "model=t6,mha", "optim.lr=1e-3,1e-2"]
         self.submit("--exclude=node2", *ONE_TASK, "-m", *words, name="")
@@ -196,7 +210,14 @@ def unfinished(checkpoints: Path) -> list[Path]:
 
 
 TOGETHER = ("four_tasks", "torchrun", "warned", "first_second", "during_a_save", "preempted")
-AFTER_THEM = ("killed_node", "cancelled", "sweep", "submitit", "prepare_array")  # on node1, all but the first
+AFTER_THEM = (
+    "killed_node",
+    "cancelled",
+    "benchmarked",
+    "sweep",
+    "submitit",
+    "prepare_array",
+)  # on node1 but the first
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +316,19 @@ def test_a_cancelled_job_saves_and_stays_cancelled(outcome, scenarios):
 
 def test_a_killed_node(outcome, scenarios, reference):
     assert_went_on(scenarios, reference, "killed_node", outcome("killed_node"))
+
+
+def test_benchmarks_as_jobs_are_logged_at_their_steps(outcome, scenarios):
+    first, last, held, before = outcome("benchmarked")
+    assert held and first["JobState"] == last["JobState"] == "COMPLETED", scenarios.log("benchmarked")
+    assert not any("eval/cloze/acc_norm" in line for line in before)  # the run has one writer
+    folder = scenarios.run_dir("benchmarked")
+    lines = read_metrics(folder / "metrics.jsonl")
+    scored = [line["step"] for line in lines if "eval/cloze/acc_norm" in line]
+    assert scored == [20, 40] and len(curve(folder)) == 40
+    assert json.loads((folder / "results/builtin_cloze.json").read_text())["step"] == 40
+    assert len(list(folder.glob("slurm-eval-*.log"))) == 2
+    assert not list((folder / "results/inbox").iterdir())
 
 
 def test_a_sweep_is_an_array_and_each_run_is_evaluated(outcome, scenarios):
