@@ -115,8 +115,8 @@ def test_prompts_have_their_length_and_depth(ours):
 
 
 def test_two_runs_side_by_side(trained, book, small_data, tokenizer_file, tmp_path, capsys):
-    other = [small_data[0], "tokenizer=huggingface", f"tokenizer.path={tokenizer_file}", f"data.dir={trained.parent}/shards"]
-    other += ["model=t6", "run.name=the other one", "trainer.max_steps=2", f"run.dir={tmp_path}/run"]
+    other = ["tokenizer=huggingface", f"tokenizer.path={tokenizer_file}", f"data.dir={trained.parent}/shards"]
+    other += [small_data[0], "model=t6", "run.name=the other one", "trainer.max_steps=2", f"run.dir={tmp_path}/run"]
     assert train.main(load(compose("train", [*SMALL_RUN, *other]))) == 0
     arguments = [
         f"suite.files=[{book}/*.txt]",
