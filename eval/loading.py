@@ -5,7 +5,6 @@ from pathlib import Path
 
 from configs.schema import Config, ConfigError
 from data.tokenizers import Tokenizer, load_tokenizer
-from model.rope import RopeScaling
 from model.transformer import Transformer, TransformerConfig
 from training.checkpoint import checkpoint_dir, load_weights, newest, problems, read_manifest
 from training.run_folder import read_config
@@ -31,9 +30,16 @@ class LoadedRun:
         return self.config.trainer.seq_len
 
     def scale_rope(self, kind: str, factor: float | None) -> None:
-        """Read texts `factor` times as long as in training from here on; `none` takes it back."""
-        scaling = None if kind == "none" or factor == 1 else RopeScaling(kind, factor, self.context)
-        self.model.config.attention.rope_scaling = scaling
+        """Read texts `factor` times as long as in training from here on; `none` takes it back.
+
+        Where training has scaled RoPE already, both factors count from the length that it began at.
+        """
+        trained, attention = self.config.model, self.model.config.attention
+        attention.rope_scaling, attention.rope_factor = trained.rope_scaling, trained.rope_factor
+        attention.rope_original_length = trained.rope_original_length
+        if kind != "none" and factor != 1:
+            attention.rope_scaling, attention.rope_factor = kind, trained.rope_factor * factor
+            attention.rope_original_length = trained.rope_original_length or self.context
 
 
 def load_run(run: str, device: str = "auto", dtype: str = "auto", step: int | None = None) -> LoadedRun:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ class TransformerConfig:
         """From a `configs.schema.Config`, and the tokenizer's end-of-text token for `data.document_mask`."""
         size = config.size
         return cls(
-            config.model, config.core, size.n_layers, size.d_model, size.d_ff, config.tokenizer.padded_vocab_size,
-            size.norm_eps, end_of_text if config.data.document_mask else None,
+            replace(config.model), config.core, size.n_layers, size.d_model, size.d_ff,
+            config.tokenizer.padded_vocab_size, size.norm_eps, end_of_text if config.data.document_mask else None,
         )  # fmt: skip
 
 

@@ -143,7 +143,8 @@ def test_a_signal_saves_and_exits_with_75(small_run, tmp_path):
 
 def test_init_from_starts_a_new_run_from_a_runs_weights(small_run, tmp_path):
     assert run(small_run) == 0
-    new = [*small_run, f"run.dir={tmp_path}/new", f"trainer.init_from={tmp_path}/run", "trainer.seq_len=48"]
+    new = [*small_run, f"run.dir={tmp_path}/new", f"trainer.init_from={tmp_path}/run", "trainer.seq_len=96"]
+    new += ["model.rope_scaling=yarn", "model.rope_factor=1.5"]
     assert run(new) == 0
     assert losses(tmp_path / "new")[1] < losses(tmp_path / "run")[1] - 0.3
     with pytest.raises(ConfigError, match=r"another architecture or tokenizer:\n    model.q_rank: 6 there, 5 here$"):

@@ -26,7 +26,10 @@ from data.shards import sha256_of, write_atomically
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ARCHITECTURE = ("model.", "size.", "tokenizer.")  # of a run's identity: what its weights mean
-NOT_ARCHITECTURE = ("model.rope_base", "size.name", "size.match", "size.match_tolerance", "tokenizer.name")
+NOT_ARCHITECTURE = (
+    "model.rope_base", "model.rope_scaling", "model.rope_factor", "model.rope_original_length",
+    "size.name", "size.match", "size.match_tolerance", "tokenizer.name",
+)  # fmt: skip
 
 
 def write_atomic(path: Path, text: str) -> None:

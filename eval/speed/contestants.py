@@ -1,5 +1,6 @@
 """What competes in the decoding benchmark: mechanisms with a filled cache, and the kernels that can attend for them."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,9 @@ from model.attention.tensor_product import Factored, TensorProductAttention, Ten
 from model.cache import KVCache
 from model.cores.base import AttentionCore
 from model.cores.flash_tpa import FlashTPA
+from model.cores.folded_cache import Block
 from model.cores.sdpa import SDPA
+from model.cores.sequence_tensor import SequenceTensor
 from model.transformer import Transformer, TransformerConfig
 
 PAPER_SETTING = {  # Figures 5, 7 and 8: d_model / 64 heads each; MLA's size, not stated, is that which fits its curve
@@ -49,14 +52,20 @@ class Contestant:
 
     model: str
     size: str
-    core: str  # sdpa, flash_tpa, or sdpa (k, v cached) for a TPA that caches what its factors make
+    core: str  # sdpa, flash_tpa, sdpa (k, v cached) for a TPA that caches what its factors make, or one of `cores`
     network: TransformerConfig
+
+    @property
+    def folds(self) -> bool:
+        """Whether its core keeps a cache of its own: then only whole steps can be timed."""
+        return isinstance(self.network.core, SequenceTensor)
 
 
 def contestants(
-    models: list[str], size: SizeConfig, d_models: list[int], overrides: list[str], materialized: bool
-) -> Iterator[Contestant]:
-    """Every model at this size, or instead at each of `d_models` in the paper's setting."""
+    models: list[str], size: SizeConfig, d_models: list[int], overrides: list[str], materialized: bool,
+    folds: list[list[int]] = (),
+) -> Iterator[Contestant]:  # fmt: skip
+    """Every model at this size, or instead at each of `d_models` in the paper's setting; and over each of `folds`."""
     values = {f"size.{key}": value for key, value in vars(size).items() if key != "name" and value is not None}
     own = [f"size={size.name}", *(f"{key}={value}" for key, value in values.items())]
     for name, chosen in [(f"paper_{d}", paper_setting(d)) for d in d_models] or [(size.name, lambda model: own)]:
@@ -65,11 +74,15 @@ def contestants(
             network = TransformerConfig.from_config(load(tree))
             if not isinstance(network.attention, TensorProductConfig):
                 yield Contestant(model, name, "sdpa", replace(network, core=SDPA()))
-                continue
-            yield Contestant(model, name, "flash_tpa", replace(network, core=FlashTPA()))
-            if materialized:
-                explicit = MaterializedConfig(**vars(network.attention))
-                yield Contestant(model, name, "sdpa (k, v cached)", replace(network, core=SDPA(), attention=explicit))
+            else:
+                yield Contestant(model, name, "flash_tpa", replace(network, core=FlashTPA()))
+                if materialized:
+                    explicit = MaterializedConfig(**vars(network.attention))
+                    yield Contestant(
+                        model, name, "sdpa (k, v cached)", replace(network, core=SDPA(), attention=explicit)
+                    )
+            for fold in folds:
+                yield Contestant(model, name, f"folded {fold}", replace(network, core=SequenceTensor(fold=fold)))
 
 
 def paper_setting(d_model: int) -> Callable[[str], list[str]]:
@@ -175,25 +188,46 @@ def installed_kernels(qkv) -> dict[str, Callable]:
 # --- a whole step
 
 
-def model_step(
-    network: TransformerConfig, batch: int, length: int, device, dtype
-) -> tuple[Callable, Callable, int, int]:
-    """(one step of decoding that attends to `length` tokens, what makes the next one like it, bytes of the cache, bytes
-    of the weights)."""
+@dataclass
+class ModelStep:
+    """Decoding `tokens` tokens a row one after the other, the last of which attends to the whole length.
+
+    `reset` makes the next one like it. `moved`: the bytes that a token must move.
+    """
+
+    run: Callable
+    reset: Callable
+    tokens: int
+    cache_bytes: int
+    moved: float
+
+
+def model_step(network: TransformerConfig, batch: int, length: int, device, dtype) -> ModelStep:
+    """A step of a whole model whose cache is full of random numbers."""
     with torch.device(device):
         model = Transformer(network).to(dtype).eval()
     cache = model.new_cache(batch, length, dtype)
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    weights = sum(p.nbytes for p in model.parameters())  # the head is the embedding
+    folded = isinstance(network.core, SequenceTensor)
+    steps = network.core.fold[0] if folded else 1  # of a fold: from the end of a block to the end of the next
+    if folded:  # the first block to complete makes the last of its parts
+        model(tokens.expand(batch, math.prod(network.core.fold[:-1])), cache=cache)
     for part in cache.parts():
         part.values.normal_()
-    tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
 
     def reset() -> None:
         cache.static = False
-        cache.set_lengths(length - 1)
-        cache.static = torch.device(device).type == "cuda"
+        cache.set_lengths(length - steps)
+        if folded:
+            for layer in cache.layers:
+                layer.ends = [length - steps] * batch
+        cache.static = not folded and torch.device(device).type == "cuda"
 
-    def step() -> Tensor:
-        return model(tokens, cache=cache, last=True)
+    def run() -> None:
+        for _ in range(steps):
+            model(tokens, cache=cache, last=True)
 
-    weights = sum(p.nbytes for p in model.parameters())  # the head is the embedding
-    return step, reset, cache.nbytes, weights
+    kept = sum(t.nbytes for part in cache.parts() if not isinstance(part, Block) for t in part.tensors())
+    share = network.core.keys_read(length) / length if folded else 1.0
+    return ModelStep(run, reset, steps, kept, weights + kept * share)

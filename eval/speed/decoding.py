@@ -47,6 +47,7 @@ class DecodingConfig:
     rounds: int = 9
     memory: str | None = None
     materialized: bool = True
+    folds: list[list[int]] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     out: str | None = None
     plan: bool = False
@@ -65,6 +66,13 @@ class DecodingConfig:
             yield f"models={unknown}: no such model; there are {', '.join(models)}"
         if not self.models:
             yield "models=[]: name at least one"
+        for fold in self.folds:
+            if not fold or min(fold) < 1:
+                yield f"folds={self.folds}: must be lists of sizes of at least 1, [n_1, ..., n_m]"
+            if any(length < fold[0] for length in self.lengths):
+                yield f"folds={self.folds}: lengths={self.lengths} must hold a block of {fold[0]} tokens"
+        if self.folds and "model" not in self.scopes:
+            yield f"folds={self.folds}: only whole steps can be timed, scopes=[model]"
         if any(width < 64 or width % 64 for width in self.d_models):
             yield f"d_models={self.d_models}: must be multiples of 64, the head size of the paper's setting"
         if self.memory is not None:
@@ -89,15 +97,15 @@ class Bench:
         """(the ways to run it, their names, what is known of the point before it is timed)."""
         network = contestant.network
         if scope == "model":
-            step, reset, cache_bytes, weights = model_step(network, batch, length, self.device, self.dtype)
-            moved, layers = cache_bytes + weights, 1
-            ways = {contestant.core: timer(step, self.device, reset)}
+            step = model_step(network, batch, length, self.device, self.dtype)
+            moved, cache_bytes, layers, tokens = step.moved, step.cache_bytes, 1, step.tokens
+            ways = {contestant.core: timer(step.run, self.device, step.reset)}
         else:
             one = counting.kv_numbers_per_token(network.attention) * batch * length * self.dtype.itemsize
             layers = min(MOST_LAYERS, max(1, math.ceil(ROTATED_BYTES[self.device.type] / one)))
             layers = max(1, min(layers, int(self.memory // (2 * one))))
             inputs, cache_bytes = attention_inputs(network, batch, length, layers, self.device, self.dtype)
-            moved, ways = cache_bytes, {}
+            moved, ways, tokens = cache_bytes, {}, 1
             for name, kernel in kernels(inputs[0][0], network.core, self.device).items():
                 try:
                     ways[name] = timer(lambda kernel=kernel: [kernel(*call) for call in inputs], self.device)
@@ -110,13 +118,13 @@ class Bench:
             "model": contestant.model, "size": contestant.size, "scope": scope, "core": contestant.core,
             "device": device_name(self.device), "dtype": str(self.dtype).removeprefix("torch."), "batch": batch,
             "length": length, "n_heads": network.attention.n_heads, "d_model": network.d_model, "layers": layers,
-            "bytes": moved, "memory_bytes": cache_bytes,
+            "tokens": tokens, "bytes": moved, "memory_bytes": cache_bytes,
         }  # fmt: skip
         return list(ways.values()), list(ways), known
 
     def record(self, known: dict, kernel: str, milliseconds: float) -> dict:
-        """The line of a point, given the time of a pass over its layers."""
-        each = milliseconds / known["layers"]
+        """The line of a point, given the time of a pass over its layers, or of its tokens."""
+        each = milliseconds / (known["layers"] * known["tokens"])
         floor = known["bytes"] / self.bandwidth * 1e3
         return known | {
             "kernel": kernel,
@@ -177,7 +185,11 @@ def main(config: DecodingConfig) -> int:
         config.dtype if config.dtype != "auto" else "bf16" if kind == "cuda" else "fp32"
     ]
     say = Console(stderr=True, highlight=False, soft_wrap=True)
-    rivals = list(contestants(config.models, config.size, config.d_models, config.overrides, config.materialized))
+    rivals = list(
+        contestants(
+            config.models, config.size, config.d_models, config.overrides, config.materialized, config.folds
+        )
+    )  # fmt: skip
     if config.plan:
         from eval.speed.plan import show_plan
 
@@ -197,7 +209,9 @@ def main(config: DecodingConfig) -> int:
             for batch in config.batches:
                 for length in lengths:
                     progress.update(task, description=f"{scope}, batch {batch}, {length:,} tokens")
-                    sized = [(bench.needed(rival, batch, length, scope), rival) for rival in rivals]
+                    able = [rival for rival in rivals if scope == "model" or not rival.folds]
+                    progress.advance(task, len(rivals) - len(able))
+                    sized = [(bench.needed(rival, batch, length, scope), rival) for rival in able]
                     for need, rival in sized:
                         if need > memory:
                             say.print(

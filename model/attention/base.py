@@ -6,7 +6,7 @@ attend is a core's business (model/cores).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.cache import LayerCache
 from model.cores.base import AttentionCore, AttentionMask
-from model.rope import RopeScaling, apply_rope, rope_tables
+from model.rope import SCALINGS, RopeScaling, apply_rope, rope_tables
 
 
 class QKV(ABC):
@@ -58,10 +58,12 @@ class AttentionConfig(ABC):
     n_heads: int | None = None
     rope_base: float = 10000.0
     rope_fraction: float = 1.0  # the share of the features that RoPE turns; 0: no position at all
+    rope_scaling: str = "none"  # linear | ntk | yarn: training goes on at `rope_factor` times the length it began at
+    rope_factor: float = 1.0
+    rope_original_length: int | None = None  # null: trainer.seq_len / rope_factor
     qk_norm: bool = False  # RMS-normalise each query and key head, without a learned weight
     output_gate: bool = False  # multiply the attended values by sigmoid(W x), arXiv 2505.06708
     by_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # size name -> values for the keys left null
-    rope_scaling: ClassVar[RopeScaling | None] = None  # an evaluation sets it on its own model's configuration
 
     @property
     def qk_head_dim(self) -> int:
@@ -84,7 +86,13 @@ class AttentionConfig(ABC):
     @property
     def scale(self) -> float:
         """What multiplies the logits before the softmax."""
-        return self.qk_head_dim**-0.5 * (self.rope_scaling.logit_factor if self.rope_scaling else 1.0)
+        return self.qk_head_dim**-0.5 * (self.scaling.logit_factor if self.scaling else 1.0)
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        if self.rope_scaling == "none" or self.rope_factor == 1:
+            return None
+        return RopeScaling(self.rope_scaling, self.rope_factor, self.rope_original_length)
 
     @property
     def head_multiple(self) -> int:
@@ -124,6 +132,12 @@ class AttentionConfig(ABC):
         """Numbers a token that the backward pass needs kept of what lies between the block's norm and the core."""
         return 2 * self.n_heads * self.qk_head_dim + self.n_heads * self.v_head_dim
 
+    def resolved(self, seq_len: int) -> "AttentionConfig":
+        """With everything filled in that the training length decides."""
+        if self.rope_scaling == "none" or self.rope_original_length:
+            return self
+        return replace(self, rope_original_length=round(seq_len / self.rope_factor))
+
     def errors(self):
         """Mistakes in the mechanism's keys, one message each."""
         for key in ("head_dim", "n_heads"):
@@ -139,6 +153,14 @@ class AttentionConfig(ABC):
             yield f"{self._rope_key()}={self.rope_width}{share}: RoPE turns pairs of features, so it must be even"
         if not self.rope_base > 1:
             yield f"model.rope_base={self.rope_base}: must be greater than 1"
+        if self.rope_scaling not in SCALINGS:
+            yield f"model.rope_scaling={self.rope_scaling!r}: must be one of {', '.join(SCALINGS)}"
+        if not self.rope_factor >= 1:
+            yield f"model.rope_factor={self.rope_factor}: must be at least 1"
+        elif (self.rope_scaling == "none") != (self.rope_factor == 1):
+            yield "model.rope_scaling and model.rope_factor go together, as in rope_scaling=yarn, rope_factor=4"
+        if self.rope_original_length is not None and self.rope_original_length < 1:
+            yield f"model.rope_original_length={self.rope_original_length}: must be at least 1"
 
     def _rope_key(self) -> str:
         return "model.head_dim"
@@ -204,7 +226,7 @@ class Attention(nn.Module, ABC):
         """RoPE on each of `vectors` [B, T, N, D] at `positions`."""
         if self.config.rope_dim == 0:
             return list(vectors)
-        tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base, self.config.rope_scaling)
+        tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base, self.config.scaling)
         return [apply_rope(x, *tables) for x in vectors]
 
 

@@ -9,7 +9,7 @@ vec(b x c). RoPE turns the rows of B, or b alone: that equals turning Q (Theorem
 on features only. One class has every variant of the paper; `factor_shapes` says which factors a variant has.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -253,7 +253,7 @@ def from_multi_head(attention: MultiHeadAttention) -> TensorProductAttention:
     """
     given = attention.config
     heads, groups = given.n_heads, given.kv_heads
-    shared = ("name", "head_dim", "n_heads", "rope_base", "rope_fraction", "qk_norm", "output_gate")
+    shared = [field.name for field in fields(AttentionConfig)]
     options = {key: getattr(given, key) for key in shared}
     config = TensorProductConfig(**options, q_rank=heads, k_rank=groups, v_rank=groups, contextual_a=False)
     d_model = attention.qkv_proj.in_features

@@ -154,6 +154,14 @@ class SequenceTensor(PartialCore):
         closed_keys = sum(sizes[:-1])
         return 2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim) * (open_keys + closed_keys)
 
+    def keys_read(self, seq_len: int) -> float:
+        """What a token decoded after `seq_len` others reads, on average: O(n_1 + ... + n_m).
+
+        Half of each unfinished block, once more the token's share of folding it, and the past blocks.
+        """
+        *inner, last = self.sizes(seq_len)
+        return sum((size + 1) / 2 + 1 for size in inner) + last
+
 
 def auto_fold(seq_len: int) -> list[int]:
     """Two near-equal axes [n_1, n_2] for `seq_len`: the least n_1 + n_2 with n_1 a multiple of 16.

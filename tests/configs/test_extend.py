@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from configs.app import CONFIGS, compose
+from configs.errors import ConfigError
 from configs.load import load
 from model.cores.sequence_tensor import SequenceTensor
 
@@ -26,3 +27,13 @@ def test_more_blocks_and_a_new_axis_are_one_function_up_to_the_training_length()
     blocks, axis = (load(compose("train", [f"experiment=extend/{n}"])).core for n in ("fold", "fold_new_axis"))
     assert blocks.sizes(2048) == axis.sizes(2048)[:2]
     assert (blocks.sizes(8192), axis.sizes(8192)) == ([32, 256], [32, 64, 4])
+
+
+def test_yarn_knows_the_length_that_training_began_at():
+    model = load(compose("train", ["experiment=extend/yarn", "model=gqa"])).model
+    assert (model.rope_scaling, model.rope_factor, model.rope_original_length) == ("yarn", 4.0, 512)
+    assert load(compose("train", ["experiment=extend/full"])).model.scaling is None
+    with pytest.raises(ConfigError, match="rope_scaling and model.rope_factor go together"):
+        load(compose("train", ["model.rope_factor=4"]))
+    with pytest.raises(ConfigError, match="must be one of none, linear, ntk, yarn"):
+        load(compose("train", ["model.rope_scaling=alibi", "model.rope_factor=4"]))

@@ -1,6 +1,7 @@
 """Length: RoPE scaling against transformers', the same tokens at every length, and passkeys that an oracle finds."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from eval.loading import LoadedRun
 from eval.long_context import documents_of, long_context_suite
 from eval.passkey import prompt, retrieve
 from eval.texts import read_text
+from model.transformer import Transformer
 from tests.conftest import SMALL_RUN
 from tests.eval.helpers import evaluation
 
@@ -43,6 +45,26 @@ def test_scaled_rope_is_transformers(ours, theirs, kind):
         ours.scale_rope("none", None)
     assert torch.allclose(scaled, llama(tokens).logits, atol=2e-4)
     assert not torch.allclose(scaled, plain, atol=1e-3) and torch.equal(ours.model(tokens), plain)
+
+
+@torch.no_grad()
+def test_a_run_trained_with_scaled_rope_is_scaled_from_where_it_began(ours):
+    """The same model, its scaling a part of its configuration or an evaluation's."""
+    tokens = torch.randint(512, (2, 8 * ours.context), generator=torch.Generator().manual_seed(0))
+    attention = replace(ours.config.model, rope_scaling="yarn", rope_factor=4.0, rope_original_length=ours.context)
+    grown = Transformer(replace(ours.model.config, attention=attention)).eval()
+    grown.load_state_dict(ours.model.state_dict())
+    run = replace(ours, config=replace(ours.config, model=replace(attention)), model=grown)
+    try:
+        for factor in (4.0, 8.0):
+            ours.scale_rope("yarn", factor)
+            run.scale_rope("yarn", factor / 4)
+            assert torch.equal(grown(tokens), ours.model(tokens))
+        run.scale_rope("none", None)
+        ours.scale_rope("yarn", 4.0)
+        assert torch.equal(grown(tokens), ours.model(tokens))
+    finally:
+        ours.scale_rope("none", None)
 
 
 @pytest.fixture(scope="module")

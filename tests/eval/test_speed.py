@@ -52,6 +52,21 @@ def test_a_line_for_every_mechanism_and_point(capsys, tmp_path):
     }
 
 
+def test_folds_are_timed_over_a_block_beside_the_whole_length(capsys):
+    assert main(decoding("models=[gqa,t6]", "lengths=[32]", "scopes=[model]", "folds=[[4,8],[2,4,4]]")) == 0
+    lines = {(line["model"], line["core"]): line for line in printed(capsys)}
+    assert len(lines) == 2 * 3 + 1
+    for model, plain in (("gqa", "sdpa"), ("t6", "flash_tpa")):
+        folded = lines[model, "folded [4, 8]"]
+        assert folded["tokens"] == 4 and lines[model, "folded [2, 4, 4]"]["tokens"] == 2
+        assert folded["bytes"] < lines[model, plain]["bytes"]  # it reads two axes, not the whole length
+        assert folded["tokens_per_second"] == pytest.approx(1e3 / folded["ms"])
+    with pytest.raises(ConfigError, match="only whole steps can be timed"):
+        decoding("folds=[[4,8]]")
+    with pytest.raises(ConfigError, match="must hold a block of 64 tokens"):
+        decoding("folds=[[64,8]]", "lengths=[32]", "scopes=[model]")
+
+
 def test_the_papers_setting(capsys):
     made = {
         (rival.model, rival.core): rival.network

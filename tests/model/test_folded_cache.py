@@ -1,7 +1,11 @@
 """Decoding over a folded sequence equals the full pass, token by token and in chunks, across the ends of blocks."""
 
+import math
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs.app import compose
 from configs.load import load
@@ -29,6 +33,24 @@ def test_chunks_of_any_size_equal_the_full_pass(model, fold):
     whole = net(tokens)
     for chunks in ([1] * 15, [4, 1, 1, 7, 1, 1], [15], [5, 10]):
         torch.testing.assert_close(decode(net, tokens, chunks)[0], whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fold", [[8, 8], [4, 16], [4, 4, 4]])
+def test_a_token_costs_what_its_axes_hold(fold):
+    """Multiply-adds of scores and values over a whole sequence, as PyTorch counts them: no more than keys are read."""
+    net, seq_len = network("mha", str(fold).replace(" ", ""), "size.n_layers=1"), math.prod(fold)
+    tokens = torch.randint(0, 300, (1, seq_len))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        decode(net, tokens, [1] * seq_len)
+    with FlopCounterMode(display=False) as rest, sdpa_kernel(SDPBackend.MATH):
+        for token in tokens.split(1, dim=1):
+            net(token)  # attends to itself alone
+    config, core = net.config.attention, net.config.core
+    a_key = 2 * 2 * config.n_heads * config.head_dim
+    keys = (counter.get_total_flops() - rest.get_total_flops()) / a_key / seq_len
+    inner, last = core.fold[:-1], core.fold[-1]
+    # On average half of every axis, and each block once more, whole, when it is folded.
+    assert keys == pytest.approx(sum((n + 1) / 2 + n for n in inner) + (last + 1) / 2 - 1, rel=0.15)
 
 
 @pytest.mark.parametrize("fold", ["[3,4]", "[2,3,2]"])

@@ -100,15 +100,26 @@ def test_nothing_leaks_and_everything_past_is_reached(fold, seq_len):
                 assert name == "q" or changed[t + 1 :].all(), (name, t)
 
 
+@pytest.mark.parametrize(("fold", "seq_len"), [([7], 7), ([3, 4], 11), ([2, 3, 2], 13)])
+def test_gradients_reach_everything_past_and_nothing_else(fold, seq_len):
+    core, dense = SequenceTensor(fold=fold), random_qkv(seq_len, rows=1)
+    out = attend(core, dense)
+    for t in range(seq_len):
+        q, k, v = torch.autograd.grad(out[:, t].sum(), inputs(dense), retain_graph=True)
+        for name, gradient in (("q", q), ("k", k), ("v", v)):
+            reached = (gradient != 0).flatten(2).any(-1)[0]
+            assert not reached[t + 1 :].any(), (name, t)
+            assert name == "q" or t == 0 or reached[:t].all(), (name, t)
+
+
 @pytest.mark.parametrize("groups", [1, HEADS])
 def test_a_fold_of_one_axis_is_full_attention_to_the_bit(groups):
     for seq_len in (1, 2, 13):
         dense = random_qkv(seq_len, dtype=torch.float32, groups=groups)
-        full = attend(SDPA(), dense)
         for fold in ([seq_len], [seq_len, 1], [64, 4]):
-            assert torch.equal(attend(SequenceTensor(fold=fold), dense), full)
+            compare(attend(SequenceTensor(fold=fold), dense), attend(SDPA(), dense), dense, atol=0, rtol=0)
         other = attend(SequenceTensor(fold=[1, seq_len]), dense)
-        compare(other, full, dense, atol=1e-5, rtol=1e-5)
+        compare(other, attend(SDPA(), dense), dense, atol=1e-5, rtol=1e-5)
 
 
 def test_key_heads_are_shared():
