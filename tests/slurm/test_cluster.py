@@ -168,7 +168,7 @@ class Scenarios:
         """Benchmarks as jobs of their own: training is stopped until the first has ended, and finds its results."""
         suite = ["trainer.benchmarks=[builtin_cloze]", "trainer.benchmark_limit=4", "trainer.benchmark_every=20"]
         suite += ["trainer.benchmark_overrides=['suite.tasks=[cloze]']", "trainer.keep_checkpoints=1"]
-        suite += ["trainer.benchmark_job=true", "trainer.benchmark_sbatch=[--cpus-per-task=1,--exclude=node2]"]
+        suite += ["trainer.benchmark_job=true", "trainer.benchmark_sbatch=['--cpus-per-task=1','--exclude=node2']"]
         job = self.train("benchmarked", "--exclude=node2", *suite, steps=40)
         self.cluster.wait(lambda: "is Slurm job" in self.log("benchmarked"), SECONDS, "benchmark's job")
         with self.cluster.held(job) as held:
