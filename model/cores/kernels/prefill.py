@@ -24,7 +24,7 @@ CONFIGS = [
         (128, 128, 8, 2),
     )
 ]
-SMALL = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2}  # what fits whatever the widths
+SMALL = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 4, "num_stages": 1}  # what fits, as in decoding
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def form(
     return made
 
 
-@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "E", "bucket"])
+@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "bucket"])
 @triton.jit
 def prefill_kernel(
     a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, out,
