@@ -54,6 +54,15 @@ def test_kernels_equal_the_reference(kernel, shape, ragged):
 
 
 @pytest.mark.parametrize("kernel", [decode, prefill])
+def test_one_start_for_all_rows(kernel):
+    """A view of one number, as `expand` makes it."""
+    torch.manual_seed(0)
+    factored = to_device(random_factors(3, 2, 19, 3, (2, 2, 1), 8, 8))
+    starts = torch.tensor([4, 17, 17], device=DEVICE)[:1].expand(3)
+    assert torch.allclose(kernel(factored, 0.2, True, starts), reference(factored, 0.2, True, starts), atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", [decode, prefill])
 def test_sigmoid_half_precision_constants_and_no_mask(kernel):
     torch.manual_seed(0)
     factored = random_factors(2, 3, 40, 5, (2, 2, 2), 16, 16, dtype=torch.float16)

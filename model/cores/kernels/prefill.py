@@ -114,7 +114,7 @@ def prefill(factored: Factored, scale: float, causal: bool = True, starts: Tenso
     (args_q, strides_q), (args_k, strides_k), (args_v, strides_v) = (operands(part) for part in (q, k, v))
     rank_q = 1 if q.a is None else q.a.size(-1)
     prefill_kernel[lambda meta: (triton.cdiv(n_queries, meta["BLOCK_T"]), shape["H"], batch)](
-        *args_q, *args_k, *args_v, out if starts is None else starts, out,
+        *args_q, *args_k, *args_v, out if starts is None else starts.contiguous(), out,
         scale * math.log2(math.e) / (rank_q * shape["R_K"]), n_queries, n_keys,
         triton.next_power_of_2(n_queries).bit_length(),
         *strides_q, *strides_k, *strides_v, **shape,
