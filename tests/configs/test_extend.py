@@ -9,7 +9,7 @@ from configs.errors import ConfigError
 from configs.load import load
 from model.cores.sequence_tensor import SequenceTensor
 
-NAMES = sorted(p.stem for p in Path(CONFIGS, "experiment/extend").glob("*.yaml") if p.stem != "common")
+NAMES = sorted(p.stem for p in Path(CONFIGS, "experiment/extend").glob("*.yaml") if not p.stem.startswith("common"))
 
 
 @pytest.mark.parametrize("name", NAMES)
