@@ -20,6 +20,7 @@ class SampleConfig:
     repetition_penalty: float = 1.0
     seed: int = 0
     interactive: bool = False
+    factors: bool = False
     cache: bool = True
     cache_dtype: str = "auto"
     prefill_chunk: int = 512

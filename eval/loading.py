@@ -5,10 +5,13 @@ from pathlib import Path
 
 from configs.schema import Config, ConfigError
 from data.tokenizers import Tokenizer, load_tokenizer
+from model.cores.base import AttentionCore
 from model.transformer import Transformer, TransformerConfig
 from training.checkpoint import checkpoint_dir, load_weights, newest, problems, read_manifest
-from training.run_folder import read_config
+from training.run_folder import check_core, read_config
 from training.setup import Runtime, find_runtime
+
+FULL = ("sdpa", "flash_tpa")  # cores of full attention
 
 
 @dataclass
@@ -42,8 +45,13 @@ class LoadedRun:
             attention.rope_original_length = trained.rope_original_length or self.context
 
 
-def load_run(run: str, device: str = "auto", dtype: str = "auto", step: int | None = None) -> LoadedRun:
-    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none."""
+def load_run(
+    run: str, device: str = "auto", dtype: str = "auto", step: int | None = None, core: AttentionCore | None = None
+) -> LoadedRun:
+    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none.
+
+    `core`: another way to compute the full attention that the run was trained with.
+    """
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         others = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
@@ -55,9 +63,19 @@ def load_run(run: str, device: str = "auto", dtype: str = "auto", step: int | No
     found = newest(folder, warn=print) if step is None else checkpoint_of(folder, step)
     if found is None:
         raise ConfigError(f"run={run}: has no whole checkpoint yet")
+    if core:
+        if config.core.name not in FULL:
+            raise ConfigError(
+                f"run={run}: was trained with core={config.core.name}, not the full attention of {core.name}"
+            )
+        config.core = core
     runtime = find_runtime(config)
     tokenizer = load_tokenizer(config.tokenizer, config.data.dir)
-    model = Transformer(TransformerConfig.from_config(config, tokenizer.end_of_text), runtime.autocast_dtype)
+    check_core(config, runtime)
+    try:
+        model = Transformer(TransformerConfig.from_config(config, tokenizer.end_of_text), runtime.autocast_dtype)
+    except ValueError as error:
+        raise ConfigError(f"run={run}: {error}") from None
     load_weights(model, found)
     facts = read_manifest(found)
     return LoadedRun(

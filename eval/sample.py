@@ -20,11 +20,12 @@ from configs.schema import CACHE_DTYPES
 from configs.schema_sample import SampleConfig
 from data.tokenizers import Tokenizer
 from model import counting
+from model.cores.flash_tpa import FlashTPA
 from model.generation import stream
 from model.sampling import Sampling
 from model.transformer import Transformer
 
-FIXED = ("run", "device", "dtype", "interactive")  # once the model is there
+FIXED = ("run", "device", "dtype", "interactive", "factors")  # once the model is there
 HELP = "A line is a prompt. :KEY=VALUE ... changes settings, : shows them, Ctrl-C ends a text, Ctrl-D the program."
 
 
@@ -182,7 +183,7 @@ def changed(config: SampleConfig, words: list[str], notes: Console) -> SampleCon
 def main(config: SampleConfig) -> int:
     from eval.loading import load_run
 
-    run = load_run(config.run, config.device, config.dtype)
+    run = load_run(config.run, config.device, config.dtype, core=FlashTPA() if config.factors else None)
     try:
         run.config.core.check_decoding(CACHE_DTYPES.get(config.cache_dtype), config.cache and config.compile)
     except ValueError as error:

@@ -44,6 +44,21 @@ def test_the_text_is_the_same_with_and_without_the_cache(command):
     assert "cache of" not in command(PROMPT, "max_new_tokens=2", "cache=false")[1]
 
 
+def test_a_t6_can_attend_from_its_factors(command, finished, small_data, tmp_path):
+    text, _ = command(PROMPT, "temperature=0", "max_new_tokens=80")
+    assert command(PROMPT, "temperature=0", "max_new_tokens=80", "factors=true")[0] == text
+    other = [*SMALL_RUN, *small_data, "trainer.max_steps=1", f"run.dir={tmp_path}/other"]
+    for override, why in (
+        ("model=mha", "core=flash_tpa: model=mha: has no factors"),
+        ("core=sliding_window", "was trained with core=sliding_window, not the full attention of flash_tpa"),
+        ("data.document_mask=true", "core=flash_tpa: cannot mask documents"),
+    ):
+        folder = tmp_path / override.split("=")[1]
+        assert train.main(load(compose("train", [*other, override, f"run.dir={folder}"]))) == 0
+        with pytest.raises(ConfigError, match=why):
+            sample.main(load_flat(compose("sample", [f"run={folder}", "factors=true"]), SampleConfig))
+
+
 def test_samples_are_repeatable_and_numbered_by_their_seeds(command):
     settings = [PROMPT, "max_new_tokens=20", "temperature=1.2", "top_p=0.95", "min_p=0.01", "repetition_penalty=1.1"]
     together, _ = command(*settings, "count=3", "seed=5")
