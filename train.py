@@ -9,7 +9,7 @@ Exit codes: 0 done, 2 bad configuration or input, 75 pre-empted after saving (st
 
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -136,7 +136,8 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
 
     def save_failed(step: int, failure: str) -> None:
         console.say(f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED, training goes on: {failure}")
-        log_event(run_dir, "save_failed", step, reason=failure)
+        with suppress(OSError):  # the disk may have no room for that either
+            log_event(run_dir, "save_failed", step, reason=failure)
 
     def save(step: int, val_loss: float | None) -> None:
         facts = {
@@ -221,7 +222,8 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
                     outcome = f"saved step {step}" if saver.finish() else "not saved"
                 console.say(f"{preemption.requested or 'signal'}: {outcome}; the same command goes on from here")
                 if metrics:
-                    log_event(run_dir, "preempted", step, signal=preemption.requested)
+                    with suppress(OSError):
+                        log_event(run_dir, "preempted", step, signal=preemption.requested)
                     metrics.close(PREEMPTED)
                 return PREEMPTED
         if not saver.finish():
