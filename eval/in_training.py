@@ -33,6 +33,7 @@ class Benchmarks:
         self.every = trainer.benchmark_every if trainer.benchmarks else None
         self.inbox = inbox_of(config.run.dir)
         self.suites: dict[str, EvalConfig] = {}
+        self.said: set[str] = set()
         if not self.every:
             return
         if trainer.benchmark_job and not (SCRIPT.exists() and shutil.which("sbatch")):
@@ -133,7 +134,13 @@ class Benchmarks:
 
     def collect(self, log: Callable[[int, int, dict], None]) -> None:
         """Pass on what evaluations of this run have left since, at the steps that they belong to; rank 0 does it."""
-        collect(self.config.run.dir, log)
+        collect(self.config.run.dir, log, self.warn)
+
+    def warn(self, line: str) -> None:
+        """Say it, once."""
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
 
 
 def of_the_job(variable: str) -> bool:

@@ -110,15 +110,24 @@ def inbox_of(run_dir: Path) -> Path:
     return Path(run_dir) / "results" / "inbox"
 
 
-def collect(run_dir: Path, log: Callable[[int, int, dict[str, float]], None]) -> None:
-    """Pass on (step, tokens, metrics) of what evaluations have left in the inbox, each to one caller."""
+def collect(
+    run_dir: Path, log: Callable[[int, int, dict[str, float]], None], warn: Callable[[str], None] = print
+) -> None:
+    """Pass on (step, tokens, metrics) of what evaluations have left in the inbox, each to one caller.
+
+    What cannot be taken from there is named to `warn` and left.
+    """
     for path in sorted(inbox_of(run_dir).glob("*.json")):
         try:
             found = json.loads(path.read_text())
+            line = found["step"], found["tokens"], found["metrics"]
             path.unlink()
         except FileNotFoundError:
             continue  # somebody else was here
-        log(found["step"], found["tokens"], found["metrics"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{path}: these results cannot be logged ({type(error).__name__}: {error})")
+            continue
+        log(*line)
 
 
 def show(outcome: Outcome, path: Path) -> None:

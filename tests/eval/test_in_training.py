@@ -98,3 +98,18 @@ def test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps(
     # The others get theirs when the run is finished: then the evaluation itself adds the line.
     assert eval_run.main(evaluation(*submitted.read_text().splitlines()[1].split()[2:])) == 0
     assert [line["step"] for line in lines(run, evaluations=True)] == [2, 4]
+
+
+def test_what_cannot_be_read_in_the_inbox_is_named_once_and_left(small_run, tmp_path, capsys):
+    inbox = tmp_path / "run/results/inbox"
+    inbox.mkdir(parents=True)
+    (inbox / "broken_step_00000002.json").write_text("[]")
+    (inbox / "folder_step_00000002.json").mkdir()
+    good = {"step": 2, "tokens": 1024, "metrics": {"eval/good/loss": 1.5}}
+    (inbox / "good_step_00000002.json").write_text(json.dumps(good))
+    assert train.main(load(compose("train", small_run))) == 0
+    out = capsys.readouterr().out
+    assert out.count("broken_step_00000002.json: these results cannot be logged (TypeError") == 1
+    assert out.count("folder_step_00000002.json: these results cannot be logged (IsADirectoryError") == 1
+    assert lines(tmp_path / "run", evaluations=True) == [{"step": 2, "tokens": 1024, "eval/good/loss": 1.5}]
+    assert not (inbox / "good_step_00000002.json").exists()
