@@ -118,6 +118,7 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
         blocks["core"] = blocks["core"].resolved(blocks["trainer"].seq_len)
     if sound >= {"model", "trainer"}:
         blocks["model"] = blocks["model"].resolved(blocks["trainer"].seq_len)
+        errors.extend(blocks["model"].errors())
     if sound >= {"model", "size", "core", "trainer"}:
         blocks["model"] = fill_heads(blocks["model"], blocks["core"], size, blocks["trainer"].seq_len)
     if sound >= {"data", "tokenizer", "core"}:

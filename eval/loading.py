@@ -5,6 +5,7 @@ from pathlib import Path
 
 from configs.schema import Config, ConfigError
 from data.tokenizers import Tokenizer, load_tokenizer
+from eval.ranks import from_main
 from model.transformer import Transformer, TransformerConfig
 from training.checkpoint import checkpoint_dir, load_weights, newest, problems, read_manifest
 from training.run_folder import read_config
@@ -42,8 +43,8 @@ class LoadedRun:
             attention.rope_original_length = trained.rope_original_length or self.context
 
 
-def load_run(run: str, device: str = "auto", dtype: str = "auto", step: int | None = None) -> LoadedRun:
-    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none."""
+def config_of(run: str, device: str = "auto", dtype: str = "auto") -> Config:
+    """The configuration of the run folder `run`, to be read on this device. ConfigError if it is none."""
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         others = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
@@ -52,7 +53,16 @@ def load_run(run: str, device: str = "auto", dtype: str = "auto", step: int | No
         )
     config = read_config(folder)
     config.device, config.trainer.dtype = device, dtype
-    found = newest(folder, warn=print) if step is None else checkpoint_of(folder, step)
+    return config
+
+
+def load_run(run: str, device: str = "auto", dtype: str = "auto", step: int | None = None) -> LoadedRun:
+    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none.
+
+    Of several processes rank 0 chooses: a run that trains may save another checkpoint in between.
+    """
+    folder, config = Path(run), config_of(run, device, dtype)
+    found = from_main(lambda: newest(folder, warn=print) if step is None else checkpoint_of(folder, step))
     if found is None:
         raise ConfigError(f"run={run}: has no whole checkpoint yet")
     runtime = find_runtime(config)

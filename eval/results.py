@@ -84,8 +84,8 @@ def finite(value):
 
 def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor: float | None) -> str:
     """What tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
-    latest = newest(run.dir, warn=lambda line: None)
-    older = step is not None and latest is not None and latest.name != f"step_{step:08d}"
+    latest = None if step is None else newest(run.dir, warn=lambda line: None)
+    older = latest is not None and latest.name != f"step_{step:08d}"
     scaled = "" if rope_scaling == "none" else f"_{rope_scaling}{rope_factor:g}"
     return (f"_step_{step:08d}" if older else "") + scaled
 

@@ -10,9 +10,10 @@ from configs.app import app
 from configs.load import load_flat
 from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig
 from eval.in_training import pending
-from eval.loading import LoadedRun, load_run
+from eval.loading import LoadedRun, config_of, load_run
 from eval.ranks import process_group
 from eval.results import Outcome, inbox_of, log, save, show, variant_of
+from training.setup import find_runtime
 
 
 @torch.no_grad()
@@ -48,9 +49,9 @@ def main(config: EvalConfig) -> int:
 
         prefetch(config.suite)
         return 0
-    run = load_run(config.run, config.device, config.dtype, config.step)
-    run.scale_rope(config.rope_scaling, config.rope_factor)
-    with process_group(run.runtime):
+    with process_group(find_runtime(config_of(config.run, config.device, config.dtype))):
+        run = load_run(config.run, config.device, config.dtype, config.step)
+        run.scale_rope(config.rope_scaling, config.rope_factor)
         outcome = run_suite(run, config)
     if run.runtime.is_main:
         variant = variant_of(run, config.step, config.rope_scaling, config.rope_factor)
