@@ -151,6 +151,12 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
         with preemption.saving():
             saver.save(engine, step, facts)
 
+    def run_benchmarks(step: int) -> None:
+        """On the weights of `step`, whose checkpoint is there or being written: what they take is not lost with them."""
+        found = benchmarks.run(engine.module, tokenizer, step, watchdog.mark)
+        if metrics and found:
+            metrics.log(step, step * trainer.tokens_per_step, found)
+
     # --- the loop: a step is one optimizer update on global_batch_size sequences
     accumulation_steps = trainer.accumulation_steps(runtime.world_size)
     timed_steps, timed_seconds = 0, 0.0
@@ -159,6 +165,8 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
     batches = train_data.batches(start_step, trainer.horizon, device, rollbacks.passed_over)
     console.start(start_step, trainer.horizon)
     preemption.training = True
+    if from_main(lambda: benchmarks.owed(start_step)):
+        run_benchmarks(start_step)
     with saver, closing(batches):
         for step in range(start_step + 1, trainer.horizon + 1):
             began, is_last = time.perf_counter(), step == trainer.horizon
@@ -202,8 +210,6 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
                     "val/perplexity": perplexity(val_loss),
                     "val/bits_per_byte": bits_per_byte(val_loss, manifest.bytes_per_token("val")),
                 }
-            if benchmarks.due(step) and not trouble:
-                logged |= benchmarks.run(engine.module, tokenizer, step, watchdog.mark)
             if metrics and logged:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
                 benchmarks.collect(metrics.log)
@@ -226,6 +232,8 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
                         log_event(run_dir, "preempted", step, signal=preemption.requested)
                     metrics.close(PREEMPTED)
                 return PREEMPTED
+            if benchmarks.run_due(step):
+                run_benchmarks(step)
         if not saver.finish():
             return 1
     console.stop()

@@ -8,7 +8,7 @@ import torch
 
 from configs.app import app
 from configs.load import load_flat
-from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig
+from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig, TextSource
 from eval.in_training import pending
 from eval.loading import LoadedRun, config_of, load_run
 from eval.ranks import process_group
@@ -41,6 +41,10 @@ def check_suite(suite: SuiteConfig) -> None:
         from eval.tasks import load_tasks
 
         load_tasks(suite, None)
+    elif isinstance(suite, TextSource):
+        from eval.texts import check_source
+
+        check_source(suite)
 
 
 def main(config: EvalConfig) -> int:

@@ -79,5 +79,5 @@ class CheckpointSaver:
             return
         try:
             prune(self.run_dir, self.keep, manifest["step"])
-        except OSError as error:
+        except Exception as error:
             print(f"old checkpoints of {self.run_dir} could not be deleted, training goes on: {error}")
