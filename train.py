@@ -60,8 +60,8 @@ def main(config: Config) -> int:
     if is_finished(config):
         console.say(done)
         return 0
-    benchmarks = Benchmarks(config, runtime, console.say)
     with Preemption() as preemption:
+        benchmarks = Benchmarks(config, runtime, console.say)
         if runtime.is_main:
             ensure_prepared(config)  # the built-in corpus on first use; the others wait where the process group forms
         init_distributed(runtime, config.trainer.rank_timeout)

@@ -14,6 +14,9 @@ from configs.schema import Config, ConfigError, check_machine, name_run
 from model.counting.match import fill_by_size, fill_heads
 
 
+SHOWN = 40  # known keys that a message names
+
+
 def _type_name(hint) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
@@ -24,7 +27,9 @@ def _type_name(hint) -> str:
 
 def did_you_mean(key: str, known) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+    shown = sorted(known)[:SHOWN]
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(shown)}{more}"
 
 
 def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
