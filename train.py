@@ -152,7 +152,7 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
             saver.save(engine, step, facts)
 
     def run_benchmarks(step: int) -> None:
-        """On the weights of `step`, whose checkpoint is there or being written: what they take is not lost with them."""
+        """After the step is saved, or being saved: a run that is ended in the middle of them has lost nothing."""
         found = benchmarks.run(engine.module, tokenizer, step, watchdog.mark)
         if metrics and found:
             metrics.log(step, step * trainer.tokens_per_step, found)

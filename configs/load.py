@@ -13,7 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import Config, ConfigError, check_machine, name_run
 from model.counting.match import fill_by_size, fill_heads
 
-
 SHOWN = 40  # known keys that a message names
 
 
