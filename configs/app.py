@@ -61,12 +61,27 @@ def app(main: Callable[[Config], int | None], config_name: str = "train", load: 
         if code:
             sys.exit(code)
 
+    with ending_well(), config_errors():
+        if args.cfg == "job" and not args.package:
+            print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, args.overrides))))), end="")
+        else:
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+
+
+def command(main: Callable[[list[str]], int], usage: str | None = None) -> None:
+    """Run `main(arguments)` of a command that is no Hydra app; --help prints `usage` where argparse doesn't."""
+    if usage and {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage)
+        sys.exit(0)
+    with ending_well():
+        sys.exit(main(sys.argv[1:]))
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """Bad input and Ctrl-C are a message and an exit code, not a traceback."""
     try:
-        with config_errors():
-            if args.cfg == "job" and not args.package:
-                print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, args.overrides))))), end="")
-            else:
-                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+        yield
     except ConfigError as error:
         fail(error)
     except KeyboardInterrupt:

@@ -5,14 +5,13 @@ over seeds behind it), with the wandb-workspaces library. `dry_run=true` prints 
 """
 
 import json
-import sys
 
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.app import fail
+from configs.app import command
 from configs.errors import ConfigError
 from configs.load import load_flat
 from configs.schema_compare import DashboardConfig
@@ -157,11 +156,4 @@ def main(config: DashboardConfig) -> int:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        sys.exit(0)
-    try:
-        code = main(parse(sys.argv[1:]))
-    except ConfigError as error:
-        fail(error)
-    sys.exit(code)
+    command(lambda arguments: main(parse(arguments)), __doc__)

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from configs.app import compose, fail
+from configs.app import compose, ending_well
 from configs.errors import ConfigError
 from configs.load import load
 from configs.schema import Config
@@ -66,7 +66,5 @@ def main(overrides: list[str]) -> Config:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_well():
         print(snapshot(main(sys.argv[1:]).run.dir))
-    except ConfigError as error:
-        fail(error)

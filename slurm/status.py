@@ -6,7 +6,6 @@ a job waits, runs, or how it ended.
 
 import argparse
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from configs.app import fail
+from configs.app import command
 from configs.errors import ConfigError
 from slurm import scheduler
 from slurm.jobs import read_jobs
@@ -225,7 +224,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConfigError as error:
-        fail(error)
+    command(main)

@@ -9,7 +9,6 @@ Everything is checked here, before anything is created or queued; mistakes exit 
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
-from configs.app import CONFIGS, compose, config_errors, fail
+from configs.app import CONFIGS, command, compose, config_errors
 from configs.load import load
 from configs.schema import Config, ConfigError, parse_bytes
 from data.prepare import ON_FIRST_USE, check_before_work, prepared
@@ -207,7 +206,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ConfigError as error:
-        fail(error)
+    command(main)

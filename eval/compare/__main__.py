@@ -23,7 +23,6 @@ Exit codes: 0 done, 1 the gate failed, 2 bad input.
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -32,7 +31,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from configs.app import fail
+from configs.app import command
 from configs.errors import ConfigError
 from configs.load import load_flat
 from configs.schema_compare import CompareConfig
@@ -141,11 +140,4 @@ def main(config: CompareConfig, command: str) -> int:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        sys.exit(0)
-    try:
-        code = main(parse(sys.argv[1:]), shlex.join(["python", "-m", "eval.compare", *sys.argv[1:]]))
-    except ConfigError as error:
-        fail(error)
-    sys.exit(code)
+    command(lambda arguments: main(parse(arguments), shlex.join(["python", "-m", "eval.compare", *arguments])), __doc__)
