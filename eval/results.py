@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from configs.errors import ConfigError
 from eval.loading import LoadedRun
 from training.checkpoint import newest, write_atomic
 from training.metrics import metrics_line
@@ -64,6 +65,14 @@ def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, varian
     path = folder / f"{suite}{variant}.json"
     write_atomic(path, json.dumps(finite(record | outcome.details), indent=2) + "\n")
     return path
+
+
+def check_writable(run_dir: Path) -> None:
+    """ConfigError where the results of an evaluation would find no place: before it, not after it."""
+    folder = Path(run_dir) / "results"
+    existing = folder if folder.exists() else folder.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{folder}: cannot be written; evaluate a copy of the run folder")
 
 
 def draw(picture: Callable[[Path], None], path: Path) -> None:

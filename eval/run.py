@@ -12,7 +12,7 @@ from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, Perp
 from eval.in_training import pending
 from eval.loading import LoadedRun, config_of, load_run
 from eval.ranks import process_group
-from eval.results import Outcome, inbox_of, log, save, show, variant_of
+from eval.results import Outcome, check_writable, inbox_of, log, save, show, variant_of
 from training.setup import find_runtime
 
 
@@ -53,7 +53,9 @@ def main(config: EvalConfig) -> int:
 
         prefetch(config.suite)
         return 0
-    with process_group(find_runtime(config_of(config.run, config.device, config.dtype))):
+    runtime = find_runtime(config_of(config.run, config.device, config.dtype))
+    check_writable(config.run)
+    with process_group(runtime):
         run = load_run(config.run, config.device, config.dtype, config.step)
         run.scale_rope(config.rope_scaling, config.rope_factor)
         outcome = run_suite(run, config)
