@@ -44,6 +44,8 @@ def preflight(config: Config, runtime: Runtime, network: TransformerConfig) -> P
         }
     )
     check_devices(found, ranks)
+    if note := config.core.training_note(config.model, runtime.device.type):
+        found.rows["core"] = note
     check_memory(found, config, runtime, network, ranks)
     if runtime.world_size > 1:
         check_all_reduce(found, runtime)

@@ -75,6 +75,10 @@ class AttentionCore(ABC):
     def check(self, attention: "AttentionConfig", device: str, dtype: torch.dtype) -> None:
         """Raise a ValueError that names what this core cannot do; never fall back silently."""
 
+    def training_note(self, attention: "AttentionConfig", device: str) -> str:
+        """How this core will compute gradients, where it has decided that; a line of the preflight table."""
+        return ""
+
     def resolved(self, seq_len: int) -> "AttentionCore":
         """The core with what it takes from the training length decided, as the run's configuration keeps it."""
         return self

@@ -16,7 +16,6 @@ from model.cores.factor_space import blocked
 from model.cores.factor_training import FactorSpaceAttention
 from model.cores.sdpa import SDPA
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_COLUMNS = 512  # up to so many (query, head) pairs of a row go through the decoding kernel
 # How many multiply-adds of a matrix product take as long as one pass over one logit of a block: measured on a CPU; on
 # a GPU, where such a block lies in memory, an H100's data sheet: 8 bytes at 3.35 TB/s, 495 T multiply-adds a second.
@@ -122,13 +121,24 @@ class FlashTPA(AttentionCore):
         """`factors` or `materialized`."""
         return self.training if self.training != "auto" else plan(attention, device).choice
 
+    def training_note(self, attention: TensorProductConfig, device: str) -> str:
+        costs = plan(attention, device)
+        way = (
+            "in factor space" if self.trains_on(attention, device) == "factors" else "through explicit keys and values"
+        )
+        return (
+            f"flash_tpa trains {way} (core.training={self.training}): a head, query and key cost {costs.factors:,.0f} "
+            f"multiply-adds in factor space, {costs.materialized:,.0f} explicitly"
+        )
+
     def __call__(self, qkv, rotate, positions: Tensor, mask: AttentionMask, scale: float) -> Tensor:
         if not isinstance(qkv, Factored):
             raise TypeError(f"core=flash_tpa attends to factors, and got {type(qkv).__name__}; use core=sdpa")
         if mask.documents is not None:
             raise ValueError("core=flash_tpa cannot mask documents (data.document_mask); use core=sdpa")
         turned = rotate(qkv, positions)
-        if not (torch.is_grad_enabled() and turned.q.b.requires_grad):
+        factors = (x for part in (turned.q, turned.k, turned.v) for x in (part.a, part.b, part.c) if x is not None)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in factors)):
             return flash_tpa(turned, scale, mask.causal, mask.starts)
         if mask.starts is not None:
             raise ValueError("core=flash_tpa has no gradient through a cache")

@@ -8,7 +8,7 @@ import torch
 import train
 from configs.app import compose
 from configs.load import load
-from model.attention.base import Dense
+from model.attention.base import Dense, unturned
 from model.attention.tensor_product import Factored, Factors, TensorProductConfig
 from model.cores import factor_space, factor_training
 from model.cores.base import AttentionMask
@@ -145,20 +145,16 @@ def test_a_model_has_the_logits_and_gradients_that_it_has_through_sdpa(model, op
         assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", FACTORED)
-def test_decoding_from_the_cache_equals_the_full_forward_pass(model):
-    """Rows of different lengths, a chunk and then token by token."""
+@pytest.mark.parametrize("training", ["factors", "materialized"])
+def test_whatever_is_trained_gets_its_gradient(training):
+    """Also where the queries are frozen."""
     torch.manual_seed(0)
-    net = wake_up(Transformer(small_network(model, "core=flash_tpa"))).eval()
-    tokens = torch.randint(0, 300, (2, 12))
-    with torch.no_grad():
-        expected, cache = net(tokens), net.new_cache(2)
-        counts = torch.tensor([7, 4])
-        net(tokens[:, :7], cache=cache, counts=counts)
-        for step in range(4):
-            at = counts + step
-            logits = net(tokens.gather(1, at[:, None]), cache=cache)
-            assert torch.allclose(logits[:, 0], expected[torch.arange(2), at], atol=1e-4)
+    factored = random_factors(2, 9, 9, 3, (2, 2, 2), 8, 8)
+    trained = factored.v.a.requires_grad_()
+    out = FlashTPA(training=training)(factored, unturned, None, AttentionMask(), 0.3)
+    (ours,) = torch.autograd.grad(out.square().sum(), trained)
+    (expected,) = torch.autograd.grad(reference(factored, 0.3).square().sum(), trained)
+    assert torch.allclose(ours, expected, atol=1e-5)
 
 
 def test_a_few_steps_of_training_give_the_losses_of_sdpa():
@@ -236,10 +232,12 @@ def test_what_it_cannot_do_is_refused_by_name(monkeypatch):
         load_kernels()
 
 
-def test_a_run_trains_with_it(small_run, tmp_path):
+def test_a_run_trains_with_it(small_run, tmp_path, capsys):
     losses = {}
     for core in ("sdpa", "flash_tpa"):
         overrides = [*small_run, f"core={core}", f"run.dir={tmp_path}/{core}", "trainer.max_steps=2"]
         assert train.main(load(compose("train", overrides))) == 0
         losses[core] = [line["train/loss"] for line in read_metrics(tmp_path / core / "metrics.jsonl")]
+        said = "flash_tpa trains through explicit keys and values (core.training=auto)"
+        assert (said in " ".join(capsys.readouterr().out.split())) == (core == "flash_tpa")
     assert len(losses["sdpa"]) == 2 and losses["flash_tpa"] == pytest.approx(losses["sdpa"], abs=1e-4)

@@ -54,6 +54,15 @@ def test_kernels_equal_the_reference(kernel, shape, ragged):
 
 
 @pytest.mark.parametrize("kernel", [decode, prefill])
+def test_one_start_for_all_rows(kernel):
+    """A view of one number, as `expand` makes it."""
+    torch.manual_seed(0)
+    factored = to_device(random_factors(3, 2, 19, 3, (2, 2, 1), 8, 8))
+    starts = torch.tensor([4, 17, 17], device=DEVICE)[:1].expand(3)
+    assert torch.allclose(kernel(factored, 0.2, True, starts), reference(factored, 0.2, True, starts), atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", [decode, prefill])
 def test_sigmoid_half_precision_constants_and_no_mask(kernel):
     torch.manual_seed(0)
     factored = random_factors(2, 3, 40, 5, (2, 2, 2), 16, 16, dtype=torch.float16)
@@ -94,6 +103,11 @@ for kernel, config, more in ((split_kernel, CONFIGS[0], {"BLOCK_C": 64}), (prefi
     blocks = {key: value for key, value in config.items() if key.isupper()}
     ptx = build(kernel, SHAPE | more | blocks, config["num_warps"], config["num_stages"])
     assert "wgmma.mma_async" in ptx and "cp.async" in ptx  # tensor cores, fed while they work
+# The last configuration of each fits where the others ask for more than there is.
+WIDE = SHAPE | dict(H=8, R_K=3, R_V=3, D=256, D_B=256, E=256, E_B=256, BLOCK_D=256, BLOCK_E=256)
+for kernel, more in ((split_kernel, {"BLOCK_C": 16}), (prefill_kernel, {})):
+    last = kernel.configs[-1]
+    build(kernel, WIDE | more | last.kwargs, last.num_warps, last.num_stages)
 build(merge_kernel, dict(R_V=2, E=64, BLOCK_E=64, BLOCK_SPLITS=64))
 """
 

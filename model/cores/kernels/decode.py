@@ -32,9 +32,11 @@ CONFIGS = [
     {"BLOCK_S": s, "num_warps": w, "num_stages": n}
     for s, w, n in ((64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3), (64, 8, 3), (256, 8, 2))
 ]
+# One stage keeps no tiles waiting in shared memory: what fits where high ranks or wide heads rule out the others.
+SMALL = {"BLOCK_S": 32, "num_warps": 4, "num_stages": 1}
 
 
-@autotuned(CONFIGS, key=["H", "R_Q", "R_K", "R_V", "D", "E", "BLOCK_C", "bucket"])
+@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "BLOCK_C", "bucket"])
 @triton.jit
 def split_kernel(
     a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, partial, lse,
@@ -163,7 +165,7 @@ def decode(
     (args_q, strides_q), (args_k, strides_k), (args_v, strides_v) = (operands(part) for part in (q, k, v))
     rank_q = 1 if q.a is None else q.a.size(-1)
     split_kernel[(n_splits, column_blocks, batch)](
-        *args_q, *args_k, *args_v, lse if starts is None else starts, partial, lse,
+        *args_q, *args_k, *args_v, lse if starts is None else starts.contiguous(), partial, lse,
         scale * math.log2(math.e) / (rank_q * shape["R_K"]), n_queries, n_keys, n_splits,
         triton.next_power_of_2(max(1, batch * n_keys)).bit_length(),
         *strides_q, *strides_k, *strides_v, **shape,

@@ -24,7 +24,7 @@ CONFIGS = [
         (128, 128, 8, 2),
     )
 ]
-SMALL = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2}  # what fits whatever the widths
+SMALL = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 4, "num_stages": 1}  # what fits, as in decoding
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def form(
     return made
 
 
-@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "E", "bucket"])
+@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "bucket"])
 @triton.jit
 def prefill_kernel(
     a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, out,
@@ -114,7 +114,7 @@ def prefill(factored: Factored, scale: float, causal: bool = True, starts: Tenso
     (args_q, strides_q), (args_k, strides_k), (args_v, strides_v) = (operands(part) for part in (q, k, v))
     rank_q = 1 if q.a is None else q.a.size(-1)
     prefill_kernel[lambda meta: (triton.cdiv(n_queries, meta["BLOCK_T"]), shape["H"], batch)](
-        *args_q, *args_k, *args_v, out if starts is None else starts, out,
+        *args_q, *args_k, *args_v, out if starts is None else starts.contiguous(), out,
         scale * math.log2(math.e) / (rank_q * shape["R_K"]), n_queries, n_keys,
         triton.next_power_of_2(n_queries).bit_length(),
         *strides_q, *strides_k, *strides_v, **shape,
