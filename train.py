@@ -9,7 +9,7 @@ Exit codes: 0 done, 2 bad configuration or input, 75 pre-empted after saving (st
 
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -60,8 +60,8 @@ def main(config: Config) -> int:
     if is_finished(config):
         console.say(done)
         return 0
-    benchmarks = Benchmarks(config, runtime, console.say)
     with Preemption() as preemption:
+        benchmarks = Benchmarks(config, runtime, console.say)
         if runtime.is_main:
             ensure_prepared(config)  # the built-in corpus on first use; the others wait where the process group forms
         init_distributed(runtime, config.trainer.rank_timeout)
@@ -136,7 +136,8 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
 
     def save_failed(step: int, failure: str) -> None:
         console.say(f"THE CHECKPOINT OF STEP {step} COULD NOT BE SAVED, training goes on: {failure}")
-        log_event(run_dir, "save_failed", step, reason=failure)
+        with suppress(OSError):  # the disk may have no room for that either
+            log_event(run_dir, "save_failed", step, reason=failure)
 
     def save(step: int, val_loss: float | None) -> None:
         facts = {
@@ -150,6 +151,12 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
         with preemption.saving():
             saver.save(engine, step, facts)
 
+    def run_benchmarks(step: int) -> None:
+        """After the step is saved, or being saved: a run that is ended in the middle of them has lost nothing."""
+        found = benchmarks.run(engine.module, tokenizer, step, watchdog.mark)
+        if metrics and found:
+            metrics.log(step, step * trainer.tokens_per_step, found)
+
     # --- the loop: a step is one optimizer update on global_batch_size sequences
     accumulation_steps = trainer.accumulation_steps(runtime.world_size)
     timed_steps, timed_seconds = 0, 0.0
@@ -158,6 +165,8 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
     batches = train_data.batches(start_step, trainer.horizon, device, rollbacks.passed_over)
     console.start(start_step, trainer.horizon)
     preemption.training = True
+    if from_main(lambda: benchmarks.owed(start_step)):
+        run_benchmarks(start_step)
     with saver, closing(batches):
         for step in range(start_step + 1, trainer.horizon + 1):
             began, is_last = time.perf_counter(), step == trainer.horizon
@@ -201,8 +210,6 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
                     "val/perplexity": perplexity(val_loss),
                     "val/bits_per_byte": bits_per_byte(val_loss, manifest.bytes_per_token("val")),
                 }
-            if benchmarks.due(step) and not trouble:
-                logged |= benchmarks.run(engine.module, tokenizer, step, watchdog.mark)
             if metrics and logged:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
                 benchmarks.collect(metrics.log)
@@ -221,9 +228,12 @@ def train(config: Config, runtime, console: TrainingConsole, preemption, watchdo
                     outcome = f"saved step {step}" if saver.finish() else "not saved"
                 console.say(f"{preemption.requested or 'signal'}: {outcome}; the same command goes on from here")
                 if metrics:
-                    log_event(run_dir, "preempted", step, signal=preemption.requested)
+                    with suppress(OSError):
+                        log_event(run_dir, "preempted", step, signal=preemption.requested)
                     metrics.close(PREEMPTED)
                 return PREEMPTED
+            if benchmarks.run_due(step):
+                run_benchmarks(step)
         if not saver.finish():
             return 1
     console.stop()

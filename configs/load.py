@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import Config, ConfigError, check_machine, name_run
 from model.counting.match import fill_by_size, fill_heads
 
+SHOWN = 40  # known keys that a message names
+
 
 def _type_name(hint) -> str:
     if isinstance(hint, types.UnionType):
@@ -24,7 +26,9 @@ def _type_name(hint) -> str:
 
 def did_you_mean(key: str, known) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+    shown = sorted(known)[:SHOWN]
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(shown)}{more}"
 
 
 def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
@@ -118,6 +122,7 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
         blocks["core"] = blocks["core"].resolved(blocks["trainer"].seq_len)
     if sound >= {"model", "trainer"}:
         blocks["model"] = blocks["model"].resolved(blocks["trainer"].seq_len)
+        errors.extend(blocks["model"].errors())
     if sound >= {"model", "size", "core", "trainer"}:
         blocks["model"] = fill_heads(blocks["model"], blocks["core"], size, blocks["trainer"].seq_len)
     if sound >= {"data", "tokenizer", "core"}:

@@ -17,10 +17,12 @@ from data.tokenizers import Tokenizer
 from eval.loading import LoadedRun
 from eval.results import collect, inbox_of, save
 from model.transformer import Transformer
+from training.metrics import read_metrics
 from training.setup import Runtime
 
 CODE = Path(__file__).resolve().parent.parent
 SCRIPT = CODE / "slurm" / "eval.sbatch"
+MACHINE = ("device", "dtype")  # of a job of its own
 OF_THE_JOB = ("SLURM_", "SBATCH_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
@@ -29,27 +31,41 @@ class Benchmarks:
 
     def __init__(self, config: Config, runtime: Runtime, say: Callable[[str], None]):
         self.config, self.runtime, self.say = config, runtime, say
-        trainer = config.trainer
+        self.trainer = trainer = config.trainer
         self.every = trainer.benchmark_every if trainer.benchmarks else None
         self.inbox = inbox_of(config.run.dir)
         self.suites: dict[str, EvalConfig] = {}
+        self.said: set[str] = set()
         if not self.every:
             return
         if trainer.benchmark_job and not (SCRIPT.exists() and shutil.which("sbatch")):
             raise ConfigError(f"trainer.benchmark_job=true: needs Slurm's sbatch, and {SCRIPT}")
         for name in trainer.benchmarks:
             self.suites[name] = load_flat(compose("eval", self.arguments(name)), EvalConfig)
+            self.check_arguments(self.suites[name])
         if runtime.is_main and not trainer.benchmark_job:
             self.check()
 
     def arguments(self, suite: str) -> list[str]:
         """Of `python -m eval.run`."""
-        trainer = self.config.trainer
+        trainer = self.trainer
         limit = [] if trainer.benchmark_limit is None else [f"limit={trainer.benchmark_limit}"]
         return [
             f"run={self.config.run.dir}", f"suite={suite}", *limit, f"batch_size={trainer.micro_batch_size}",
             *trainer.benchmark_overrides,
         ]  # fmt: skip
+
+    def check_arguments(self, suite: EvalConfig) -> None:
+        """ConfigError for what an evaluation takes and a benchmark does not."""
+        plain = EvalConfig(suite.suite, run=self.config.run.dir)
+        fixed = ["run", "step", "rope_scaling", "rope_factor", *([] if self.trainer.benchmark_job else MACHINE)]
+        wrong = [f"{key}={getattr(suite, key)}" for key in fixed if getattr(suite, key) != getattr(plain, key)]
+        wrong += ["suite.prefetch=true"] * getattr(suite.suite, "prefetch", False)
+        if wrong:
+            raise ConfigError(
+                f"trainer.benchmark_overrides: {', '.join(wrong)}: benchmarks take the model as it is trained, at "
+                "their step; evaluate it otherwise with python -m eval.run"
+            )
 
     def check(self) -> None:
         """Find now, and not in the middle of the run, what data and tasks are missing."""
@@ -60,10 +76,20 @@ class Benchmarks:
 
     def due(self, step: int) -> bool:
         """The last step counts too."""
-        return bool(self.every) and (step % self.every == 0 or step == self.config.trainer.horizon)
+        return bool(self.every) and (step % self.every == 0 or step == self.trainer.horizon)
 
     def job_due(self, step: int) -> bool:
-        return self.config.trainer.benchmark_job and self.due(step)
+        return self.trainer.benchmark_job and self.due(step)
+
+    def run_due(self, step: int) -> bool:
+        return not self.trainer.benchmark_job and self.due(step)
+
+    def owed(self, step: int) -> bool:
+        """Whether the run was ended at this step before its benchmarks were; rank 0 knows."""
+        if not (step and self.run_due(step)):
+            return False
+        lines = read_metrics(Path(self.config.run.dir) / "metrics.jsonl")
+        return not any(line["step"] == step and any(key.startswith("eval/") for key in line) for line in lines)
 
     def run(
         self, model: Transformer, tokenizer: Tokenizer, step: int, alive: Callable[[str], None] = lambda doing: None
@@ -73,12 +99,10 @@ class Benchmarks:
         Nothing random of training's is touched. A suite that fails costs its results, not the run. `alive` is told of
         every forward pass.
         """
-        if self.config.trainer.benchmark_job:
-            return {}
         from eval.run import run_suite
 
         here = LoadedRun(
-            Path(self.config.run.dir), self.config, step, step * self.config.trainer.tokens_per_step, model,
+            Path(self.config.run.dir), self.config, step, step * self.trainer.tokens_per_step, model,
             tokenizer, self.runtime, lockstep=self.config.deepspeed.stage == 3,
         )  # fmt: skip
         found: dict[str, float] = {}
@@ -109,14 +133,15 @@ class Benchmarks:
         self.inbox.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if not of_the_job(key)}
         environment |= {"T6_CODE": str(CODE), "T6_RUN": str(Path(self.config.run.dir).absolute())}
-        for name in self.suites:
-            options = ["--parsable", *self.config.trainer.benchmark_sbatch, str(SCRIPT)]
+        for name, suite in self.suites.items():
+            options = ["--parsable", *self.trainer.benchmark_sbatch, str(SCRIPT)]
             command = ["sbatch", *options, *self.arguments(name), f"step={step}"]
-            pending(self.inbox, name, step).touch()
+            mark = pending(self.inbox, suite.suite.name, step)
+            mark.touch()
             try:
                 done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
             except (OSError, subprocess.SubprocessError) as error:
-                pending(self.inbox, name, step).unlink()
+                mark.unlink()
                 reason = (getattr(error, "stderr", None) or str(error)).strip()
                 self.say(f"step {step}: the benchmark {name} could not be submitted, training goes on: {reason}")
                 continue
@@ -133,7 +158,13 @@ class Benchmarks:
 
     def collect(self, log: Callable[[int, int, dict], None]) -> None:
         """Pass on what evaluations of this run have left since, at the steps that they belong to; rank 0 does it."""
-        collect(self.config.run.dir, log)
+        collect(self.config.run.dir, log, self.warn)
+
+    def warn(self, line: str) -> None:
+        """Say it, once."""
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
 
 
 def of_the_job(variable: str) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from configs.schema import Config, ConfigError
 from data.tokenizers import Tokenizer, load_tokenizer
+from eval.ranks import from_main
 from model.cores.base import AttentionCore
 from model.transformer import Transformer, TransformerConfig
 from training.checkpoint import checkpoint_dir, load_weights, newest, problems, read_manifest
@@ -45,13 +46,8 @@ class LoadedRun:
             attention.rope_original_length = trained.rope_original_length or self.context
 
 
-def load_run(
-    run: str, device: str = "auto", dtype: str = "auto", step: int | None = None, core: AttentionCore | None = None
-) -> LoadedRun:
-    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none.
-
-    `core`: another way to compute the full attention that the run was trained with.
-    """
+def config_of(run: str, device: str = "auto", dtype: str = "auto") -> Config:
+    """The configuration of the run folder `run`, to be read on this device. ConfigError if it is none."""
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         others = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
@@ -60,7 +56,19 @@ def load_run(
         )
     config = read_config(folder)
     config.device, config.trainer.dtype = device, dtype
-    found = newest(folder, warn=print) if step is None else checkpoint_of(folder, step)
+    return config
+
+
+def load_run(
+    run: str, device: str = "auto", dtype: str = "auto", step: int | None = None, core: AttentionCore | None = None
+) -> LoadedRun:
+    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none.
+
+    Of several processes rank 0 chooses: a run that trains may save another checkpoint in between. `core`: another way
+    to compute the full attention that the run was trained with.
+    """
+    folder, config = Path(run), config_of(run, device, dtype)
+    found = from_main(lambda: newest(folder, warn=print) if step is None else checkpoint_of(folder, step))
     if found is None:
         raise ConfigError(f"run={run}: has no whole checkpoint yet")
     if core:

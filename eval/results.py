@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from configs.errors import ConfigError
 from eval.loading import LoadedRun
 from training.checkpoint import newest, write_atomic
 from training.metrics import metrics_line
@@ -66,6 +67,14 @@ def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, varian
     return path
 
 
+def check_writable(run_dir: Path) -> None:
+    """ConfigError where the results of an evaluation would find no place: before it, not after it."""
+    folder = Path(run_dir) / "results"
+    existing = folder if folder.exists() else folder.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{folder}: cannot be written; evaluate a copy of the run folder")
+
+
 def draw(picture: Callable[[Path], None], path: Path) -> None:
     """Write a picture so that a reader sees the old one or the new one."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
@@ -84,8 +93,8 @@ def finite(value):
 
 def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor: float | None) -> str:
     """What tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
-    latest = newest(run.dir, warn=lambda line: None)
-    older = step is not None and latest is not None and latest.name != f"step_{step:08d}"
+    latest = None if step is None else newest(run.dir, warn=lambda line: None)
+    older = latest is not None and latest.name != f"step_{step:08d}"
     scaled = "" if rope_scaling == "none" else f"_{rope_scaling}{rope_factor:g}"
     return (f"_step_{step:08d}" if older else "") + scaled
 
@@ -110,15 +119,24 @@ def inbox_of(run_dir: Path) -> Path:
     return Path(run_dir) / "results" / "inbox"
 
 
-def collect(run_dir: Path, log: Callable[[int, int, dict[str, float]], None]) -> None:
-    """Pass on (step, tokens, metrics) of what evaluations have left in the inbox, each to one caller."""
+def collect(
+    run_dir: Path, log: Callable[[int, int, dict[str, float]], None], warn: Callable[[str], None] = print
+) -> None:
+    """Pass on (step, tokens, metrics) of what evaluations have left in the inbox, each to one caller.
+
+    What cannot be taken from there is named to `warn` and left.
+    """
     for path in sorted(inbox_of(run_dir).glob("*.json")):
         try:
             found = json.loads(path.read_text())
+            line = found["step"], found["tokens"], found["metrics"]
             path.unlink()
         except FileNotFoundError:
             continue  # somebody else was here
-        log(found["step"], found["tokens"], found["metrics"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{path}: these results cannot be logged ({type(error).__name__}: {error})")
+            continue
+        log(*line)
 
 
 def show(outcome: Outcome, path: Path) -> None:

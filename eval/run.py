@@ -8,11 +8,12 @@ import torch
 
 from configs.app import app
 from configs.load import load_flat
-from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig
+from configs.schema_eval import EvalConfig, HarnessSuite, LongContextSuite, PerplexitySuite, SuiteConfig, TextSource
 from eval.in_training import pending
-from eval.loading import LoadedRun, load_run
+from eval.loading import LoadedRun, config_of, load_run
 from eval.ranks import process_group
-from eval.results import Outcome, inbox_of, log, save, show, variant_of
+from eval.results import Outcome, check_writable, inbox_of, log, save, show, variant_of
+from training.setup import find_runtime
 
 
 @torch.no_grad()
@@ -40,6 +41,10 @@ def check_suite(suite: SuiteConfig) -> None:
         from eval.tasks import load_tasks
 
         load_tasks(suite, None)
+    elif isinstance(suite, TextSource):
+        from eval.texts import check_source
+
+        check_source(suite)
 
 
 def main(config: EvalConfig) -> int:
@@ -48,9 +53,11 @@ def main(config: EvalConfig) -> int:
 
         prefetch(config.suite)
         return 0
-    run = load_run(config.run, config.device, config.dtype, config.step)
-    run.scale_rope(config.rope_scaling, config.rope_factor)
-    with process_group(run.runtime):
+    runtime = find_runtime(config_of(config.run, config.device, config.dtype))
+    check_writable(config.run)
+    with process_group(runtime):
+        run = load_run(config.run, config.device, config.dtype, config.step)
+        run.scale_rope(config.rope_scaling, config.rope_factor)
         outcome = run_suite(run, config)
     if run.runtime.is_main:
         variant = variant_of(run, config.step, config.rope_scaling, config.rope_factor)

@@ -1,5 +1,6 @@
 """The text that a suite reads, as streams of tokens, and the windows in which a model sees them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +42,7 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
     if source.files or source.path:
         return encode_documents(source, run)
     folder = source.data_dir or run.config.data.dir
-    try:
-        shards = TokenShards(folder, "val")
-    except ConfigError as error:  # which speaks of the data block
-        raise ConfigError(*(line.replace("data.dir", "suite.data_dir") for line in error.errors)) from None
+    shards = open_shards(folder)
     manifest = shards.manifest
     if source.data_dir and manifest.tokenizer.get("fingerprint") != run.tokenizer.fingerprint:
         raise ConfigError(
@@ -57,17 +55,36 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
     )  # fmt: skip
 
 
-def encode_documents(source: TextSource, run: LoadedRun) -> Text:
-    """The documents of files or of the hub; each is a stream of its own."""
-    name = source.path or ", ".join(source.files)
+def check_source(source: TextSource) -> None:
+    """ConfigError where there is no such text, as far as a look at its beginning tells."""
+    if source.files or source.path:
+        next(texts_of(source), None)
+    elif source.data_dir:
+        open_shards(source.data_dir)
+
+
+def open_shards(folder: str) -> TokenShards:
+    try:
+        return TokenShards(folder, "val")
+    except ConfigError as error:  # which speaks of the data block
+        raise ConfigError(*(line.replace("data.dir", "suite.data_dir") for line in error.errors)) from None
+
+
+def texts_of(source: TextSource) -> Iterator[str]:
+    """The rows of files or of the hub that are texts."""
     config = DataConfig(
         name="suite", source="hub" if source.path else "files", dir="", files=source.files, path=source.path,
         subset=source.subset, split=source.split, column=source.column,
     )  # fmt: skip
     try:
-        texts = [row["text"] for row in open_documents(config) if isinstance(row["text"], str)]
+        yield from (row["text"] for row in open_documents(config) if isinstance(row["text"], str))
     except ConfigError as error:  # which speaks of the data block
         raise ConfigError(*(line.replace("data.", "suite.") for line in error.errors)) from None
+
+
+def encode_documents(source: TextSource, run: LoadedRun) -> Text:
+    """The documents of files or of the hub; each is a stream of its own."""
+    name, texts = source.path or ", ".join(source.files), list(texts_of(source))
     if source.join is not None:
         texts = [source.join.join(texts)]
     texts = [text for text in texts if text.strip()]

@@ -59,10 +59,14 @@ def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) 
     write_atomic(Path(run_dir) / "latest", folder.name)
 
 
-def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]]) -> None:
-    """Delete the checkpoints that `keep` does not name, and what was left of unfinished ones."""
+def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> None:
+    """Delete the checkpoints that `keep` does not name, and what is left of broken and unfinished ones.
+
+    Those past the `last` step are broken: training has gone on from one before them.
+    """
     folders = sorted((Path(run_dir) / "checkpoints").glob("step_*"))
-    manifests = {folder: read_manifest(folder) for folder in folders if (folder / "manifest.json").exists()}
+    whole = [folder for folder in folders if not problems(folder, checksums=False)]
+    manifests = {folder: manifest for folder in whole if (manifest := read_manifest(folder))["step"] <= last}
     kept = keep(list(manifests.values()))
     for folder in folders:
         if folder not in manifests or manifests[folder]["step"] not in kept:
@@ -89,8 +93,8 @@ def seal(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each; empty if it is whole."""
+def problems(folder: Path, checksums: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, one line each; empty if it is whole, or without `checksums` seems so."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["checksum"] != seal(manifest):
@@ -107,7 +111,7 @@ def problems(folder: Path) -> list[str]:
             found.append(f"{path}: is missing")
         elif path.stat().st_size != facts["bytes"]:
             found.append(f"{path}: has {path.stat().st_size} bytes instead of {facts['bytes']}")
-        elif sha256_of(path) != facts["sha256"]:
+        elif checksums and sha256_of(path) != facts["sha256"]:
             found.append(f"{path}: does not have the checksum of its manifest")
     return found
 
@@ -124,9 +128,15 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def find(source: str, warn: Callable[[str], None]) -> Path:
-    """The checkpoint that `trainer.init_from` names: a checkpoint folder, or the newest of a run folder."""
+    """The checkpoint that `trainer.init_from` names: a checkpoint folder, or the newest of a run folder.
+
+    ConfigError where there is none, or where the one named is not whole.
+    """
     folder = Path(source)
-    found = folder if (folder / "manifest.json").exists() else newest(folder, warn)
+    is_checkpoint = (folder / "manifest.json").exists()
+    if is_checkpoint and (broken := problems(folder)):
+        raise ConfigError(*(f"trainer.init_from: {line}" for line in broken))
+    found = folder if is_checkpoint else newest(folder, warn)
     if found is None:
         raise ConfigError(f"trainer.init_from={source}: is neither a checkpoint nor a run folder with a whole one")
     return found

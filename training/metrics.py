@@ -53,13 +53,25 @@ class Metrics:
         self.run_dir = Path(config.run.dir)
         self.path = self.run_dir / "metrics.jsonl"
         drop_lines_after(self.path, start_step)
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "ab", buffering=0)
+        self.unwritten = b""  # what a full disk has no room for yet
         self.wandb = WandbRun(config, tree)
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        self.file.write(metrics_line(step, tokens, metrics))
-        self.file.flush()
+        was_full = bool(self.unwritten)
+        self.unwritten += metrics_line(step, tokens, metrics).encode()
+        if (failure := self._write()) and not was_full:
+            print(f"{self.path} CANNOT BE WRITTEN, training goes on; lines wait until there is room: {failure}")
         self.wandb.catch_up()
+
+    def _write(self) -> OSError | None:
+        """Write what is to be written, as far as there is room; why it went no further."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            return error
+        return None
 
     def note(self, group: str, facts: dict[str, float]) -> None:
         """Facts about this start of the run, for W&B's summary alone."""
@@ -76,6 +88,8 @@ class Metrics:
             self.wandb.show_texts("samples", texts)
 
     def close(self, exit_code: int = 0) -> None:
+        if failure := self._write():
+            print(f"{self.path}: THE LAST LINES ARE LOST: {failure}")
         self.file.close()
         self.wandb.finish(exit_code)
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from configs.errors import ConfigError
+
 
 class RunLock:
     """A lock on `<run folder>/.lock`, of the process that made it; the system lets go of it however the process ends.
@@ -19,8 +21,19 @@ class RunLock:
         self.path, self.file = Path(run_dir) / ".lock", None
 
     def acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
-        """Wait `patience` seconds at most; None, or what is wrong. A file system without locks has nothing to say."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Wait `patience` seconds at most; None, or who has it. A file system without locks has nothing to say.
+
+        ConfigError where the folder cannot be written.
+        """
+        try:
+            return self._acquire(patience, say)
+        except OSError as error:
+            folder = self.path.parent
+            raise ConfigError(
+                f"run.dir={folder}: cannot be written ({error.strerror}); choose another with run.dir="
+            ) from None
+
+    def _acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
         deadline, told = time.monotonic() + patience, False
         while not self._locked():
             holder = f"{self.path.parent} is being trained by {self._holder()}"
@@ -30,13 +43,16 @@ class RunLock:
                 say(f"{holder}; waiting for {patience:.0f} s")
             told = True
             time.sleep(0.2)
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        os.ftruncate(self.file.fileno(), 0)
+        os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         return None
 
     def _locked(self) -> bool:
-        file = open(self.path, "a", encoding="utf-8")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(self.path, "a", encoding="utf-8")
+        except FileNotFoundError:
+            return False  # its holder has removed the folder in between
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

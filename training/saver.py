@@ -71,9 +71,13 @@ class CheckpointSaver:
         self.failure = None
         try:
             write(self.run_dir, manifest, tensors)
-            prune(self.run_dir, self.keep)
         except Exception as error:  # training goes on whatever it is
             folder = checkpoint_dir(self.run_dir, manifest["step"])
             self.failure = f"{folder}: {error}"
             if not (folder / "manifest.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
+            return
+        try:
+            prune(self.run_dir, self.keep, manifest["step"])
+        except Exception as error:
+            print(f"old checkpoints of {self.run_dir} could not be deleted, training goes on: {error}")

@@ -4,6 +4,7 @@ A mechanism is one file here and one YAML in configs/model/ that names its `Atte
 attend is a core's business (model/cores).
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -155,12 +156,13 @@ class AttentionConfig(ABC):
             yield f"model.rope_base={self.rope_base}: must be greater than 1"
         if self.rope_scaling not in SCALINGS:
             yield f"model.rope_scaling={self.rope_scaling!r}: must be one of {', '.join(SCALINGS)}"
-        if not self.rope_factor >= 1:
-            yield f"model.rope_factor={self.rope_factor}: must be at least 1"
+        if not 1 <= self.rope_factor < math.inf:
+            yield f"model.rope_factor={self.rope_factor}: must be a number of at least 1"
         elif (self.rope_scaling == "none") != (self.rope_factor == 1):
             yield "model.rope_scaling and model.rope_factor go together, as in rope_scaling=yarn, rope_factor=4"
         if self.rope_original_length is not None and self.rope_original_length < 1:
-            yield f"model.rope_original_length={self.rope_original_length}: must be at least 1"
+            default = "trainer.seq_len / model.rope_factor where it is not given"
+            yield f"model.rope_original_length={self.rope_original_length}: must be at least 1; it is {default}"
 
     def _rope_key(self) -> str:
         return "model.head_dim"

@@ -37,3 +37,6 @@ def test_yarn_knows_the_length_that_training_began_at():
         load(compose("train", ["model.rope_factor=4"]))
     with pytest.raises(ConfigError, match="must be one of none, linear, ntk, yarn"):
         load(compose("train", ["model.rope_scaling=alibi", "model.rope_factor=4"]))
+    for factor, message in (("1000", "model.rope_original_length=0: must be at least 1"), ("inf", "rope_factor=inf")):
+        with pytest.raises(ConfigError, match=message):
+            load(compose("train", ["trainer.seq_len=256", "model.rope_scaling=yarn", f"model.rope_factor={factor}"]))

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from configs.app import CONFIGS, GROUPS, compose
-from configs.load import load, load_extended, load_flat
+from configs.load import did_you_mean, load, load_extended, load_flat
 from configs.schema import Config, ConfigError, to_dict
 from configs.schema_eval import EvalConfig
 from configs.schema_sample import SampleConfig
@@ -147,3 +147,9 @@ def test_commands_with_keys_of_their_own():
     assert caught.value.errors == ["rounds=many: must be an integer", "optim.lr=-1.0: must be a positive number"]
     with pytest.raises(ConfigError, match="rounds: unknown key"):
         load(tree)
+
+
+def test_a_message_names_so_many_known_keys_and_no_more():
+    names = [f"task{number:04d}" for number in range(5000)]
+    assert did_you_mean("zzz", names[:2]) == "known keys: task0000, task0001"
+    assert did_you_mean("zzz", names).endswith("task0039 and 4960 more")

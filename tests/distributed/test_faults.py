@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.distributed.helpers import curve, deviation, events, last_step, run, start, wait_for, worker
 from training import checkpoint
+from training.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -68,6 +69,22 @@ def test_a_rank_that_fails_is_named_by_the_others(pair, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "THE JOB ENDS: rank 1 (" in output and "failed: OSError: [Errno 5] Input/output error: 'shard 7'" in output
+
+
+def test_a_loss_that_is_infinite_on_one_rank_is_skipped_on_all(small_run, tmp_path):
+    script = patched(tmp_path, """
+        forward, calls = train.Transformer.forward, []
+        def spoiled(self, tokens, targets=None, *args, **kwargs):
+            loss = forward(self, tokens, targets, *args, **kwargs)
+            calls.append(self.training)
+            return loss + float("inf") if sum(calls) == 3 and os.environ["RANK"] == "1" else loss
+        train.Transformer.forward = spoiled
+    """)  # fmt: skip
+    run([*small_run, "deepspeed=zero2", "trainer.samples=0", "trainer.eval_every=null"], 2, script=script)
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [line["optim/skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert lines[2]["train/loss"] is None and lines[7]["train/loss"] < lines[1]["train/loss"]
+    assert checkpoint.read_manifest(checkpoint.newest(tmp_path / "run", print))["optimizer_updates"] == 7
 
 
 def test_torchrun_brings_a_killed_rank_back(small_run, tmp_path):

@@ -61,3 +61,6 @@ def test_what_is_not_a_run_is_refused(finished, tmp_path):
     (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
     with pytest.raises(ConfigError, match="has no whole checkpoint yet"):
         load_run(str(tmp_path))
+    (tmp_path / "results").write_text("no folder")
+    with pytest.raises(ConfigError, match="results: cannot be written"):
+        eval_run.main(load_flat(compose("eval", [f"run={tmp_path}"]), EvalConfig))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 
 import pytest
@@ -28,12 +29,12 @@ def lines(folder, *, evaluations: bool) -> list[dict]:
 def test_benchmarks_are_logged_at_their_step_and_leave_no_trace_in_training(small_run, tmp_path):
     plain, other = [*small_run, f"run.dir={tmp_path}/plain"], [*small_run, f"run.dir={tmp_path}/other", *BENCHMARKS]
     assert train.main(load(compose("train", plain))) == train.main(load(compose("train", other))) == 0
-    before, after = read_metrics(tmp_path / "plain/metrics.jsonl"), read_metrics(tmp_path / "other/metrics.jsonl")
+    before, after = (lines(tmp_path / name, evaluations=False) for name in ("plain", "other"))
     for one, two in zip(before, after, strict=True):
         assert {key: two[key] for key in one if "perf" not in key} == {
             key: one[key] for key in one if "perf" not in key
         }
-    scored = {line["step"]: line["eval/cloze/acc_norm"] for line in after if "eval/cloze/acc_norm" in line}
+    scored = {line["step"]: line["eval/cloze/acc_norm"] for line in lines(tmp_path / "other", evaluations=True)}
     assert scored.keys() == {4, 8}
     record = json.loads((tmp_path / "other/results/builtin_cloze.json").read_text())
     assert record["step"] == 8 and record["limit"] == 6 and record["results"]["cloze/acc_norm"] == scored[8]
@@ -53,12 +54,57 @@ def test_a_failing_benchmark_costs_its_results_only(small_run, tmp_path, capsys,
     assert "the benchmark builtin_cloze failed, training goes on: no such luck" in capsys.readouterr().out
 
 
+def test_a_run_that_is_ended_before_its_benchmarks_has_its_checkpoint_and_makes_up_for_them(
+    small_run, tmp_path, monkeypatch
+):
+    config, original, run_suite = load(compose("train", [*small_run, *BENCHMARKS])), train.seed_step, eval_run.run_suite
+
+    def warn(seed, step, rank):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(seed, step, rank)
+
+    def end(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "seed_step", warn)
+    assert train.main(config) == 75  # at once
+    monkeypatch.setattr(train, "seed_step", original)
+    monkeypatch.setattr(eval_run, "run_suite", end)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(config)  # in the benchmark that it owes
+    assert not lines(tmp_path / "run", evaluations=True)
+    done = []
+
+    def count(run, suite):
+        done.append(run.step)
+        return end() if run.step == 8 else run_suite(run, suite)
+
+    monkeypatch.setattr(eval_run, "run_suite", count)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(config)  # in the last one
+    assert (tmp_path / "run/checkpoints/step_00000008/manifest.json").exists()
+    monkeypatch.setattr(eval_run, "run_suite", run_suite)
+    assert train.main(config) == 0
+    assert done == [4, 8] and [line["step"] for line in lines(tmp_path / "run", evaluations=True)] == [4, 8]
+    assert [line["step"] for line in lines(tmp_path / "run", evaluations=False)] == list(range(1, 9))
+
+
 def test_what_cannot_be_benchmarked_is_refused_before_anything_is_made(small_run, tmp_path):
     with pytest.raises(ConfigError, match="there is no configs/suite/imagenet.yaml"):
         load(compose("train", [*small_run, "trainer.benchmarks=[imagenet]"]))
     missing = ["trainer.benchmarks=[paper_zeroshot]", f"trainer.benchmark_overrides=['suite.data_dir={tmp_path}/none']"]
     with pytest.raises(ConfigError, match="there is no such folder"):
         train.main(load(compose("train", [*small_run, "trainer.benchmark_every=4", *missing])))
+    for suite, override, message in (
+        ("perplexity", f"suite.files=[{tmp_path}/none/*.txt]", "suite.files: no file matches"),
+        ("long_context", f"suite.data_dir={tmp_path}/none", "suite.data_dir=.*/none: not prepared"),
+        ("builtin_cloze", "rope_scaling=yarn,rope_factor=2", "rope_scaling=yarn, rope_factor=2.0: benchmarks take the"),
+        ("builtin_cloze", "dtype=bf16", "trainer.benchmark_overrides: dtype=bf16: benchmarks take the model as it is"),
+    ):
+        words = [f"trainer.benchmarks=[{suite}]", f"trainer.benchmark_overrides={override.split(',')}"]
+        with pytest.raises(ConfigError, match=message):
+            train.main(load(compose("train", [*small_run, "trainer.benchmark_every=4", *words])))
     assert not (tmp_path / "run").exists()
 
 
@@ -98,3 +144,18 @@ def test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps(
     # The others get theirs when the run is finished: then the evaluation itself adds the line.
     assert eval_run.main(evaluation(*submitted.read_text().splitlines()[1].split()[2:])) == 0
     assert [line["step"] for line in lines(run, evaluations=True)] == [2, 4]
+
+
+def test_what_cannot_be_read_in_the_inbox_is_named_once_and_left(small_run, tmp_path, capsys):
+    inbox = tmp_path / "run/results/inbox"
+    inbox.mkdir(parents=True)
+    (inbox / "broken_step_00000002.json").write_text("[]")
+    (inbox / "folder_step_00000002.json").mkdir()
+    good = {"step": 2, "tokens": 1024, "metrics": {"eval/good/loss": 1.5}}
+    (inbox / "good_step_00000002.json").write_text(json.dumps(good))
+    assert train.main(load(compose("train", small_run))) == 0
+    out = capsys.readouterr().out
+    assert out.count("broken_step_00000002.json: these results cannot be logged (TypeError") == 1
+    assert out.count("folder_step_00000002.json: these results cannot be logged (IsADirectoryError") == 1
+    assert lines(tmp_path / "run", evaluations=True) == [{"step": 2, "tokens": 1024, "eval/good/loss": 1.5}]
+    assert not (inbox / "good_step_00000002.json").exists()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from configs.schema import ConfigError
 from data.prepare import prepare
 from model.transformer import Transformer, TransformerConfig
 from tests.conftest import ROOT, SMALL_RUN
-from training import checkpoint
+from training import checkpoint, saver
 from training.metrics import read_metrics
 
 
@@ -153,6 +154,54 @@ def test_a_disk_that_is_full_does_not_end_a_run(small_data, tmp_path):
     assert not list((tmp_path / "run/checkpoints").glob("step_*"))
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
     assert train.main(load(compose("train", overrides))) == 0  # with room again the same command ends well
+
+
+def test_a_disk_without_room_for_a_byte_costs_nothing_once_there_is_room(small_run, tmp_path, monkeypatch, capsys):
+    """No file can grow between steps 3 and 6: lines of metrics.jsonl wait, a checkpoint and its event are not there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = train.seed_step
+
+    def fill(seed, step, rank):
+        if step in (3, 7):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0 if step == 3 else soft, hard))
+        original(seed, step, rank)
+
+    monkeypatch.setattr(train, "seed_step", fill)
+    try:
+        assert train.main(load(compose("train", small_run))) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out = capsys.readouterr().out
+    assert out.count("CANNOT BE WRITTEN, training goes on") == 1
+    assert "THE CHECKPOINT OF STEP 4 COULD NOT BE SAVED" in out
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000008"]
+
+
+@pytest.mark.parametrize("damage", ["torn manifest", "truncated", "flipped weights"])
+def test_a_broken_checkpoint_takes_no_whole_ones_place(finished, small_data, tmp_path, damage, capsys):
+    """Step 8 is broken; the run goes on from step 4 to save step 6: of the two that are kept none is step 8."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    checkpoints = tmp_path / "run/checkpoints"
+    DAMAGE[damage][0](checkpoints / "step_00000008")
+    overrides = [*SMALL_RUN, *small_data, f"run.dir={tmp_path}/run", "trainer.checkpoint_every=6"]
+    there = []
+    with pytest.MonkeyPatch.context() as patch:
+        prune = saver.prune
+        patch.setattr(saver, "prune", lambda *args: (prune(*args), there.append(sorted(checkpoints.iterdir()))))
+        assert train.main(load(compose("train", overrides))) == 0
+    assert [[path.name[-1] for path in paths] for paths in there] == [["4", "6"], ["6", "8"]]
+    assert "COULD NOT BE SAVED" not in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "run", print) == checkpoints / "step_00000008"
+
+
+def test_weights_are_not_taken_over_from_a_broken_checkpoint(finished, small_run, tmp_path):
+    shutil.copytree(finished, tmp_path / "other")
+    named = tmp_path / "other/checkpoints/step_00000008"
+    flip(named / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"trainer.init_from: .*model.safetensors: does not have the checksum"):
+        train.main(load(compose("train", [*small_run, f"trainer.init_from={named}"])))
 
 
 def test_the_manifest_says_what_the_checkpoint_is(finished):

@@ -4,8 +4,11 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 import train
 from configs.app import compose
+from configs.errors import ConfigError
 from configs.load import load
 from tests.conftest import ROOT
 from training.run_lock import RunLock
@@ -35,6 +38,19 @@ def test_a_run_has_one_process_at_a_time_whatever_becomes_of_it(tmp_path):
     assert again.acquire(0, said.append) is None
     again.release()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_holder_that_takes_its_folder_with_it_is_waited_for(tmp_path):
+    first, second = RunLock(tmp_path / "run"), RunLock(tmp_path / "run")
+    assert first.acquire(0, print) is None
+    assert second.acquire(30, lambda line: first.release()) is None
+    second.release()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.dir=.*/file/run: cannot be written \(Not a directory\)"):
+        RunLock(tmp_path / "file/run").acquire(0, print)
 
 
 def test_a_second_start_leaves_everything_as_it_is(small_run, tmp_path, capsys):
