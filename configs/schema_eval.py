@@ -1,5 +1,6 @@
 """The typed configuration of evaluations: what every suite has, and each kind of suite's own keys."""
 
+import math
 from dataclasses import dataclass, field
 
 from configs.errors import at_least
@@ -95,8 +96,8 @@ class LongContextSuite(TextSource, SuiteConfig):
         yield from self.source_errors()
         yield from at_least(1, "suite", self, "scored", "windows")
         yield from at_least(0, "suite", self, "trials")
-        if self.factor is not None and not self.factor >= 1:
-            yield f"suite.factor={self.factor}: must be at least 1"
+        if self.factor is not None and not 1 <= self.factor < math.inf:
+            yield f"suite.factor={self.factor}: must be a number of at least 1"
         if any(length < 2 for length in self.lengths):
             yield f"suite.lengths={self.lengths}: must be at least 2"
         elif self.scored and self.lengths and self.scored > min(self.lengths):
@@ -132,8 +133,8 @@ class EvalConfig:
             yield f"rope_scaling={self.rope_scaling!r}: must be one of {', '.join(SCALINGS)}"
         if (self.rope_scaling == "none") != (self.rope_factor is None):
             yield "rope_scaling and rope_factor go together, as in rope_scaling=yarn rope_factor=4"
-        elif self.rope_factor is not None and not self.rope_factor >= 1:
-            yield f"rope_factor={self.rope_factor}: must be at least 1"
+        elif self.rope_factor is not None and not 1 <= self.rope_factor < math.inf:
+            yield f"rope_factor={self.rope_factor}: must be a number of at least 1"
         if self.rope_scaling != "none" and isinstance(self.suite, LongContextSuite):
             yield f"rope_scaling={self.rope_scaling}: suite=long_context takes suite.scalings=[{self.rope_scaling}]"
         yield from check_machine(self)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from configs.errors import at_least
 from configs.schema import CACHE_DTYPES, check_machine
 
+COLDEST = 1e-3  # below it, logits overflow
+
 
 @dataclass
 class SampleConfig:
@@ -30,9 +32,9 @@ class SampleConfig:
 
     def errors(self):
         yield from at_least(1, "", self, "count", "max_new_tokens", "top_k", "prefill_chunk")
-        yield from at_least(0, "", self, "temperature", "seed")
-        if not math.isfinite(self.temperature):
-            yield f"temperature={self.temperature}: must be zero or a positive number"
+        yield from at_least(0, "", self, "seed")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            yield f"temperature={self.temperature}: must be 0 (always the likeliest token) or at least {COLDEST}"
         if self.top_p is not None and not 0 < self.top_p <= 1:
             yield f"top_p={self.top_p}: must lie in (0, 1]"
         if self.min_p is not None and not 0 <= self.min_p <= 1:

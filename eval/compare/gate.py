@@ -22,7 +22,7 @@ def metrics_of(run: Run) -> dict[str, float]:
     found = {key: run.last(key) for line in run.lines for key in line if key not in ("step", "tokens")}
     for stem, record in run.results.items():
         for key, value in record["results"].items():
-            name = f"eval/{key}" if "/" in key else f"eval/{stem}/{key}"
+            name = f"eval/{key}" if key.count("/") == 1 else f"eval/{stem}/{key}"
             found.setdefault(name, value)
     return {key: value for key, value in found.items() if isinstance(value, int | float)}
 

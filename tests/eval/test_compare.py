@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -17,6 +18,7 @@ from eval.compare.collect import name_methods, read_run, run_folders
 from eval.compare.fairness import check, verdict
 from eval.compare.from_wandb import write_folder
 from eval.compare.statistics import difference, estimate, pareto, reaches, smooth
+from eval.results import Outcome
 from tests.conftest import SMALL_RUN
 from training.metrics import read_metrics
 from training.wandb_files import logged_history, read_records, wandb_files
@@ -191,6 +193,16 @@ def test_the_gate_fails_where_a_run_is_worse(sweep, tmp_path, capsys):
     reference.write_text(json.dumps(content | {"data": "0" * 64}))
     with pytest.raises(ConfigError, match="was trained on other data"):
         main(parse([run, f"reference={reference}"]), "")
+
+
+def test_results_have_the_names_that_they_are_logged_by():
+    outcomes = {
+        "long_context": Outcome({"none/256/loss": 1.0}),
+        "paper_zeroshot": Outcome({"average": 0.4, "piqa/acc": 0.5}, tasks={"piqa": "piqa"}),
+    }
+    logged = {name: value for suite, outcome in outcomes.items() for name, value in outcome.metrics(suite).items()}
+    results = {suite: {"results": outcome.results} for suite, outcome in outcomes.items()}
+    assert gate.metrics_of(SimpleNamespace(lines=[], results=results)) == logged
 
 
 def test_more_is_better_for_accuracies():

@@ -100,7 +100,8 @@ def test_a_conversation(command, monkeypatch):
     [
         ("top_p=0", "top_p=0.0: must lie in (0, 1]"),
         ("min_p=-1", "min_p=-1.0: must lie in [0, 1]"),
-        ("temperature=inf", "temperature=inf: must be zero or a positive number"),
+        ("temperature=inf", "temperature=inf: must be 0 (always the likeliest token) or at least 0.001"),
+        ("temperature=1e-38", "temperature=1e-38: must be 0"),
         ("repetition_penalty=0", "repetition_penalty=0.0: must be a positive number"),
         ("cache_dtype=int4", "cache_dtype=int4: must be auto, fp32, bf16, fp16, int8"),
         ("prefill_chunk=0", "prefill_chunk=0: must be at least 1"),
