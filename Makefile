@@ -19,7 +19,7 @@ train: .venv/.installed
 	@echo "The loss plot is runs/$(RUN)/loss.png"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 setup: .venv/.installed
 

