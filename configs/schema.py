@@ -243,6 +243,9 @@ class TrainerConfig:
             yield f"trainer.dtype={self.dtype!r}: must be auto, fp32 or bf16"
 
 
+ROPE_SCALING = ("rope_scaling", "rope_factor", "rope_original_length")
+
+
 @dataclass
 class Config:
     run: RunConfig
@@ -264,6 +267,8 @@ class Config:
         ours = ("files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction", "document_mask")
         tree["data"] = {key: tree["data"][key] for key in ("name", "source", *ours)}
         tree["model"].pop("by_size")  # what it gave is in the other keys
+        if tree["model"]["rope_scaling"] == "none":  # as in runs from before there was one
+            tree["model"] = {key: value for key, value in tree["model"].items() if key not in ROPE_SCALING}
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
         trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
         trainer["horizon"] = self.trainer.horizon
