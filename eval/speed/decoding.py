@@ -99,7 +99,7 @@ class Bench:
         if scope == "model":
             step = model_step(network, batch, length, self.device, self.dtype)
             moved, cache_bytes, layers, tokens = step.moved, step.cache_bytes, 1, step.tokens
-            ways = {contestant.core: timer(step.run, self.device, step.reset)}
+            ways = {contestant.core: timer(step.run, self.device, step.reset, captured=not contestant.folds)}
         else:
             one = counting.kv_numbers_per_token(network.attention) * batch * length * self.dtype.itemsize
             layers = min(MOST_LAYERS, max(1, math.ceil(ROTATED_BYTES[self.device.type] / one)))

@@ -33,10 +33,13 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
-def timer(step: Callable[[], object], device: torch.device, reset: Callable[[], object] = lambda: None) -> Callable:
+def timer(
+    step: Callable[[], object], device: torch.device, reset: Callable[[], object] = lambda: None, captured: bool = True
+) -> Callable:
     """A function that runs `step` once and returns its milliseconds; `reset` goes before, untimed.
 
-    On a GPU the step is captured in a CUDA graph, after a few runs that compile and tune it, and timed by events.
+    On a GPU the step is captured in a CUDA graph (unless it must not be, since its host waits for the device), after a
+    few runs that compile and tune it, and timed by events.
     """
     if device.type != "cuda":
 
@@ -56,15 +59,18 @@ def timer(step: Callable[[], object], device: torch.device, reset: Callable[[], 
             step()
     torch.cuda.current_stream(device).wait_stream(side)
     reset()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    launch = step
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        launch = graph.replay
 
     def replay() -> float:
         reset()
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
-        graph.replay()
+        launch()
         ended.record()
         ended.synchronize()
         return began.elapsed_time(ended)
