@@ -269,6 +269,7 @@ class Config:
         tree["model"].pop("by_size")  # what it gave is in the other keys
         if tree["model"]["rope_scaling"] == "none":  # as in runs from before there was one
             tree["model"] = {key: value for key, value in tree["model"].items() if key not in ROPE_SCALING}
+        tree["core"].pop("kernel", None)  # how, and not what
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
         trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
         trainer["horizon"] = self.trainer.horizon

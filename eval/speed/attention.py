@@ -169,8 +169,12 @@ def show(rows: list[dict], exponents: dict[str, float | None], exponent_from: in
     Console(stderr=True, width=max(120, 30 * len(cores))).print(table)
 
 
+def device_of(config: AttentionSpeedConfig) -> torch.device:
+    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main(config: AttentionSpeedConfig) -> int:
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config)
     chosen = config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen]
     training_step(*contestant(config, "sdpa", 64), 1, 64, device, dtype)()  # what the first use of anything costs
@@ -194,7 +198,7 @@ def load_speed(tree) -> AttentionSpeedConfig:
         for length in config.lengths:
             attention, made = contestant(config, core, length)
             try:
-                made.check(attention, "cpu" if config.device == "auto" else config.device, torch.float32)
+                made.check(attention, device_of(config).type, torch.float32)
             except ValueError as error:
                 raise ConfigError(f"cores={core}: {error}") from None
     return config

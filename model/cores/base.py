@@ -57,6 +57,19 @@ def share_heads(x: Tensor, n_heads: int) -> Tensor:
     return x if x.size(2) == n_heads else x.repeat_interleave(n_heads // x.size(2), dim=2)
 
 
+def load_kernels(instead: str = "core=sdpa"):
+    """The Triton kernels. ValueError where Triton is missing, which names `instead`."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"needs Triton on a GPU, and it is not installed: pip install triton, or use {instead}"
+        ) from None
+    from model.cores import kernels
+
+    return kernels
+
+
 @dataclass
 class AttentionCore(ABC):
     """A core is its own configuration: a dataclass that a YAML in configs/core/ names.

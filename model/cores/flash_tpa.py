@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.attention.base import AttentionConfig, unturned
 from model.attention.tensor_product import Factored, Factors, TensorProductConfig
-from model.cores.base import AttentionCore, AttentionMask
+from model.cores.base import AttentionCore, AttentionMask, load_kernels
 from model.cores.factor_space import blocked
 from model.cores.factor_training import FactorSpaceAttention
 from model.cores.sdpa import SDPA
@@ -45,7 +45,8 @@ def attend(
         if b_q.device.type == "cpu":
             return blocked(factored, scale, causal, starts)
         few = b_q.size(1) * a_k.size(2) <= FEW_COLUMNS
-        kernel = load_kernels().decode if few else load_kernels().prefill
+        kernels = load_kernels()
+        kernel = kernels.decode if few else kernels.prefill
         return kernel(factored, scale, causal, starts)
 
 
@@ -53,19 +54,6 @@ def attend(
 def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, causal, starts):
     width = b_v.size(-1) * (1 if c_v is None else c_v.size(-1))
     return b_q.new_empty(b_q.size(0), b_q.size(1), a_k.size(2), width)
-
-
-def load_kernels():
-    """The Triton kernels. ValueError where Triton is missing."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "needs Triton on a GPU, and it is not installed: pip install triton, or use core=sdpa"
-        ) from None
-    from model.cores import kernels
-
-    return kernels
 
 
 @dataclass

@@ -14,6 +14,7 @@ mixes all of block j_2. The limit of the method: how a past block is mixed is de
 same offset, q(j_2, i_1), not by the query that reads it.
 """
 
+import os
 from dataclasses import dataclass, replace
 from math import isqrt, prod
 from typing import Any, ClassVar
@@ -23,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.base import AttentionConfig, Dense, unturned
-from model.cores.base import AttentionMask, PartialCore, share_heads
+from model.cores.base import AttentionMask, PartialCore, load_kernels, share_heads
 from model.cores.folded_cache import FoldedCache
 from model.cores.sdpa import SDPA
+from model.cores.two_tracks import two_tracks
 
 FULL = SDPA()
 MULTIPLE = 16  # of the inner axis that `fold: auto` chooses: what tensor cores like
@@ -42,6 +44,7 @@ class SequenceTensor(PartialCore):
     fold: Any = "auto"
     scores: str = "per_slice"  # or `shared`: one n_d x n_d matrix a head for all slices, bidirectional alone
     rope: str = "axis"  # a hop turns by the coordinate along its own axis; `global`: by the position in the sequence
+    kernel: str = "sdpa"  # how a GPU trains: flash attention, hop by hop and track by track, or `triton`, both in one
     why_no_documents: ClassVar[str] = (
         "since a query reaches a past block through that block's token at its own offset, which may belong to "
         "another document, and so would lose tokens of its own"
@@ -57,8 +60,14 @@ class SequenceTensor(PartialCore):
             yield f"core.scores={self.scores!r}: must be per_slice or shared"
         if self.rope not in ("axis", "global"):
             yield f"core.rope={self.rope!r}: must be axis or global"
+        if self.kernel not in ("sdpa", "triton"):
+            yield f"core.kernel={self.kernel!r}: must be sdpa or triton"
 
     def check(self, attention: AttentionConfig, device: str, dtype: torch.dtype) -> None:
+        if self.kernel == "triton":
+            load_kernels("core.kernel=sdpa")
+            if not runs_kernels(device):
+                raise ValueError("core.kernel=triton: runs on a GPU alone; use core.kernel=sdpa")
         if self.scores == "shared":
             raise ValueError(
                 "core.scores=shared mixes the scores of all slices, future tokens included, so a language model cannot "
@@ -95,6 +104,7 @@ class SequenceTensor(PartialCore):
             raise ValueError(f"core={self.name}: {seq_len} tokens do not fill the fold {sizes}; only a causal one pads")
         places = positions if self.rope == "global" else torch.arange(seq_len, device=positions.device)[None]
         hops = [axis for axis, size in enumerate(sizes) if size > 1] or [0]  # an axis of one has nothing to mix
+        fused = self.kernel == "triton" and mask.causal and len(hops) > 1 and runs_kernels(positions.device.type)
         opened = closed = None
         for axis in hops:
             turned = rotate(qkv, self.coordinate(places, axis)).materialize()
@@ -102,17 +112,22 @@ class SequenceTensor(PartialCore):
                 raise ValueError(
                     f"core={self.name}: must have as many keys as queries; decoding has a cache of its own"
                 )
+            inner, size, closing = prod(sizes[:axis]), sizes[axis], axis != hops[-1] or not mask.causal
+            if fused:  # it needs no padding
+                past, own = (turned.v, turned.v) if opened is None else (closed, opened)
+                opened, closed = two_tracks(turned.q, turned.k, past, own, scale, inner, size, closing)
+                continue
             q, k, v = (pad_tokens(x, padding) for x in (turned.q, turned.k, turned.v))
-            fold = Axis(q.size(0), prod(sizes[axis + 1 :]), sizes[axis], prod(sizes[:axis]))
+            fold = Axis(q.size(0), prod(sizes[axis + 1 :]), size, inner)
             past = v if closed is None else closed  # both tracks start from v
             if mask.causal:
                 whole = opened is None
                 opened = (
                     mix(fold, q, k, past, scale, causal=True) if whole else open_hop(fold, q, k, past, opened, scale)
                 )
-            if axis != hops[-1] or not mask.causal:
+            if closing:
                 closed = (shared_hop if self.scores == "shared" else mix)(fold, q, k, past, scale)
-        return share_heads(opened if mask.causal else closed, q.size(2))[:, :seq_len]
+        return share_heads(opened if mask.causal else closed, turned.q.size(2))[:, :seq_len]
 
     def coordinate(self, positions: Tensor, axis: int) -> Tensor:
         """What the hop along `axis` turns tokens at `positions` by: the coordinate, or `positions` (`rope: global`)."""
@@ -161,6 +176,11 @@ class SequenceTensor(PartialCore):
         """
         *inner, last = self.sizes(seq_len)
         return sum((size + 1) / 2 + 1 for size in inner) + last
+
+
+def runs_kernels(device: str) -> bool:
+    """On a GPU; on a CPU in Triton's interpreter, which tests use."""
+    return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def auto_fold(seq_len: int) -> list[int]:

@@ -77,48 +77,11 @@ def test_sigmoid_half_precision_constants_and_no_mask(kernel):
     assert (out - expected).norm() < 2e-3 * expected.norm()
 
 
-COMPILE = """
-import sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from model.cores.kernels.decode import CONFIGS, merge_kernel, split_kernel
-from model.cores.kernels.prefill import CONFIGS as PREFILL, prefill_kernel
-
-SHAPE = dict(H=34, R_Q=6, R_K=2, R_V=2, DENSE_Q=False, D=64, D_B=64, E=64, E_B=64, BLOCK_D=64, BLOCK_E=64, CAUSAL=True,
-             RAGGED=True, SIGMOID=True, PRECISION="ieee")
-
-def build(kernel, constants, num_warps=4, num_stages=2):
-    kernel = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
-    types = {"partial": "*fp32", "lse": "*fp32", "starts": "*i64", "out": "*bf16", "scale": "fp32"}
-    factors = {f"{letter}_{part}": "*bf16" for letter in "abc" for part in "qkv"}
-    signature = {p.name: "constexpr" if p.is_constexpr else (types | factors).get(p.name, "i32") for p in kernel.params}
-    aligned = [i for i, p in enumerate(kernel.params) if signature[p.name] in ("*bf16", "i32")]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
-    assert built.metadata.shared <= 232448, built.metadata.shared  # of a multiprocessor of an H100
-    return built.asm["ptx"]
-
-for kernel, config, more in ((split_kernel, CONFIGS[0], {"BLOCK_C": 64}), (prefill_kernel, PREFILL[2], {})):
-    blocks = {key: value for key, value in config.items() if key.isupper()}
-    ptx = build(kernel, SHAPE | more | blocks, config["num_warps"], config["num_stages"])
-    assert "wgmma.mma_async" in ptx and "cp.async" in ptx  # tensor cores, fed while they work
-# The last configuration of each fits where the others ask for more than there is.
-WIDE = SHAPE | dict(H=8, R_K=3, R_V=3, D=256, D_B=256, E=256, E_B=256, BLOCK_D=256, BLOCK_E=256)
-for kernel, more in ((split_kernel, {"BLOCK_C": 16}), (prefill_kernel, {})):
-    last = kernel.configs[-1]
-    build(kernel, WIDE | more | last.kwargs, last.num_warps, last.num_stages)
-build(merge_kernel, dict(R_V=2, E=64, BLOCK_E=64, BLOCK_SPLITS=64))
-"""
-
-
 def test_kernels_compile_for_a_hopper_gpu(tmp_path):
-    """To PTX and machine code, with the assembler that Triton brings; no GPU needed."""
+    """Without the interpreter, which this process is in; with the assembler that Triton brings."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    file = tmp_path / "build.py"
-    file.write_text(COMPILE)
     done = subprocess.run(
-        [sys.executable, file], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-m", "tests.model.compile_kernels"], cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

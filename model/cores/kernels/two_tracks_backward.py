@@ -1,0 +1,262 @@
+"""The backward pass of `two_tracks.forward_kernel`.
+
+With w the weights of the open track and p those of the closed one, p(i, j) = r(i) w(i, j) for j < i, where r = exp(lse
+of the open scores - lse of the closed ones) <= 1. So both tracks together send w (g . C(j) - delta) back to the score
+of such a pair, g = dO + r dC: as many products as full attention has, and not half as many again.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.cores.kernels.common import autotuned, precision
+from model.cores.kernels.two_tracks import KEY, SMALL, find_line, grid, lines, load_tile, strides, widths
+
+CONFIGS = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
+    for m, n, w, s in ((32, 16, 4, 2), (16, 16, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2))
+]
+KEY_CONFIGS = [c | {"BLOCK_M": c["BLOCK_N"], "BLOCK_N": c["BLOCK_M"]} for c in CONFIGS]  # keys stay, queries go by
+
+
+@triton.jit
+def rows_kernel(
+    q, k, own, opened, closed, opened_lse, closed_lse, d_opened, d_closed,
+    both, down, delta_both, delta_closed, diagonal,
+    scale, n_heads, n_tokens, n_rows,
+    q_b, q_t, q_h, k_b, k_t, k_h, own_b, own_t, own_h,
+    GROUP_K: tl.constexpr, GROUP_OWN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What depends on one query and head alone: g [B, T, H, E] (`both`), the gradient of `own`, the deltas [B, T, H],
+    and what the diagonal's score gets from the open track."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = places < n_rows
+    head, token, row = places % n_heads, places // n_heads % n_tokens, places // n_heads // n_tokens
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    held_d, held_e = there[:, None] & (d < D)[None, :], there[:, None] & (e < E)[None, :]
+    q_tile = tl.load(q + (row * q_b + token * q_t + head * q_h)[:, None] + d[None, :], mask=held_d, other=0.0)
+    k_rows = row * k_b + token * k_t + head // GROUP_K * k_h
+    k_tile = tl.load(k + k_rows[:, None] + d[None, :], mask=held_d, other=0.0)
+    own_rows = row * own_b + token * own_t + head // GROUP_OWN * own_h
+    own_tile = tl.load(own + own_rows[:, None] + e[None, :], mask=held_e, other=0.0).to(tl.float32)
+    dense = places[:, None] * E + e[None, :]
+    out = tl.load(opened + dense, mask=held_e, other=0.0).to(tl.float32)
+    d_out = tl.load(d_opened + dense, mask=held_e, other=0.0).to(tl.float32)
+    lse = tl.load(opened_lse + places, mask=there, other=0.0)
+    weight = tl.exp2(tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1) * scale - lse)
+    delta = tl.sum(d_out * out, 1)
+    tl.store(diagonal + places, weight * (tl.sum(d_out * own_tile, 1) - delta), mask=there)
+    tl.store(down + dense, (weight[:, None] * d_out).to(down.dtype.element_ty), mask=held_e)
+    if CLOSED:
+        out = tl.load(closed + dense, mask=held_e, other=0.0).to(tl.float32)
+        d_past = tl.load(d_closed + dense, mask=held_e, other=0.0).to(tl.float32)
+        ratio = tl.exp2(lse - tl.load(closed_lse + places, mask=there, other=0.0))
+        delta_past = tl.sum(d_past * out, 1)
+        tl.store(delta_closed + places, delta_past, mask=there)
+        delta += ratio * delta_past
+        tl.store(both + dense, (d_out + ratio[:, None] * d_past).to(both.dtype.element_ty), mask=held_e)
+    tl.store(delta_both + places, delta, mask=there)
+
+
+@triton.jit
+def load_upstream(gradients, lse, delta, rows, step, i, there, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What came back to some queries of a line from `rows` on, [len(i), BLOCK_E], with their log-sum-exp and delta."""
+    tile = load_tile(gradients + rows * E, step * E, i, there, E, BLOCK_E)
+    sums = tl.load(lse + rows + i * step, mask=there, other=0.0)
+    return tile, sums, tl.load(delta + rows + i * step, mask=there, other=0.0)
+
+
+@triton.jit
+def score_gradients(logits, lse, upstream, delta, v_tile, seen, PRECISION: tl.constexpr):
+    """The gradient of a track's scores [queries, keys], 0 where not `seen`."""
+    weights = tl.exp2(tl.where(seen, logits - lse[:, None], float("-inf")))
+    return weights * (tl.dot(upstream, tl.trans(v_tile), input_precision=PRECISION) - delta[:, None])
+
+
+@triton.jit
+def transposed_gradients(logits, lse, upstream, delta, v_tile, seen, PRECISION: tl.constexpr):
+    """The weights of a track, [keys, queries], and the gradient of its scores."""
+    weights = tl.exp2(tl.where(seen, logits - lse[None, :], float("-inf")))
+    products = tl.dot(v_tile, tl.trans(upstream), input_precision=PRECISION)
+    return weights, weights * (products - delta[None, :])
+
+
+@autotuned([*CONFIGS, SMALL], key=KEY)
+@triton.jit
+def queries_kernel(
+    q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_q,
+    scale, score_scale, n_heads, n_tokens, inner, outer, size, bucket,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """d_q [B, T, H, D]: a block of queries stays, the keys of its line go by."""
+    block, head, row, start, count = find_line(tl.cdiv(size, BLOCK_M), n_heads, n_tokens, inner, outer, size)
+    first = block * BLOCK_M
+    if first >= count:
+        return
+    m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    i = first + m
+    there = i < count
+    token = start + (row * 0 + first) * inner
+    q_tile = load_tile(q + row * q_b + token * q_t + head * q_h, inner * q_t, m, there, D, BLOCK_D)
+    rows = (row * n_tokens + token) * n_heads + head
+    step = inner * n_heads
+    g, lse, delta = load_upstream(both, opened_lse, delta_both, rows, step, m, there, E, BLOCK_E)
+    if CLOSED:
+        past, past_lse, past_delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, there, E, BLOCK_E)
+    k += row * k_b + start * k_t + head // GROUP_K * k_h
+    values += row * v_b + start * v_t + head // GROUP_V * v_h
+    gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    for begin in tl.range(0, first, BLOCK_N):
+        at = (row * 0 + begin) * inner
+        held = begin + n < count
+        k_tile = load_tile(k + at * k_t, inner * k_t, n, held, D, BLOCK_D)
+        v_tile = load_tile(values + at * v_t, inner * v_t, n, held, E, BLOCK_E)
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        seen = held[None, :] & there[:, None]
+        d_scores = score_gradients(logits, lse, g, delta, v_tile, seen, PRECISION)
+        gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
+    extra = tl.load(diagonal + rows + m * step, mask=there, other=0.0)
+    for begin in tl.range(first, first + BLOCK_M, BLOCK_N):
+        at = (row * 0 + begin) * inner
+        j = begin + n
+        k_tile = load_tile(k + at * k_t, inner * k_t, n, j < count, D, BLOCK_D)
+        v_tile = load_tile(values + at * v_t, inner * v_t, n, j < count, E, BLOCK_E)
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        seen = (j < count)[None, :] & there[:, None]
+        before = seen & (j[None, :] < i[:, None])
+        d_scores = score_gradients(logits, lse, g, delta, v_tile, before, PRECISION)
+        d_scores += tl.where(j[None, :] == i[:, None], extra[:, None], 0.0)
+        if CLOSED:
+            after = seen & (j[None, :] >= i[:, None])
+            d_scores += score_gradients(logits, past_lse, past, past_delta, v_tile, after, PRECISION)
+        gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
+    if CLOSED:
+        for begin in tl.range(first + BLOCK_M, count, BLOCK_N):
+            at = (row * 0 + begin) * inner
+            held = begin + n < count
+            k_tile = load_tile(k + at * k_t, inner * k_t, n, held, D, BLOCK_D)
+            v_tile = load_tile(values + at * v_t, inner * v_t, n, held, E, BLOCK_E)
+            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            seen = held[None, :] & there[:, None]
+            d_scores = score_gradients(logits, past_lse, past, past_delta, v_tile, seen, PRECISION)
+            gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
+    places = rows + m * step
+    stored = there[:, None] & (d < D)[None, :]
+    tl.store(d_q + places[:, None] * D + d[None, :], (gradient * score_scale).to(d_q.dtype.element_ty), mask=stored)
+
+
+@autotuned([*KEY_CONFIGS, SMALL], key=KEY)
+@triton.jit
+def keys_kernel(
+    q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_k, d_values,
+    scale, score_scale, n_heads, n_tokens, inner, outer, size, bucket,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """d_k [B, T, H, D] and d_values [B, T, H, E], by query head: a block of keys stays, the queries go by."""
+    block, head, row, start, count = find_line(tl.cdiv(size, BLOCK_N), n_heads, n_tokens, inner, outer, size)
+    begin = block * BLOCK_N
+    if begin >= count:
+        return
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    j = begin + n
+    there = j < count
+    token = start + (row * 0 + begin) * inner
+    k_tile = load_tile(k + row * k_b + token * k_t + head // GROUP_K * k_h, inner * k_t, n, there, D, BLOCK_D)
+    v_tile = load_tile(values + row * v_b + token * v_t + head // GROUP_V * v_h, inner * v_t, n, there, E, BLOCK_E)
+    q += row * q_b + start * q_t + head * q_h
+    line = (row * n_tokens + start) * n_heads + head
+    step = inner * n_heads
+    for_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+
+    # Scores are transposed here, [keys, queries], as both products want them.
+    if CLOSED:
+        for first in tl.range(0, begin, BLOCK_M):
+            i = first + m
+            at = (row * 0 + first) * inner
+            q_tile = load_tile(q + at * q_t, inner * q_t, m, i < count, D, BLOCK_D)
+            rows = line + at * n_heads
+            g, lse, delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, i < count, E, BLOCK_E)
+            logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+            seen = (i < count)[None, :] & there[:, None]
+            weights, d_scores = transposed_gradients(logits, lse, g, delta, v_tile, seen, PRECISION)
+            for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+            for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
+    for first in tl.range(begin, begin + BLOCK_N, BLOCK_M):
+        i = first + m
+        at = (row * 0 + first) * inner
+        q_tile = load_tile(q + at * q_t, inner * q_t, m, i < count, D, BLOCK_D)
+        rows = line + at * n_heads
+        g, lse, delta = load_upstream(both, opened_lse, delta_both, rows, step, m, i < count, E, BLOCK_E)
+        extra = tl.load(diagonal + rows + m * step, mask=i < count, other=0.0)
+        logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+        seen = (i < count)[None, :] & there[:, None]
+        before = seen & (j[:, None] < i[None, :])
+        weights, d_scores = transposed_gradients(logits, lse, g, delta, v_tile, before, PRECISION)
+        for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+        d_scores += tl.where(j[:, None] == i[None, :], extra[None, :], 0.0)
+        if CLOSED:
+            g, lse, delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, i < count, E, BLOCK_E)
+            after = seen & (j[:, None] >= i[None, :])
+            weights, more = transposed_gradients(logits, lse, g, delta, v_tile, after, PRECISION)
+            for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+            d_scores += more
+        for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
+    for first in tl.range(begin + BLOCK_N, count, BLOCK_M):
+        i = first + m
+        at = (row * 0 + first) * inner
+        q_tile = load_tile(q + at * q_t, inner * q_t, m, i < count, D, BLOCK_D)
+        rows = line + at * n_heads
+        g, lse, delta = load_upstream(both, opened_lse, delta_both, rows, step, m, i < count, E, BLOCK_E)
+        logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+        seen = (i < count)[None, :] & there[:, None]
+        weights, d_scores = transposed_gradients(logits, lse, g, delta, v_tile, seen, PRECISION)
+        for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+        for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
+    places = (row * n_tokens + token + n * inner) * n_heads + head
+    held_d, held_e = there[:, None] & (d < D)[None, :], there[:, None] & (e < E)[None, :]
+    tl.store(d_k + places[:, None] * D + d[None, :], (for_k * score_scale).to(d_k.dtype.element_ty), mask=held_d)
+    tl.store(d_values + places[:, None] * E + e[None, :], for_v.to(d_values.dtype.element_ty), mask=held_e)
+
+
+def two_tracks_backward(
+    q: Tensor, k: Tensor, values: Tensor, own: Tensor, results: list[Tensor], d_opened: Tensor, d_closed: Tensor | None,
+    scale: float, axis: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k, values and own, by query head [B, T, H, ...]; `results` are what `two_tracks` gave."""
+    opened, closed, opened_lse, closed_lse = results
+    q, k, values, own = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values, own))
+    closing, heads = d_closed is not None, q.size(2)
+    d_opened = d_opened.contiguous()
+    d_closed = d_closed.contiguous() if closing else d_opened
+    both = torch.empty_like(d_opened) if closing else d_opened
+    down, d_values, d_q, d_k = (torch.empty_like(x) for x in (opened, opened, *[q.new_empty(q.shape)] * 2))
+    delta_both, delta_closed, diagonal = (torch.empty_like(opened_lse) for _ in range(3))
+    groups = {"GROUP_K": heads // k.size(2), "GROUP_V": heads // values.size(2)}
+    shape = widths(q, values) | {"CLOSED": closing}
+    scores = scale * math.log2(math.e)
+    rows, block = opened_lse.numel(), 32
+    rows_kernel[(triton.cdiv(rows, block),)](
+        q, k, own, opened, closed, opened_lse, closed_lse, d_opened, d_closed,
+        both, down, delta_both, delta_closed, diagonal,
+        scores, heads, q.size(1), rows, *strides(q, k, own),
+        GROUP_K=groups["GROUP_K"], GROUP_OWN=heads // own.size(2), **shape, BLOCK=block,
+    )  # fmt: skip
+    given = (q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal)
+    sizes = (scores, scale, *lines(q, axis), axis[1].bit_length(), *strides(q, k, values))
+    constants = groups | shape | {"PRECISION": precision(q.dtype)}
+    queries_kernel[grid(q, axis, "BLOCK_M")](*given, d_q, *sizes, **constants)
+    keys_kernel[grid(q, axis, "BLOCK_N")](*given, d_k, d_values, *sizes, **constants)
+    return d_q, d_k, d_values, down
