@@ -1,6 +1,7 @@
 """Hydra entry points that end well: bad input is one message and exit code 2, `--cfg job` prints what would run."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from configs.schema import Config, ConfigError, to_dict
 CONFIGS = Path(__file__).parent.resolve()
 INTERRUPTED = 130  # what shells make of Ctrl-C
 GROUPS = {path.name for path in CONFIGS.iterdir() if any(path.glob("**/*.yaml"))}
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 @contextmanager
@@ -28,8 +30,9 @@ def config_errors() -> Iterator[None]:
         yield
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
+        there = [str(path.relative_to(CONFIGS / group).with_suffix("")) for path in (CONFIGS / group).rglob("*.yaml")]
         raise ConfigError(
-            f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, error.options or [])}"
+            f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, there)}"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line)
@@ -42,16 +45,24 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     around, running.hydra = running.hydra, None  # a Hydra app may compose further configurations
     try:
         with config_errors(), hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(config_name, [force(override) for override in overrides])
+            return hydra.compose(config_name, [force(override, config_name) for override in overrides])
     finally:
         running.hydra = around
 
 
-def app(main: Callable[[Config], int | None], config_name: str = "train", load: Callable[[DictConfig], Config] = load):
-    """Run `main(load(tree))` as a Hydra app; what `main` returns is the exit code (under `-m` of each job in turn)."""
+def app(
+    main: Callable[[Config], int | None],
+    config_name: str = "train",
+    load: Callable[[DictConfig], Config] = load,
+    texts: tuple[str, ...] = (),
+) -> None:
+    """Run `main(load(tree))` as a Hydra app; what `main` returns is the exit code (under `-m` of each job in turn).
+
+    What is given for a key in `texts` is taken as it stands, whatever signs of Hydra's grammar are in it.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with its own exit code 1
     args = get_args_parser().parse_args()
-    sys.argv[1:] = [force(arg) if arg in args.overrides else arg for arg in sys.argv[1:]]
+    given = [verbatim(arg, texts) for arg in args.overrides]
 
     def job(tree: DictConfig) -> None:
         try:
@@ -62,9 +73,11 @@ def app(main: Callable[[Config], int | None], config_name: str = "train", load: 
             sys.exit(code)
 
     with ending_well(), config_errors():
+        forced = {arg: force(text, config_name) for arg, text in zip(args.overrides, given, strict=True)}
         if args.cfg == "job" and not args.package:
-            print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, args.overrides))))), end="")
+            print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, given))))), end="")
         else:
+            sys.argv[1:] = [forced.get(arg, arg) for arg in sys.argv[1:]]
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
 
 
@@ -89,12 +102,33 @@ def ending_well() -> Iterator[None]:
         sys.exit(INTERRUPTED)
 
 
-def force(override: str) -> str:
+def known_keys(config_name: str) -> tuple[set[str], set[str]]:
+    """The groups that `configs/<config_name>.yaml` chooses from, and its plain keys."""
+    tree = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    entries = (key for entry in tree.defaults if OmegaConf.is_dict(entry) for key in entry)
+    return {key for key in entries if key in GROUPS}, set(tree) - {"defaults"}
+
+
+def force(override: str, config_name: str) -> str:
     """`key=value` as `++key=value`: Hydra takes any key, and our own checks name all the unknown ones together."""
     key = override.split("=", 1)[0]
-    is_group = key.split("@")[0] in GROUPS or "/" in key
-    plain = "=" in override and key[:1] not in "+~" and not key.startswith("hydra.") and not is_group
-    return f"++{override}" if plain else override
+    if not key.strip("+~@ "):
+        raise ConfigError(f"{override}: has no key; overrides are KEY=VALUE")
+    chosen, plain = known_keys(config_name)
+    group = key.split("@")[0]
+    if group in GROUPS - chosen:  # of other commands; Hydra's message would be about its own grammar
+        raise ConfigError(f"{key}: unknown key; {did_you_mean(key, plain | chosen)}")
+    is_plain = "=" in override and key[:1] not in "+~" and not key.startswith("hydra.") and "/" not in key
+    return f"++{override}" if is_plain and group not in chosen else override
+
+
+def verbatim(override: str, texts: tuple[str, ...]) -> str:
+    """`key=value` with the value quoted for Hydra where the key is one of `texts` and it is not quoted already."""
+    key, equals, text = override.partition("=")
+    if key.lstrip("+") not in texts or not equals or QUOTED.fullmatch(text):
+        return override
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf's interpolation
+    return f"{key}='" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), plain) + "'"
 
 
 def fail(error: ConfigError) -> None:

@@ -60,6 +60,9 @@ def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
                 unusable = True
                 continue
             value = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else raw
+            if isinstance(value, str) and str in (hints[key], *typing.get_args(hints[key])):
+                values[key] = value  # as it is: "${" in it is no interpolation any more
+                continue
             typed = OmegaConf.structured(dataclasses.make_dataclass("Typed", [(key, hints[key])]))
             typed[key] = value
             values[key] = OmegaConf.to_container(typed)[key]
@@ -140,13 +143,18 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
 
 
 def load_extended(tree: DictConfig, cls: type):
-    """`load` for a command with top-level keys of its own: those that the dataclass `cls` adds to `Config`."""
+    """`load` for a command with top-level keys of its own: those that the dataclass `cls` adds to `Config`.
+
+    `cls.own_errors`, where there is one, yields the mistakes in them.
+    """
     common = {field.name for field in dataclasses.fields(Config)}
     fields = [field for field in dataclasses.fields(cls) if field.name not in common]
     own = dataclasses.make_dataclass("Own", [(f.name, f.type, dataclasses.field(default=f.default)) for f in fields])
     names = {field.name for field in fields}
     errors: list[str] = []
     values = _merge(own, OmegaConf.masked_copy(tree, [key for key in tree if key in names]), "", errors)
+    if values and hasattr(cls, "own_errors"):
+        errors.extend(cls.own_errors(values))
     try:
         config = load(OmegaConf.masked_copy(tree, [key for key in tree if key not in names]))
     except ConfigError as error:

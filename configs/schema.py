@@ -27,6 +27,8 @@ REFUSED_DEEPSPEED_KEYS = {
     "optimizer": "optim",
     "scheduler": "schedule",
     "fp16": "trainer.dtype",
+    "amp": "trainer.dtype",
+    "bfloat16": "deepspeed.config.bf16, its name of today, or trainer.dtype",
     "torch_autocast": "trainer.dtype",
 }
 
@@ -280,9 +282,9 @@ class Config:
 class CountingConfig:
     """`python -m model.counting`."""
 
+    tokenizer: TokenizerConfig
     models: list[str] = field(default_factory=list)
     sizes: list[str] = field(default_factory=list)
-    tokenizer: str = "gpt2"
     seq_len: int = 1024
     match: str = "params"
     tolerance: float = 0.05

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.app import app
+from configs.errors import at_least
 from configs.load import load_extended
 from configs.schema import Config
 from data.build import Preparation, make_tokenizer, tokenise_all, validation_up_to
@@ -44,6 +45,9 @@ LOADER_BATCHES = 600
 class BenchmarkConfig(Config):
     text_bytes: int = 60_000_000  # the documents are repeated up to about this much
     rounds: int = 3
+
+    def own_errors(self):
+        yield from at_least(1, "", self, "text_bytes", "rounds")
 
 
 class Listed:

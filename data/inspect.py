@@ -17,7 +17,7 @@ from rich.table import Table
 from configs.app import app
 from configs.load import load_extended
 from configs.schema import Config, ConfigError
-from data.prepare import ensure_prepared
+from data.prepare import ensure_prepared, not_prepared
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest, verify
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -185,6 +185,8 @@ class InspectConfig(Config):
 def main(config: InspectConfig) -> int:
     if config.data.source == "shards":  # a look is a use
         ensure_prepared(config)
+    if not (Path(config.data.dir) / MANIFEST_FILE).is_file():
+        raise not_prepared(config)
     return 1 if inspect(config.data.dir, Console(soft_wrap=True), config.trainer.seq_len, config.out) else 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from configs.app import app
+from configs.errors import at_least
 from configs.load import load_extended
 from configs.schema import Config, ConfigError, DataConfig, TokenizerConfig
 from data.build import build, has_finished_shards
@@ -32,6 +33,11 @@ ON_FIRST_USE = ("builtin", "shards")  # sources that a training run prepares by 
 class PrepareConfig(Config):
     part: int = 0  # of so many parts, from 0
     parts: int = 1
+
+    def own_errors(self):
+        yield from at_least(1, "", self, "parts")
+        if self.parts >= 1 and not 0 <= self.part < self.parts:
+            yield f"part={self.part}: must lie between 0 and parts - 1 = {self.parts - 1}"
 
 
 def prepare(config: Config, progress: bool = True, parts: int = 1) -> Manifest:
@@ -91,13 +97,19 @@ def ensure_prepared(config: Config, progress: bool = True) -> Manifest:
     if found := prepared(config):
         return found
     if config.data.source not in ON_FIRST_USE:
-        data = config.data
-        files = f" data.files='[{','.join(data.files)}]'" if data.files else ""
-        raise ConfigError(
-            f"data.dir={data.dir}: not prepared: run `python -m data.prepare data={data.name}{files}` "
-            "with the same overrides as here"
-        )
+        raise not_prepared(config)
     return prepare(config, progress)
+
+
+def not_prepared(config: Config) -> ConfigError:
+    """What to say where there are no shards; it names the command that makes them."""
+    data, kind = config.data, config.tokenizer.kind
+    files = f" data.files='[{','.join(data.files)}]'" if data.files else ""
+    tokenizer = "gpt2" if kind == "tiktoken" else kind  # its group
+    return ConfigError(
+        f"data.dir={data.dir}: not prepared: run `python -m data.prepare data={data.name}{files} "
+        f"tokenizer={tokenizer}` with the same overrides as here"
+    )
 
 
 def prepared(config: Config) -> Manifest | None:

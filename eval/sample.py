@@ -198,4 +198,4 @@ def main(config: SampleConfig) -> int:
 
 
 if __name__ == "__main__":
-    app(main, "sample", load=lambda tree: load_flat(tree, SampleConfig))
+    app(main, "sample", load=lambda tree: load_flat(tree, SampleConfig), texts=("prompt",))

@@ -220,6 +220,8 @@ def test_a_folder_that_holds_another_run_is_refused_with_the_keys(small_run, tmp
 
 def test_data_that_is_missing_short_or_torn_is_refused(small_run, small_data, tmp_path):
     refused([*small_run, f"data.dir={tmp_path}/none"], tmp_path, "not prepared: run `python -m data.prepare data=files")
+    nowhere = [f"data.dir={tmp_path}/none", f"trainer.init_from={tmp_path}/none"]
+    refused([*small_run, *nowhere], tmp_path, r"(?s)not prepared.*trainer.init_from=.*none: is neither a checkpoint")
     refused([*small_run, "trainer.seq_len=5000000"], tmp_path, "trainer.seq_len=5000000")
     torn = tmp_path / "torn"
     shutil.copytree(small_data[1].removeprefix("data.dir="), torn)

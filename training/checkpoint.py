@@ -24,6 +24,7 @@ from torch import Tensor
 from configs.schema import ConfigError
 from data.shards import sha256_of, write_atomically
 
+NO_SOURCE = "trainer.init_from={}: is neither a checkpoint nor a run folder with a whole one"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ARCHITECTURE = ("model.", "size.", "tokenizer.")  # of a run's identity: what its weights mean
 NOT_ARCHITECTURE = (
@@ -127,6 +128,13 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def check_source(source: str) -> None:
+    """ConfigError unless `trainer.init_from` names what `find` may find a checkpoint in; reads none."""
+    folder = Path(source)
+    if not (folder / "manifest.json").exists() and not any((folder / "checkpoints").glob("step_*/manifest.json")):
+        raise ConfigError(NO_SOURCE.format(source))
+
+
 def find(source: str, warn: Callable[[str], None]) -> Path:
     """The checkpoint that `trainer.init_from` names: a checkpoint folder, or the newest of a run folder.
 
@@ -138,7 +146,7 @@ def find(source: str, warn: Callable[[str], None]) -> Path:
         raise ConfigError(*(f"trainer.init_from: {line}" for line in broken))
     found = folder if is_checkpoint else newest(folder, warn)
     if found is None:
-        raise ConfigError(f"trainer.init_from={source}: is neither a checkpoint nor a run folder with a whole one")
+        raise ConfigError(NO_SOURCE.format(source))
     return found
 
 

@@ -12,7 +12,7 @@ from configs.schema import Config, ConfigError, to_dict
 from data.loader import EvalLoader, TrainLoader
 from data.prepare import ON_FIRST_USE, ensure_prepared, prepared
 from data.shards import TokenShards
-from training.checkpoint import differing, write_atomic
+from training.checkpoint import check_source, differing, write_atomic
 from training.metrics import Metrics, plot_loss, read_metrics
 from training.setup import Runtime
 
@@ -28,7 +28,7 @@ def read_config(run_dir: Path) -> Config:
 def check_before_start(config: Config, runtime: Runtime) -> None:
     """Raise one ConfigError with everything that would stop this run; creates nothing."""
     errors = []
-    for check in (check_nodes, check_core, check_data, check_run_folder):
+    for check in (check_nodes, check_core, check_data, check_init_from, check_run_folder):
         try:
             check(config, runtime)
         except ConfigError as error:
@@ -60,6 +60,12 @@ def check_data(config: Config, runtime: Runtime) -> None:
     seq_len, micro = config.trainer.seq_len, config.trainer.micro_batch_size
     TrainLoader(TokenShards(config.data.dir, "train"), seq_len, 0, micro, config.trainer.global_batch_size, 0, 1)
     EvalLoader(TokenShards(config.data.dir, "val"), seq_len, micro, 0, 1, max_samples=None)
+
+
+def check_init_from(config: Config, runtime: Runtime) -> None:
+    going_on = any(Path(config.run.dir).glob("checkpoints/step_*"))  # then nothing is read from there any more
+    if config.trainer.init_from and not going_on:
+        check_source(config.trainer.init_from)
 
 
 def check_run_folder(config: Config, runtime: Runtime) -> None:

@@ -151,6 +151,8 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
         raise ConfigError(
             *(f"deepspeed.config: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         ) from None
+    except deepspeed.DeepSpeedConfigError as error:
+        raise ConfigError(f"deepspeed.config: {error}") from None
     if config.trainer.compile:
         engine.compile()
     return engine

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from configs.app import app
+from configs.errors import at_least
 from configs.load import load_extended
 from configs.schema import Config, ConfigError
 from eval.speed.measure import device_name, versions
@@ -31,10 +32,11 @@ WARM_UP = 2  # steps that compile, allocate and tune
 class SpeedConfig(Config):
     steps: int = 10  # timed ones
 
+    def own_errors(self):
+        yield from at_least(1, "", self, "steps")
+
 
 def main(config: SpeedConfig) -> int:
-    if config.steps < 1:
-        raise ConfigError(f"steps={config.steps}: must be at least 1")
     runtime, trainer = find_runtime(config), config.trainer
     device = runtime.device
     try:

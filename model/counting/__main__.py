@@ -1,8 +1,10 @@
 """The table of budgets: `python -m model.counting [models=[t6,mha]] [sizes=[small]] [memory=24GiB] [match=flops] ...`
 
-One row a mechanism and size; `detail=true` adds parameters by part and the activation estimate;
-`"overrides=['model.head_dim=128']"` go to every configuration.
+One row a mechanism and size, with GPT-2's vocabulary (padded to 50304) unless `tokenizer=` is given; `detail=true` adds
+parameters by part and the activation estimate; `"overrides=['model.head_dim=128']"` go to every configuration.
 """
+
+import dataclasses
 
 from rich import box
 from rich.console import Console
@@ -29,16 +31,17 @@ def rows(config: CountingConfig):
                 f"size.match={config.match}",
                 f"trainer.seq_len={config.seq_len}",
             ]
-            whole = load(compose("train", [*chosen, f"tokenizer={config.tokenizer}", *config.overrides]))
-            yield size, model, TransformerConfig.from_config(whole)
+            tree = compose("train", [*chosen, *config.overrides])
+            if not any(override.startswith("tokenizer") for override in config.overrides):
+                tree.tokenizer = dataclasses.asdict(config.tokenizer)
+            yield size, model, TransformerConfig.from_config(load(tree))
 
 
 def main(config: CountingConfig) -> int:
     dtype = CACHE_DTYPES[config.cache_dtype]
     memory = parse_bytes(config.memory) if config.memory else None
-    title = (
-        f"{config.tokenizer} vocabulary, {config.seq_len} tokens, matched by {config.match}, {config.cache_dtype} cache"
-    )
+    vocabulary = f"vocabulary {config.tokenizer.padded_vocab_size} ({config.tokenizer.name})"
+    title = f"{vocabulary}, {config.seq_len} tokens, matched by {config.match}, {config.cache_dtype} cache"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     columns = ["size", "model", "heads", "params (M)", "attention / 4 d_model^2"]
     columns += ["training FLOPs a token", "KV bytes a token", "/ MHA's"]

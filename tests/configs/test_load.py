@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from configs.app import CONFIGS, GROUPS, compose
+from configs.app import CONFIGS, GROUPS, compose, verbatim
+from configs.errors import at_least
 from configs.load import did_you_mean, load, load_extended, load_flat
 from configs.schema import Config, ConfigError, to_dict
 from configs.schema_eval import EvalConfig
@@ -66,6 +67,11 @@ def test_the_other_commands_compose(name, cls):
         ("trainer.max_steps=null", "trainer.max_steps and trainer.max_tokens are both null: set one, it ends the run"),
         ("++deepspeed.config.train_batch_size=8", "deepspeed.config.train_batch_size: set trainer.global_batch_size"),
         ("++deepspeed.config.fp16.enabled=true", "deepspeed.config.fp16: set trainer.dtype instead"),
+        ("++deepspeed.config.bfloat16.enabled=true", "deepspeed.config.bfloat16: set deepspeed.config.bf16"),
+        ("++deepspeed.config.amp.enabled=true", "deepspeed.config.amp: set trainer.dtype instead"),
+        ("experiment=nope", "experiment=nope: there is no configs/experiment/nope.yaml; known keys: extend/"),
+        ("suite=perplexity", "suite: unknown key; did you mean size?"),
+        ("=5", "=5: has no key; overrides are KEY=VALUE"),
         ("deepspeed.config.zero_optimization.stage=7", "deepspeed.config.zero_optimization.stage=7: must be 0, 1"),
         ("size.d_ff=0", "size.d_ff=0: must be at least 1"),
         ("data.dir=${nowhere}", "data.dir=${nowhere}: Interpolation key 'nowhere' not found"),
@@ -133,9 +139,26 @@ def test_the_horizon_is_whatever_comes_first():
     assert config("trainer.max_steps=null", f"trainer.max_tokens={per_step * 9}").trainer.horizon == 9
 
 
+PROMPTS = ["Once upon a time, there was", "def f(x): return {x: [1]}", "it's 'so'", "null", " b\n", '"a" and "b"', "",
+           "${x}", "\\${x}", "${", "\\'\\", "\\\\'${y}'\\\\"]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_taken_as_it_stands(prompt):
+    tree = compose("sample", ["run=x", verbatim(f"prompt={prompt}", ("prompt",))])
+    assert load_flat(tree, SampleConfig).prompt == prompt
+
+
+def test_a_prompt_that_is_quoted_for_hydra_keeps_that_meaning():
+    assert verbatim("prompt='a, b'", ("prompt",)) == "prompt='a, b'" and verbatim("run=a,b", ("prompt",)) == "run=a,b"
+
+
 @dataclass
 class Extended(Config):
     rounds: int = 3
+
+    def own_errors(self):
+        yield from at_least(1, "", self, "rounds")
 
 
 def test_commands_with_keys_of_their_own():
@@ -145,6 +168,9 @@ def test_commands_with_keys_of_their_own():
     with pytest.raises(ConfigError) as caught:
         load_extended(compose("train", ["rounds=many", "optim.lr=-1"]), Extended)
     assert caught.value.errors == ["rounds=many: must be an integer", "optim.lr=-1.0: must be a positive number"]
+    with pytest.raises(ConfigError) as caught:
+        load_extended(compose("train", ["rounds=0", "optim.lr=-1"]), Extended)
+    assert caught.value.errors == ["rounds=0: must be at least 1", "optim.lr=-1.0: must be a positive number"]
     with pytest.raises(ConfigError, match="rounds: unknown key"):
         load(tree)
 

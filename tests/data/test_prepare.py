@@ -175,7 +175,8 @@ def test_commands(tmp_path):
         return subprocess.run([sys.executable, "-m", module, *overrides], cwd=ROOT, text=True, capture_output=True)
 
     missing = run("data.inspect")
-    assert missing.returncode == 2 and "not prepared: run `python -m data.prepare" in missing.stderr
+    assert missing.returncode == 2 and "not prepared: run `python -m data.prepare data=files" in missing.stderr
+    assert "tokenizer=sentencepiece`" in missing.stderr
     made = run("data.prepare")
     assert made.returncode == 0 and "Tokenising" in made.stderr, made.stderr
     assert run("data.inspect").returncode == 0 and (dir / "lengths.png").exists()

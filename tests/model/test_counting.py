@@ -151,6 +151,19 @@ def test_the_table_has_every_mechanism_and_size(capsys):
     assert used <= 24 * 2**30 < used + 307_200
 
 
+def test_the_tables_vocabulary(capsys):
+    """GPT-2's unless another is given, as a group, by a key of it, or for every configuration."""
+    one, own = ["models=[mha]", "sizes=[tiny]"], 11_427_840 - 50304 * 192  # what is not the embedding
+    for given, rows in {
+        "detail=true": 50304,
+        "tokenizer=sentencepiece": 4096,
+        "tokenizer.vocab_size=1000": 1024,
+        "overrides=['tokenizer=sentencepiece']": 4096,
+    }.items():
+        assert main(load_counting(compose("counting", [*one, given]))) == 0
+        assert f"{(own + rows * 192) / 1e6:.1f}" in capsys.readouterr().out.split(), given
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("24GiB", 24 * 2**30), ("80GB", 80e9), ("1.5 TiB", 1.5 * 2**40), ("7MB", 7e6)]
 )
