@@ -1,6 +1,8 @@
 """A run's model, ready to evaluate: read from a checkpoint without DeepSpeed, or as it stands in training."""
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from configs.schema import Config, ConfigError
@@ -68,7 +70,9 @@ def load_run(
     to compute the full attention that the run was trained with.
     """
     folder, config = Path(run), config_of(run, device, dtype)
-    found = from_main(lambda: newest(folder, warn=print) if step is None else checkpoint_of(folder, step))
+    found = from_main(
+        lambda: newest(folder, warn=partial(print, file=sys.stderr)) if step is None else checkpoint_of(folder, step)
+    )
     if found is None:
         raise ConfigError(f"run={run}: has no whole checkpoint yet")
     if core:

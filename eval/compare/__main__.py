@@ -102,6 +102,8 @@ def show(console: Console, found: tables.Table) -> None:
         shown.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in found.rows:
         shown.add_row(*row)
+    whole = console.measure(shown, options=console.options.update(max_width=10_000)).maximum
+    console.width = max(console.width, whole)  # rather over the edge than cut
     console.print(shown)
 
 
@@ -111,7 +113,6 @@ def default_out(folders: list[Path]) -> Path:
 
 def main(config: CompareConfig, command: str) -> int:
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.width = max(console.width, 160)  # rather over the edge than cut
     runs = gather(config, config.out and Path(config.out))
     if config.reference:
         if len(runs) != 1:

@@ -1,6 +1,7 @@
 """The plots of a comparison: one colour a method, in every plot the same."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def loss_against_cache(methods: list[Method], question: Question, path: Path) ->
         axes.errorbar(x, y, yerr=found[method.name].half, **marks, **style(number))
         crowded = any(x < other <= 1.15 * x for other, _ in points.values())  # then the label goes to the left
         side = {"xytext": (-9, 4), "ha": "right"} if crowded else {"xytext": (9, 4)}
-        axes.annotate(method.name, (x, y), textcoords="offset points", fontsize=9, **side, **style(number))
+        name = textwrap.fill(method.name, 30, break_long_words=False)
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=9, **side, **style(number))
     front = pareto(points)
     axes.plot(
         [points[name][0] for name in front],
@@ -189,5 +191,5 @@ def gradient_norms(methods: list[Method], share: float, path: Path) -> None:
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.set(xlabel="tokens", ylabel="gradient norm before clipping")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, ncols=2)
+        axes.legend(fontsize=8, ncols=2 if all(len(method.name) < 30 for method in methods) else 1)
     save_figure(figure, path)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 
 import pytest
 
@@ -79,6 +80,15 @@ def test_an_int8_cache_is_smaller_and_says_so(command):
         for dtype in ("fp32", "int8")
     ]
     assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_a_broken_checkpoint_is_named_on_standard_error(command, finished, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(finished, broken)
+    newest = sorted((broken / "checkpoints").glob("step_*"))[-1]
+    (newest / "model.safetensors").write_bytes(b"")
+    text, notes = command(f"run={broken}", "max_new_tokens=2")
+    assert "taking the checkpoint before" in notes and "taking the checkpoint before" not in text
 
 
 def test_a_conversation(command, monkeypatch):
