@@ -18,11 +18,10 @@ class AttentionMask:
     """Which of S keys each of T queries sees.
 
     `starts` [B] is the key index of each row's first query, where the rows of a cache differ in length: query t of row
-    b is at index starts[b] + t, and what lies beyond a row's last query is garbage that must not reach the result. It is
-    finite, as a model makes it: masking it by its weight of 0 will do. Without `starts` the queries are the last T of
-    the S positions. `documents` [B, S] numbers the document of
-    each position: a query sees keys of its own only. `window` limits a query to so many keys before it, its own
-    included.
+    b is at index starts[b] + t. What lies beyond a row's last query is garbage that must not reach the result, but
+    finite, so that a weight of 0 silences it. Without `starts` the queries are the last T of the S positions.
+    `documents` [B, S] numbers the document of each position: a query sees keys of its own only. `window` limits a query
+    to so many keys before it, its own included.
     """
 
     causal: bool = True
