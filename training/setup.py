@@ -1,6 +1,7 @@
 """What a run stands on: the device, the process group, seeds, and the DeepSpeed engine around the model."""
 
 import gc
+import itertools
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from configs.schema import Config, ConfigError
 
 T = TypeVar("T")
+GROUPS = itertools.count()  # of this process, one after the other, as in a sweep
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,9 @@ def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
 
     TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout)  # its own forgets it
     store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store over restarts, with the addresses of the processes before (torch 2.13).
-    store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # torchrun keeps its store over restarts and from run to run of a sweep, with the addresses of before (torch 2.13).
+    attempt, group = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0), next(GROUPS)
+    store = torch.distributed.PrefixStore(f"attempt {attempt} group {group}", store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
