@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.setup import Runtime
+from training.setup import Runtime, join
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def process_group(runtime: Runtime) -> Iterator[None]:
     if runtime.world_size == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo")
+    join("nccl" if runtime.device.type == "cuda" else "gloo")
     try:
         yield
     finally:

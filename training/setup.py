@@ -1,6 +1,7 @@
 """What a run stands on: the device, the process group, seeds, and the DeepSpeed engine around the model."""
 
 import gc
+import itertools
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from configs.schema import Config, ConfigError
 
 T = TypeVar("T")
+GROUPS = itertools.count()  # of this process, one after the other, as in a sweep
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,18 @@ def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
     from deepspeed.comm.torch import TorchBackend
 
     TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout)  # its own forgets it
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store over restarts, with the addresses of the processes before (torch 2.13).
-    store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    join(backend, timeout)
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def join(backend: str, timeout: timedelta | None = None) -> None:
+    """Make the process group that the launcher's variables describe."""
+    limit = timeout or torch.distributed.default_pg_timeout
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=limit))
+    # torchrun keeps its store over restarts and from run to run of a sweep, with the addresses of before (torch 2.13).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = torch.distributed.PrefixStore(f"attempt {attempt} group {next(GROUPS)}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def from_main(decide: Callable[[], T]) -> T:

@@ -18,10 +18,10 @@ class AttentionMask:
     """Which of S keys each of T queries sees.
 
     `starts` [B] is the key index of each row's first query, where the rows of a cache differ in length: query t of row
-    b is at index starts[b] + t, and what lies beyond a row's last query is garbage, NaN perhaps, that must not reach
-    the result. Without it the queries are the last T of the S positions. `documents` [B, S] numbers the document of
-    each position: a query sees keys of its own only. `window` limits a query to so many keys before it, its own
-    included.
+    b is at index starts[b] + t. What lies beyond a row's last query is garbage that must not reach the result, but
+    finite, so that a weight of 0 silences it. Without `starts` the queries are the last T of the S positions.
+    `documents` [B, S] numbers the document of each position: a query sees keys of its own only. `window` limits a query
+    to so many keys before it, its own included.
     """
 
     causal: bool = True
@@ -42,10 +42,6 @@ class AttentionMask:
             own = self.documents.gather(1, places.expand(self.documents.size(0), n_queries))
             seen = seen & (own[:, :, None] == self.documents[:, None, :])
         return seen if seen.ndim == 2 else seen[:, None]
-
-    def written(self, n_queries: int, n_keys: int) -> Tensor:
-        """[B, S], true for the keys up to each row's last query, where there are `starts`: beyond is garbage."""
-        return torch.arange(n_keys, device=self.starts.device) < (self.starts + n_queries)[:, None]
 
     def mean_keys(self, seq_len: int) -> float:
         """Keys a query sees, averaged over a sequence."""

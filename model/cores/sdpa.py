@@ -20,14 +20,8 @@ class SDPA(AttentionCore):
         dense = rotate(qkv, positions).materialize()
         q, k, v = (x.transpose(1, 2) for x in (dense.q, dense.k, dense.v))
         width = v.size(-1)
-        if mask.starts is None:
-            out = attend(q, k, v, mask, scale)
-        elif q.is_cpu and not torch.compiler.is_compiling():
-            out = attend_by_row(q, k, v, mask, scale)
-        else:
-            beyond = ~mask.written(q.size(2), k.size(2))[:, None, :, None]
-            # A weight of 0 does not silence a NaN.
-            out = attend(q, k.masked_fill(beyond, 0), v.masked_fill(beyond, 0), mask, scale)
+        by_row = mask.starts is not None and q.is_cpu and not torch.compiler.is_compiling()
+        out = (attend_by_row if by_row else attend)(q, k, v, mask, scale)
         return out[..., :width].transpose(1, 2)
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:

@@ -1,8 +1,11 @@
-"""The two commands that show how training holds together, on a small scale."""
+"""The two commands that show how training holds together, on a small scale, and a sweep."""
+
+import json
 
 import pytest
 
 from tests.distributed import agreement, torture
+from tests.distributed.helpers import run
 
 pytestmark = pytest.mark.distributed
 
@@ -23,3 +26,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(capsys,
     assert torture.main(kills="1") == 0
     out = capsys.readouterr().out
     assert "1 kills (1 while saving)" in out and "EQUAL those of the undisturbed run" in out
+
+
+def test_a_sweep_on_two_processes(small_run, tmp_path):
+    """Process groups one after the other in the same processes, through the launcher's one store."""
+    each = [f"run.dir={tmp_path}/${{model.name}}", "trainer.max_steps=2", "trainer.samples=0"]
+    run(["-m", *small_run, "model=mha,t6", *each, f"hydra.sweep.dir={tmp_path}/sweep"], processes=2)
+    for name in ("mha", "t6"):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["step"] == 2

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 from model.attention.tensor_product import Factors
 from model.cores.factor_space import reference
 from model.cores.kernels import decode, prefill
-from model.cores.kernels.common import INTERPRETED
+from model.cores.kernels.common import INTERPRETED, worth_trying
+from model.cores.kernels.decode import split_kernel
 from tests.conftest import ROOT
 from tests.model.test_flash_tpa import SHAPES, random_factors, spoil
 
@@ -75,6 +76,12 @@ def test_sigmoid_half_precision_constants_and_no_mask(kernel):
     expected = reference(factored, 0.2, causal=False)
     assert out.dtype == torch.float16
     assert (out - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_high_ranks_are_tuned_over_one_configuration():
+    configs = [*split_kernel.configs, "small"]
+    assert worth_trying(configs, {}, R_K=2, R_V=2) == worth_trying(configs, {}, D=64) == configs
+    assert worth_trying(configs, {}, R_K=12, R_V=12) == ["small"]
 
 
 def test_kernels_compile_for_a_hopper_gpu(tmp_path):

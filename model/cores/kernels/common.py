@@ -10,6 +10,7 @@ from torch import Tensor
 from model.attention.tensor_product import Factors
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+MANY_RANKS = 16  # of keys and values together
 
 
 @triton.jit
@@ -66,13 +67,22 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
+def worth_trying(configs: list, arguments: dict, **constants) -> list:
+    """All configurations, but for high ranks the last, small one alone.
+
+    Loops over ranks are unrolled, so that each would take up to minutes to compile, and few of them fit.
+    """
+    return configs[-1:] if constants.get("R_K", 0) + constants.get("R_V", 0) > MANY_RANKS else configs
+
+
 def autotuned(configs: list[dict], key: list[str]):
     """`triton.autotune` over the configurations on a GPU; the first of them in the interpreter."""
     made = [
         triton.Config({k: v for k, v in c.items() if k.isupper()}, **{k: v for k, v in c.items() if not k.isupper()})
         for c in configs
     ]
-    return triton.autotune(made[:1] if INTERPRETED else made, key=key)
+    prune = {"early_config_prune": worth_trying}
+    return triton.autotune(made[:1] if INTERPRETED else made, key=key, prune_configs_by=prune)
 
 
 def like_output(q: Factors, v: Factors, heads: int, width: int) -> Tensor:

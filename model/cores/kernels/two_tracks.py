@@ -39,7 +39,8 @@ def find_line(n_blocks, n_heads, n_tokens, inner, outer, size):
 def load_tile(base, step, i, there, N: tl.constexpr, BLOCK: tl.constexpr):
     """Rows i of a line from `base`, `step` apart, [len(i), BLOCK]; 0 where not `there`."""
     n = tl.arange(0, BLOCK)
-    return tl.load(base + i[:, None] * step + n[None, :], mask=there[:, None] & (n < N)[None, :], other=0.0)
+    rows = base + i[:, None].to(tl.int64) * step
+    return tl.load(rows + n[None, :], mask=there[:, None] & (n < N)[None, :], other=0.0)
 
 
 @triton.jit
