@@ -4,6 +4,7 @@ Hydra composes YAML files into one tree, and `configs.load` merges each block of
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -31,6 +32,15 @@ REFUSED_DEEPSPEED_KEYS = {
     "bfloat16": "deepspeed.config.bf16, its name of today, or trainer.dtype",
     "torch_autocast": "trainer.dtype",
 }
+
+# DeepSpeed says nothing of a key that it does not know, so `zero_optimisation` would train at stage 0.
+DEEPSPEED_KEYS = (
+    "activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type", "compression_training",
+    "curriculum_learning", "data_efficiency", "data_types", "dump_state", "elasticity", "flops_profiler",
+    "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sparse_gradients", "steps_per_print",
+    "tensorboard", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)  # fmt: skip
 
 SUITES = Path(__file__).parent / "suite"
 
@@ -140,6 +150,8 @@ class DeepSpeedConfig:
         for key in self.config:
             if key in REFUSED_DEEPSPEED_KEYS:
                 yield f"deepspeed.config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead"
+            elif key not in DEEPSPEED_KEYS and (near := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.85)):
+                yield f"deepspeed.config.{key}: unknown key; did you mean {near[0]}?"
         if self.stage not in (0, 1, 2, 3):
             yield f"deepspeed.config.zero_optimization.stage={self.stage!r}: must be 0, 1, 2 or 3"
         if self.bf16_engine and self.stage == 0:

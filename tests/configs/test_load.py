@@ -69,6 +69,7 @@ def test_the_other_commands_compose(name, cls):
         ("++deepspeed.config.fp16.enabled=true", "deepspeed.config.fp16: set trainer.dtype instead"),
         ("++deepspeed.config.bfloat16.enabled=true", "deepspeed.config.bfloat16: set deepspeed.config.bf16"),
         ("++deepspeed.config.amp.enabled=true", "deepspeed.config.amp: set trainer.dtype instead"),
+        ("++deepspeed.config.zero_optimisation.stage=2", "deepspeed.config.zero_optimisation: unknown key; did you"),
         ("experiment=nope", "experiment=nope: there is no configs/experiment/nope.yaml; known keys: extend/"),
         ("suite=perplexity", "suite: unknown key; did you mean size?"),
         ("=5", "=5: has no key; overrides are KEY=VALUE"),
