@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,6 +36,8 @@ def config_errors() -> Iterator[None]:
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line)
+        if isinstance(error, OverrideParseException) and error.override not in text:
+            text = f"{error.override}: {text}"
         raise ConfigError(text) from error
 
 
@@ -45,7 +47,8 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     around, running.hydra = running.hydra, None  # a Hydra app may compose further configurations
     try:
         with config_errors(), hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose(config_name, [force(override, config_name) for override in overrides])
+            ours, hydras = take_plain(overrides, config_name)
+            return merged(hydra.compose(config_name, [force(override, config_name) for override in hydras]), ours)
     finally:
         running.hydra = around
 
@@ -62,22 +65,23 @@ def app(
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with its own exit code 1
     args = get_args_parser().parse_args()
-    given = [verbatim(arg, texts) for arg in args.overrides]
+    ours, hydras = take_plain(args.overrides, config_name)
+    given = [verbatim(arg, texts) for arg in hydras]
 
     def job(tree: DictConfig) -> None:
         try:
-            code = main(load(tree))
+            code = main(load(merged(tree, ours)))
         except ConfigError as error:
             fail(error)
         if code:
             sys.exit(code)
 
     with ending_well(), config_errors():
-        forced = {arg: force(text, config_name) for arg, text in zip(args.overrides, given, strict=True)}
+        forced = {arg: force(text, config_name) for arg, text in zip(hydras, given, strict=True)}
         if args.cfg == "job" and not args.package:
-            print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, given))))), end="")
+            print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, [*given, *ours]))))), end="")
         else:
-            sys.argv[1:] = [forced.get(arg, arg) for arg in sys.argv[1:]]
+            sys.argv[1:] = [forced.get(arg, arg) for arg in sys.argv[1:] if arg not in ours]
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
 
 
@@ -107,6 +111,21 @@ def known_keys(config_name: str) -> tuple[set[str], set[str]]:
     tree = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
     entries = (key for entry in tree.defaults if OmegaConf.is_dict(entry) for key in entry)
     return {key for key in entries if key in GROUPS}, set(tree) - {"defaults"}
+
+
+def take_plain(overrides: list[str], config_name: str) -> tuple[list[str], list[str]]:
+    """The overrides of plain keys that have a group's name, as `model` of eval.speed.attention has; and the others.
+
+    Hydra takes whatever has a group's name for the group.
+    """
+    chosen, plain = known_keys(config_name)
+    names = (plain & GROUPS) - chosen
+    ours = [override for override in overrides if override.partition("=")[0].lstrip("+") in names]
+    return ours, [override for override in overrides if override not in ours]
+
+
+def merged(tree: DictConfig, overrides: list[str]) -> DictConfig:
+    return OmegaConf.merge(tree, OmegaConf.from_dotlist([override.lstrip("+") for override in overrides]))
 
 
 def force(override: str, config_name: str) -> str:

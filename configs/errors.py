@@ -1,5 +1,14 @@
 """What bad configuration and bad input raise."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNWRITABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST
+}  # fmt: skip
+
 
 class ConfigError(Exception):
     """One or more mistakes in the configuration or the input; each names the key or file, the value and the remedy."""
@@ -7,6 +16,18 @@ class ConfigError(Exception):
     def __init__(self, *errors: str):
         self.errors = list(errors)
         super().__init__("\n".join(self.errors))
+
+
+@contextmanager
+def writing(key: str, path: str | Path, after: str = "") -> Iterator[None]:
+    """What a folder says that cannot be written, or is full, as a ConfigError that names `key` and `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        raise ConfigError(f"{key}={path}: cannot write{where} ({error.strerror}){after}") from error
 
 
 def at_least(low: int, block: str, config, *keys: str):

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import Config, ConfigError, check_machine, name_run
 from model.counting.match import fill_by_size, fill_heads
 
-SHOWN = 40  # known keys that a message names
+SHOWN = 40  # known names in a message
 
 
 def _type_name(hint) -> str:
@@ -21,14 +21,19 @@ def _type_name(hint) -> str:
         return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
     origin = typing.get_origin(hint)
-    return "a list" if origin is list else "a mapping" if origin is dict else names.get(hint, str(hint))
+    if origin is list:
+        inner = {dict: "mappings", str: "texts", int: "integers", float: "numbers"}
+        of = typing.get_args(hint)[0]
+        return f"a list of {inner.get(typing.get_origin(of) or of, of)}, as in [A,B]"
+    return "a mapping" if origin is dict else names.get(hint, str(hint))
 
 
-def did_you_mean(key: str, known) -> str:
+def did_you_mean(key: str, known, prefix: str = "") -> str:
+    """The known name nearest to `key`, after `prefix`; where none is near, what there is."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     shown = sorted(known)[:SHOWN]
     more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
-    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(shown)}{more}"
+    return f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(shown)}{more}"
 
 
 def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
@@ -42,9 +47,7 @@ def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
         if key == "_target_":
             continue
         if key not in known:
-            errors.append(
-                f"{prefix}{key}: unknown key; " + did_you_mean(f"{prefix}{key}", [f"{prefix}{k}" for k in known])
-            )
+            errors.append(f"{prefix}{key}: unknown key; {did_you_mean(str(key), known, prefix)}")
             continue
         try:
             if dataclasses.is_dataclass(hints[key]):
@@ -72,7 +75,9 @@ def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
             if "${" in text:  # an interpolation that leads nowhere
                 errors.append(f"{prefix}{key}={text}: {str(error).splitlines()[0]}")
             else:
-                errors.append(f"{prefix}{key}={text}: must be {_type_name(hints[key])}")
+                brackets = str in (hints[key], *typing.get_args(hints[key])) and OmegaConf.is_list(raw)
+                quotes = "; brackets need quotes inside quotes, as in 'KEY=\"[A]\"'" if brackets else ""
+                errors.append(f"{prefix}{key}={text}: must be {_type_name(hints[key])}{quotes}")
     missing = sorted(required - {str(key) for key in node})
     errors.extend(f"{prefix}{key} is not set" for key in missing)
     if unusable or missing:

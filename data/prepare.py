@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 
 from configs.app import app
-from configs.errors import at_least
+from configs.errors import at_least, writing
 from configs.load import load_extended
 from configs.schema import Config, ConfigError, DataConfig, TokenizerConfig
 from data.build import build, has_finished_shards
@@ -53,11 +53,13 @@ def prepare(config: Config, progress: bool = True, parts: int = 1) -> Manifest:
         return found
     check_before_work(config)
     unfinished, lock = dir.with_name(f"{dir.name}.partial"), dir.with_name(f"{dir.name}.lock")
-    try:
+    goes_on = "; what is finished stays, and the same command goes on from there"
+    with writing("data.dir", dir, goes_on):
         dir.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(lock):
+        with waiting(lock, f"{dir}: another process prepares it, waiting for that", progress):
             try:
                 if found := prepared(config):  # by another process, in the meantime
+                    say(f"{dir}: prepared by another process, {describe(found)}", progress)
                     return found
                 if config.data.source == "shards":
                     manifest = adopt(dir, config.data, config.tokenizer, settings, progress)
@@ -70,10 +72,18 @@ def prepare(config: Config, progress: bool = True, parts: int = 1) -> Manifest:
                 if not has_finished_shards(unfinished):
                     shutil.rmtree(unfinished, ignore_errors=True)
                 lock.unlink(missing_ok=True)
-    except PermissionError as error:
-        raise ConfigError(f"data.dir={dir}: cannot be written ({error})") from error
     say(f"{dir}: prepared, {describe(manifest)}", progress)
     return manifest
+
+
+def waiting(lock: Path, words: str, progress: bool):
+    """The lock, held until its `with` ends; `words` where another process has it first."""
+    one = filelock.FileLock(lock)
+    try:
+        return one.acquire(timeout=0)
+    except filelock.Timeout:
+        say(words, progress)
+        return one.acquire()
 
 
 def prepare_in_parts(config: Config, part: int, parts: int, progress: bool = True) -> Manifest | None:

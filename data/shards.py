@@ -27,6 +27,7 @@ FORMATS = {"uint16": (MAGIC, VERSION), "uint32": (20240801, 7)}
 HEADER_BYTES = 256 * 4
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 2
+PREPARE_AGAIN = "remove it and prepare the data again (with its folder, unless the shards in there come from elsewhere)"
 
 
 @dataclass
@@ -61,6 +62,11 @@ class Manifest:
     source: str  # fingerprint of the documents' files; empty where the shards came from elsewhere
     token_dtype: str = "uint16"
     version: int = MANIFEST_VERSION
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program wrote the shards: nothing here can make them again."""
+        return self.settings.get("data.source") == "shards"
 
     def tokens(self, split: str) -> int:
         return self.splits[split].tokens
@@ -137,18 +143,16 @@ def read_manifest(dir: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"data.dir={dir}: not prepared: run `python -m data.prepare data=NAME`") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON ({error}); remove {dir} and prepare the data again") from error
+        raise ConfigError(f"{path}: is not JSON ({error}); {PREPARE_AGAIN}") from error
     version = fields.get("version") if isinstance(fields, dict) else None
     if version != MANIFEST_VERSION:
-        raise ConfigError(
-            f"{path}: has version {version}, must be {MANIFEST_VERSION}; remove {dir} and prepare it again"
-        )
+        raise ConfigError(f"{path}: has version {version}, must be {MANIFEST_VERSION}; {PREPARE_AGAIN}")
     try:
         splits = {split: fields["splits"][split] for split in SPLITS}
         shards = {split: [Shard(**shard) for shard in splits[split]["shards"]] for split in SPLITS}
         return Manifest(**fields | {"splits": {key: Split(**splits[key] | {"shards": shards[key]}) for key in SPLITS}})
     except (TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: is not a whole manifest ({error}); remove {dir} and prepare it again") from error
+        raise ConfigError(f"{path}: is not a whole manifest ({error}); {PREPARE_AGAIN}") from error
 
 
 def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
@@ -184,6 +188,8 @@ class TokenShards:
         problems = [found for shard in shards if (found := problem_with(self.dir / shard.file, shard, dtype))]
         if problems:
             again = f"remove {dir} and run `python -m data.prepare data={self.manifest.name}` to make it again"
+            if self.manifest.is_foreign:
+                again = f"copy the shard again or, where a new one is meant, remove {self.dir / MANIFEST_FILE}"
             raise ConfigError(*(f"{problem}; {again}" for problem in problems))
         self.arrays = [map_tokens(self.dir / shard.file, dtype, shard.offset) for shard in shards]
         self.tokens = self.manifest.tokens(split)

@@ -75,7 +75,9 @@ def matching_files(config: DataConfig) -> list[str]:
     for pattern in config.files:
         found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
         if not found:
-            errors.append(f"data.files: no file matches {pattern!r} in {Path.cwd()}")
+            folder = f"{pattern!r} is a folder: give a pattern, as in {pattern.rstrip('/')}/*.txt"
+            missing = f"no file matches {pattern!r} in {Path.cwd()}"
+            errors.append(f"data.files: {folder if Path(pattern).is_dir() else missing}")
         files.update(found)
     if errors:
         raise ConfigError(*errors)

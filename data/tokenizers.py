@@ -256,7 +256,7 @@ def sentencepiece_from(path: Path, missing: str) -> SentencePieceTokenizer:
     try:
         tokenizer = SentencePieceTokenizer(path.read_bytes())
     except RuntimeError as error:
-        raise ConfigError(f"{path}: is not a sentencepiece model; remove {path.parent} and prepare it again") from error
+        raise ConfigError(f"{path}: is not a sentencepiece model") from error
     if tokenizer.end_of_text < 0:
         raise ConfigError(f"{path}: has no end-of-sentence token to end documents with")
     return tokenizer
@@ -268,9 +268,7 @@ def stored_tiktoken(path: Path) -> TiktokenTokenizer:
         ranks = {base64.b64decode(token): rank for token, rank in fields.pop("mergeable_ranks").items()}
         return TiktokenTokenizer(tiktoken.Encoding(mergeable_ranks=ranks, **fields))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: is not a stored tokenizer ({error}); remove {path.parent} and prepare it again"
-        ) from error
+        raise ConfigError(f"{path}: is not a stored tokenizer ({error}); prepare the data again") from error
 
 
 def load_tiktoken(encoding: str) -> TiktokenTokenizer:

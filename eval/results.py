@@ -147,7 +147,7 @@ def show(outcome: Outcome, path: Path) -> None:
         console.print(item)
     if not outcome.shown:
         for name, value in outcome.results.items():
-            spread = f"  +- {outcome.stderr[name]:.4f}" if name in outcome.stderr else ""
+            spread = f"  ± {outcome.stderr[name]:.4f}" if name in outcome.stderr else ""
             console.print(f"{name:>16}  {value:,.4f}{spread}" if isinstance(value, float) else f"{name:>16}  {value:,}")
     console.print(f"{'written to':>16}  {path}")
     for suffix in outcome.files:

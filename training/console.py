@@ -80,10 +80,10 @@ class TrainingConsole:
         if "perf/tokens_per_second" in metrics:
             parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{duration(left)} left")
-        status = ", ".join(parts)
-        self.progress.update(self.task, completed=step, status=status)
+        brief = ", ".join(part for part in parts if not part.startswith("val"))  # the bar has one line of a terminal
+        self.progress.update(self.task, completed=step, status=brief)
         if not self.live or "val/loss" in metrics:
-            self.say(f"step {step}/{self.horizon}: {status}")
+            self.say(f"step {step}/{self.horizon}: {', '.join(parts)}")
 
     def stop(self) -> None:
         if self.progress is not None:

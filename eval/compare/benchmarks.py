@@ -28,19 +28,25 @@ def benchmark(suite: str, methods: list[Method]) -> Table:
     has_average = bool(known) or any("average" in record["results"] for record in records_of(suite, methods))
     averages = ["average"] * has_average
     columns = ["method", "parameters", *(key.split("/")[0] for key in keys), *averages]
-    rows, limits, steps = [], set(), set()
+    rows, partly, limits, steps = [], [], set(), set()
     for method in methods:
         records = [run.results[suite] for run in method.runs if suite in run.results]
         limits |= {record.get("limit") for record in records}
         steps |= {record.get("step") for record in records}
+        if 0 < len(records) < len(method.runs):
+            partly.append(f"{method.name} ({len(records)} of {len(method.runs)})")
         cells = [percent(records, key) for key in [*keys, *averages]]
         rows.append([method.name, count(method.first.counts["params"]), *cells])
     notes = [
         "Percent, the mean over seeds. ±: one run's standard error over the questions, as the harness gives it (seeds "
         "share the questions, so that it does not shrink with them)."
     ]
+    if partly:
+        notes.append(f"Not every seed has been evaluated of: {', '.join(partly)}.")
     if limits - {None}:
-        notes.append(f"Only the first {', '.join(str(limit) for limit in limits if limit)} questions of each task.")
+        notes.append(
+            f"Only the first {', '.join(str(limit) for limit in sorted(limits - {None}))} questions of each task."
+        )
     if len(steps) > 1:
         notes.append(f"Not all at the same step: {', '.join(str(step) for step in sorted(steps, key=str))}.")
     if known:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from configs.errors import writing
 from eval.compare import benchmarks, plots, tables
 from eval.compare.collect import Method
 from eval.compare.fairness import Fairness, verdict
@@ -46,16 +47,20 @@ class Comparison:
 
 
 def write(comparison: Comparison, out: Path) -> Path:
-    """Write report.md, report.html and the plots into the folder `out`; the path of report.md."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write report.md, report.html and the plots into the folder `out`; the path of report.md.
+
+    ConfigError where that cannot be written.
+    """
     methods, question = comparison.methods, comparison.question
-    plots.curves(methods, comparison.smoothing, out / "loss.png")
-    plots.curves(methods, comparison.smoothing, out / "perplexity.png", perplexity=True)
-    front = plots.loss_against_cache(methods, question, out / "pareto.png")
-    plots.gradient_norms(methods, comparison.smoothing, out / "gradient_norm.png")
-    text = markdown(comparison, front)
-    write_atomic(out / "report.md", text)
-    write_atomic(out / "report.html", page(text, out))
+    with writing("out", out, "; choose another with out="):
+        out.mkdir(parents=True, exist_ok=True)
+        plots.curves(methods, comparison.smoothing, out / "loss.png")
+        plots.curves(methods, comparison.smoothing, out / "perplexity.png", perplexity=True)
+        front = plots.loss_against_cache(methods, question, out / "pareto.png")
+        plots.gradient_norms(methods, comparison.smoothing, out / "gradient_norm.png")
+        text = markdown(comparison, front)
+        write_atomic(out / "report.md", text)
+        write_atomic(out / "report.html", page(text, out))
     return out / "report.md"
 
 
@@ -117,7 +122,7 @@ def table(found: Table) -> str:
     """A pipe table, the numbers to the right, and its notes."""
     escape = lambda cell: cell.replace("|", "\\|")  # noqa: E731
     is_text = [
-        i == 0 or not any(re.match(r"[-+]?[\d.]", row[i]) for row in found.rows) or found.columns[i] == "values"
+        i == 0 or not any(re.match(r"[-+]?[\d.]|-$", row[i]) for row in found.rows) or found.columns[i] == "values"
         for i in range(len(found.columns))
     ]
     lines = [

@@ -48,7 +48,7 @@ def count(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     for power, unit in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if abs(value) >= 10**power:
+        if abs(float(f"{value:.3g}")) >= 10**power:  # 999,999 is 1M
             return f"{value / 10**power:.3g}{unit}"
     return f"{value:.3g}"
 
@@ -77,12 +77,13 @@ def final(methods: list[Method], question: Question, comparable: bool) -> Table:
         "bits a byte",
         f"Δ {question.label} to {base.name}",
     ]
-    rows, unpaired, clear = [], [], []
+    rows, unpaired, clear, intervals = [], [], [], 0
     for method in methods:
         gap = difference(method.at(question.metric, question.tokens), base.at(question.metric, question.tokens),
                          question.confidence) if comparable and method is not base else None  # fmt: skip
         if isinstance(gap, Difference) and not gap.paired:
             unpaired.append(method.name)
+        intervals += gap is not None and gap.half is not None
         if gap and gap.is_clear:
             clear.append(f"{method.name} ({'better' if gap.mean < 0 else 'worse'})")
         shown = DASH if gap is None else with_interval(gap, sign=True) + ("" if gap.paired else " (unpaired)")
@@ -109,7 +110,7 @@ def final(methods: list[Method], question: Question, comparable: bool) -> Table:
         if comparable
         else "Δ: not given, since the runs' losses are not of the same text.",
     ]
-    if comparable and len(methods) > 1:
+    if intervals:
         notes.append(f"The {level} interval of Δ leaves out zero for: {', '.join(clear) or 'none'}.")
     if unpaired:
         notes.append(f"Unpaired (other seeds than {base.name}; Welch's interval): {', '.join(unpaired)}.")

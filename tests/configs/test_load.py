@@ -70,7 +70,7 @@ def test_the_other_commands_compose(name, cls):
         ("++deepspeed.config.bfloat16.enabled=true", "deepspeed.config.bfloat16: set deepspeed.config.bf16"),
         ("++deepspeed.config.amp.enabled=true", "deepspeed.config.amp: set trainer.dtype instead"),
         ("++deepspeed.config.zero_optimisation.stage=2", "deepspeed.config.zero_optimisation: unknown key; did you"),
-        ("experiment=nope", "experiment=nope: there is no configs/experiment/nope.yaml; known keys: extend/"),
+        ("experiment=nope", "experiment=nope: there is no configs/experiment/nope.yaml; known: extend/"),
         ("suite=perplexity", "suite: unknown key; did you mean size?"),
         ("=5", "=5: has no key; overrides are KEY=VALUE"),
         ("deepspeed.config.zero_optimization.stage=7", "deepspeed.config.zero_optimization.stage=7: must be 0, 1"),
@@ -176,7 +176,32 @@ def test_commands_with_keys_of_their_own():
         load(tree)
 
 
+def test_a_group_s_name_may_be_a_plain_key_of_a_command():
+    assert compose("speed_attention", ["model=mla", "size=tiny"]).model == "mla"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experiment=paper/t6_medum", "experiment=paper/t6_medum: there is no configs/experiment/paper/t6_medum.yaml; "
+         "did you mean paper/t6_medium?"),
+        ("core=sequence_tensr", "core=sequence_tensr: there is no configs/core/sequence_tensr.yaml; did you mean "),
+        ("suite=perplexity", "suite: unknown key; "),
+        ("optim.lr=[1", "++optim.lr=[1: "),
+        ("+trainer.foo=1", "trainer.foo: unknown key; known: activation_checkpointing, "),
+        ("tokenizer.end_of_text=[EOS]", "tokenizer.end_of_text=['EOS']: must be text; brackets need quotes"),
+    ],
+)  # fmt: skip
+def test_a_typo_of_any_kind_ends_before_anything_runs(override, message):
+    found = mistakes(override)
+    assert len(found) == 1 and found[0].startswith(message), found
+
+
+def test_brackets_in_quotes_are_text():
+    assert config("tokenizer=huggingface", 'tokenizer.end_of_text="[EOS]"').tokenizer.end_of_text == "[EOS]"
+
+
 def test_a_message_names_so_many_known_keys_and_no_more():
     names = [f"task{number:04d}" for number in range(5000)]
-    assert did_you_mean("zzz", names[:2]) == "known keys: task0000, task0001"
+    assert did_you_mean("zzz", names[:2]) == "known: task0000, task0001"
     assert did_you_mean("zzz", names).endswith("task0039 and 4960 more")

@@ -85,6 +85,17 @@ def test_mistakes(tmp_path):
         ensure_prepared(config(tmp_path), progress=False)
 
 
+def test_a_torn_shard_does_not_ask_to_remove_the_others(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / f"{split}_0.bin", rows())
+    ensure_prepared(config(tmp_path), progress=False)
+    shard = tmp_path / "train_0.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="train_0.bin: has .*; copy the shard again or") as caught:
+        ensure_prepared(config(tmp_path), progress=False)
+    assert f"remove {tmp_path}/manifest.json" in str(caught.value) and "data.prepare" not in str(caught.value)
+
+
 def test_another_tokenizer_does_not_ask_to_remove_the_shards(tmp_path):
     gpt2()
     for split in ("train", "val"):

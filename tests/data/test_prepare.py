@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -105,6 +106,26 @@ def test_failed_preparation_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
 
 
+def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "some.jsonl", texts(50))
+    config = make_config(tmp_path / "shards", [file])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("data.writer.ShardWriter._append", full)
+    with pytest.raises(ConfigError, match=f"data.dir={tmp_path}/shards: cannot write .No space left.*goes on from"):
+        prepare(config, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]
+    with pytest.raises(ConfigError, match=r"data.dir=.*some.jsonl/shards: cannot write"):
+        prepare(make_config(file / "shards", [file]), progress=False)
+
+
+def test_a_folder_is_no_pattern(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.files: '.*' is a folder: give a pattern, as in .*/\*.txt"):
+        prepare(make_config(tmp_path / "shards", [tmp_path]), progress=False)
+
+
 def test_skipped_documents_are_in_the_manifest(tmp_path):
     file = write_jsonl(tmp_path / "some.jsonl", [*texts(50), None, "", {"no": "text"}])
     manifest = prepare(make_config(tmp_path / "shards", [file]), progress=False)
@@ -140,6 +161,7 @@ def test_two_at_once_prepare_once(tmp_path):
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] and sum("Tokenising" in errors for _, errors in outputs) == 1
+    assert all("prepared" in errors for _, errors in outputs)
     assert verify(tmp_path / "shards") == []
 
 

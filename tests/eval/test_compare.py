@@ -153,6 +153,9 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     row = next(line for line in text.splitlines() if line.startswith("| run | t6 | 0 | finished"))
     assert row.split(" | ")[5:8] == ["1", "1", "0"]  # one restart, one rollback
     assert "Decoding: model, batch 1 at 9 tokens on cpu" in text and text.count("| 100 |") == 1
+    assert "leaves out zero" not in text  # with one seed there is no interval
+    text = compared(tmp_path / "run", sweep / "t6_1", f"out={tmp_path}/out")
+    assert "Not every seed has been evaluated of: t6 (1 of 2)" in text
 
 
 def test_runs_of_wandb_are_compared_as_folders_are(sweep, tmp_path):
@@ -224,6 +227,7 @@ def test_more_is_better_for_accuracies():
         (["{sweep}", "reference=x.json"], "judges one run, and 4 are in"),
         (["{sweep}/mha_0", "reference=x.json"], "there is no such file; update=true writes it"),
         (["{sweep}/mha_0", "update=true"], "update: only goes with reference=FILE"),
+        (["{sweep}", "out={sweep}/mha_0/config.yaml/x"], "config.yaml/x: cannot write"),
     ],
 )
 def test_bad_input_is_one_clear_message(sweep, tmp_path, monkeypatch, arguments, message):
@@ -252,6 +256,7 @@ def test_intervals_are_students(sweep):
 
 
 def test_small_helpers():
+    assert [tables.count(value) for value in (2.62e6, 999_999, 999_499, 12.3)] == ["2.62M", "1M", "999k", "12.3"]
     assert reaches([(0, 4.0), (10, 3.0), (20, 2.0)], 2.5) == 15 and reaches([(0, 4.0)], 2.5) is None
     assert smooth([0.0, 3.0, 6.0, 3.0, 0.0], 0.4) == [0.0, 3.0, 4.0, 3.0, 0.0]
     assert smooth([1.0, 2.0], 0) == [1.0, 2.0]
