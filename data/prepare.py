@@ -69,7 +69,9 @@ def prepare(config: Config, progress: bool = True, parts: int = 1) -> Manifest:
                     unfinished.rename(dir)
                     remove_parts(dir)
             finally:
-                if not has_finished_shards(unfinished):
+                if has_finished_shards(unfinished):
+                    say(f"{unfinished}: keeps what is finished; the same command goes on from there", progress)
+                else:
                     shutil.rmtree(unfinished, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     say(f"{dir}: prepared, {describe(manifest)}", progress)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from configs.app import CONFIGS, app
+from configs.errors import writing
 from configs.load import load_flat
 from configs.schema import SizeConfig, at_least, check_machine, parse_bytes
 from eval.speed.contestants import Contestant, attention_inputs, contestants, kernels, model_step
@@ -194,6 +195,9 @@ def main(config: DecodingConfig) -> int:
         from eval.speed.plan import show_plan
 
         return show_plan(rivals, device, config.rounds)
+    if config.out:
+        with writing("out", config.out):  # before it is measured what will lie there
+            Path(config.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     memory = parse_bytes(config.memory) if config.memory else 0.9 * free_memory(device)
     bench = Bench(config, device, dtype, copy_bandwidth(device), memory, say)
@@ -232,7 +236,6 @@ def main(config: DecodingConfig) -> int:
 def write(lines: list[dict], folder: Path, say: Console) -> None:
     from eval.speed.plots import plot_decoding
 
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "decoding.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for path in [folder / "decoding.jsonl", *plot_decoding(lines, folder)]:
         say.print(f"written to {path}")

@@ -135,6 +135,13 @@ def test_mistakes_are_named(override, message):
         decoding(override)
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="out=.*: cannot write"):
+        main(decoding("models=[gqa]", "lengths=[5]", f"out={tmp_path}/file/new"))
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [[], ["core=flash_tpa"], ["model=mha", "trainer.activation_checkpointing=true"]])
 def test_training_prints_one_line(capsys, options):
     overrides = [*SMALL, "trainer.seq_len=16", "steps=2", "device=cpu", *options]
