@@ -138,7 +138,7 @@ class TensorProductConfig(AttentionConfig):
         return sum(m * n * (1 if self.is_constant(f) else d_model) for f, (m, n) in self.factor_shapes().items())
 
     def flops_per_token(self, d_model: int) -> float:
-        """The projections, and making q, k and v out of their factors."""
+        """The projections, and making q, k and v of their factors, but for third order's b x c, which is little."""
         projected = sum(m * n for f, (m, n) in self.factor_shapes().items() if not self.is_constant(f))
         factored = [rank for part, rank in self.ranks.items() if not (part == "q" and self.dense_q)]
         products = sum(factored) * self.n_heads * self.head_dim
