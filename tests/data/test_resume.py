@@ -130,20 +130,18 @@ def test_killed_at_each_moment_of_the_end(tmp_path, moment):
     assert before.items() <= finished(tmp_path / "shards").items()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_command_that_was_ended_goes_on_and_says_so(tmp_path, number):
-    file = write_jsonl(tmp_path / "many.jsonl", texts(8_000))
+def test_an_interrupted_command_goes_on_and_says_so(tmp_path):
+    file = write_jsonl(tmp_path / "many.jsonl", texts(20_000))
     overrides = ["data=files", f"data.files=[{file}]", f"data.dir={tmp_path}/shards", "tokenizer.vocab_size=320"]
     command = [sys.executable, "-m", "data.prepare", *overrides, "data.shard_tokens=20000", "data.workers=2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
-    while len(finished(tmp_path / "shards.partial")) < 2 and time.monotonic() < deadline:
+    while not any((tmp_path / "shards.partial").glob("*.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert nobody_left(process.pid)
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "keeps what is finished" in said and "Traceback" not in said, said
+    assert process.returncode == 130 and "keeps what is finished" in said and "Traceback" not in said, said
     with pytest.raises(ConfigError, match="not prepared"):
         TokenShards(tmp_path / "shards", "train")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -74,7 +74,7 @@ def test_a_hop_and_its_gradients_equal_those_of_sdpa(shape, closing):
         torch.testing.assert_close(a.double(), b, atol=5e-6, rtol=5e-6)
 
 
-@pytest.mark.parametrize("blocks", [(16, 16), (64, 32), (64, 64)])
+@pytest.mark.parametrize("blocks", [(16, 16), (64, 32)])
 def test_every_size_of_blocks_gives_the_same(blocks, monkeypatch):
     if not INTERPRETED:
         pytest.skip("a GPU tunes them itself")
@@ -107,7 +107,7 @@ def test_large_scores_and_half_precision():
         assert (a - c).norm() < 2 * (b - c).norm() + 1e-3 * c.norm()
 
 
-@pytest.mark.parametrize(("fold", "seq_len"), [([3, 4], 10), ([4, 1], 11), ([2, 3, 2], 11), ([2, 2, 1], 9)])
+@pytest.mark.parametrize(("fold", "seq_len"), [([3, 4], 10), ([2, 3, 2], 11)])
 def test_the_core_equals_the_loops(fold, seq_len):
     dense = random_qkv(seq_len, dtype=torch.float32)
     grown = [*fold[:-1], max(fold[-1], seq_len)]
