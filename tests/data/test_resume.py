@@ -1,6 +1,7 @@
 """A preparation killed at any moment and started again ends with the bytes of an undisturbed one."""
 
 import contextlib
+import functools
 import gzip
 import itertools
 import multiprocessing
@@ -134,7 +135,10 @@ def test_an_interrupted_command_goes_on_and_says_so(tmp_path):
     file = write_jsonl(tmp_path / "many.jsonl", texts(20_000))
     overrides = ["data=files", f"data.files=[{file}]", f"data.dir={tmp_path}/shards", "tokenizer.vocab_size=320"]
     command = [sys.executable, "-m", "data.prepare", *overrides, "data.shard_tokens=20000", "data.workers=2"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+    )
     deadline = time.monotonic() + 60
     while not any((tmp_path / "shards.partial").glob("*.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
