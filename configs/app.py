@@ -1,5 +1,6 @@
 """Hydra entry points that end well: bad input is one message and exit code 2, `--cfg job` prints what would run."""
 
+import functools
 import os
 import re
 import sys
@@ -106,6 +107,7 @@ def ending_well() -> Iterator[None]:
         sys.exit(INTERRUPTED)
 
 
+@functools.cache
 def known_keys(config_name: str) -> tuple[set[str], set[str]]:
     """The groups that `configs/<config_name>.yaml` chooses from, and its plain keys."""
     tree = OmegaConf.load(CONFIGS / f"{config_name}.yaml")

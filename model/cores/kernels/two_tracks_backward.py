@@ -71,18 +71,11 @@ def load_upstream(gradients, lse, delta, rows, step, i, there, E: tl.constexpr, 
 
 
 @triton.jit
-def score_gradients(logits, lse, upstream, delta, v_tile, seen, PRECISION: tl.constexpr):
-    """The gradient of a track's scores [queries, keys], 0 where not `seen`."""
-    weights = tl.exp2(tl.where(seen, logits - lse[:, None], float("-inf")))
-    return weights * (tl.dot(upstream, tl.trans(v_tile), input_precision=PRECISION) - delta[:, None])
-
-
-@triton.jit
-def transposed_gradients(logits, lse, upstream, delta, v_tile, seen, PRECISION: tl.constexpr):
-    """The weights of a track, [keys, queries], and the gradient of its scores."""
-    weights = tl.exp2(tl.where(seen, logits - lse[None, :], float("-inf")))
-    products = tl.dot(v_tile, tl.trans(upstream), input_precision=PRECISION)
-    return weights, weights * (products - delta[None, :])
+def score_gradients(logits, lse, left, right, delta, seen, PRECISION: tl.constexpr):
+    """The weights of a track and the gradient of its scores, 0 where not `seen`: [queries, keys] with what came back on
+    the left and values on the right, or [keys, queries] the other way round; `lse` and `delta` broadcast to it."""
+    weights = tl.exp2(tl.where(seen, logits - lse, float("-inf")))
+    return weights, weights * (tl.dot(left, tl.trans(right), input_precision=PRECISION) - delta)
 
 
 @autotuned([*CONFIGS, SMALL], key=KEY)
@@ -121,7 +114,7 @@ def queries_kernel(
         v_tile = load_tile(values + at * v_t, inner * v_t, n, held, E, BLOCK_E)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         seen = held[None, :] & there[:, None]
-        d_scores = score_gradients(logits, lse, g, delta, v_tile, seen, PRECISION)
+        _, d_scores = score_gradients(logits, lse[:, None], g, v_tile, delta[:, None], seen, PRECISION)
         gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     extra = tl.load(diagonal + rows + m * step, mask=there, other=0.0)
     for begin in tl.range(first, first + BLOCK_M, BLOCK_N):
@@ -132,11 +125,12 @@ def queries_kernel(
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         seen = (j < count)[None, :] & there[:, None]
         before = seen & (j[None, :] < i[:, None])
-        d_scores = score_gradients(logits, lse, g, delta, v_tile, before, PRECISION)
+        _, d_scores = score_gradients(logits, lse[:, None], g, v_tile, delta[:, None], before, PRECISION)
         d_scores += tl.where(j[None, :] == i[:, None], extra[:, None], 0.0)
         if CLOSED:
             after = seen & (j[None, :] >= i[:, None])
-            d_scores += score_gradients(logits, past_lse, past, past_delta, v_tile, after, PRECISION)
+            _, more = score_gradients(logits, past_lse[:, None], past, v_tile, past_delta[:, None], after, PRECISION)
+            d_scores += more
         gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     if CLOSED:
         for begin in tl.range(first + BLOCK_M, count, BLOCK_N):
@@ -146,7 +140,7 @@ def queries_kernel(
             v_tile = load_tile(values + at * v_t, inner * v_t, n, held, E, BLOCK_E)
             logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
             seen = held[None, :] & there[:, None]
-            d_scores = score_gradients(logits, past_lse, past, past_delta, v_tile, seen, PRECISION)
+            _, d_scores = score_gradients(logits, past_lse[:, None], past, v_tile, past_delta[:, None], seen, PRECISION)
             gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     places = rows + m * step
     stored = there[:, None] & (d < D)[None, :]
@@ -191,7 +185,7 @@ def keys_kernel(
             g, lse, delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, i < count, E, BLOCK_E)
             logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
             seen = (i < count)[None, :] & there[:, None]
-            weights, d_scores = transposed_gradients(logits, lse, g, delta, v_tile, seen, PRECISION)
+            weights, d_scores = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], seen, PRECISION)
             for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
             for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
     for first in tl.range(begin, begin + BLOCK_N, BLOCK_M):
@@ -204,13 +198,13 @@ def keys_kernel(
         logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
         seen = (i < count)[None, :] & there[:, None]
         before = seen & (j[:, None] < i[None, :])
-        weights, d_scores = transposed_gradients(logits, lse, g, delta, v_tile, before, PRECISION)
+        weights, d_scores = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], before, PRECISION)
         for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
         d_scores += tl.where(j[:, None] == i[None, :], extra[None, :], 0.0)
         if CLOSED:
             g, lse, delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, i < count, E, BLOCK_E)
             after = seen & (j[:, None] >= i[None, :])
-            weights, more = transposed_gradients(logits, lse, g, delta, v_tile, after, PRECISION)
+            weights, more = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], after, PRECISION)
             for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
             d_scores += more
         for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
@@ -222,7 +216,7 @@ def keys_kernel(
         g, lse, delta = load_upstream(both, opened_lse, delta_both, rows, step, m, i < count, E, BLOCK_E)
         logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
         seen = (i < count)[None, :] & there[:, None]
-        weights, d_scores = transposed_gradients(logits, lse, g, delta, v_tile, seen, PRECISION)
+        weights, d_scores = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], seen, PRECISION)
         for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
         for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
     places = (row * n_tokens + token + n * inner) * n_heads + head
@@ -242,7 +236,7 @@ def two_tracks_backward(
     d_opened = d_opened.contiguous()
     d_closed = d_closed.contiguous() if closing else d_opened
     both = torch.empty_like(d_opened) if closing else d_opened
-    down, d_values, d_q, d_k = (torch.empty_like(x) for x in (opened, opened, *[q.new_empty(q.shape)] * 2))
+    (d_q, d_k), (d_values, down) = ([x.new_empty(x.shape) for _ in range(2)] for x in (q, opened))
     delta_both, delta_closed, diagonal = (torch.empty_like(opened_lse) for _ in range(3))
     groups = {"GROUP_K": heads // k.size(2), "GROUP_V": heads // values.size(2)}
     shape = widths(q, values) | {"CLOSED": closing}
