@@ -1,7 +1,7 @@
 """How fast training is: `python -m eval.speed.training model=t6 size=small trainer.micro_batch_size=8 [overrides]`.
 
 One JSON line for steps of forward, backward and optimizer on random tokens: train.py's model, optimizer and precision
-on one device, without data, DeepSpeed or logging. Keys are those of train.py, and `steps`.
+on one device, without data, DeepSpeed or logging. Keys are those of train.py, `steps`, and `document_tokens`.
 """
 
 import json
@@ -26,14 +26,16 @@ from training.optim import build_optimizer
 from training.setup import find_runtime
 
 WARM_UP = 2  # steps that compile, allocate and tune
+DOCUMENT_END = 0
 
 
 @dataclass
 class SpeedConfig(Config):
     steps: int = 10  # timed ones
+    document_tokens: int = 500  # of a document, on average, where data.document_mask is set
 
     def own_errors(self):
-        yield from at_least(1, "", self, "steps")
+        yield from at_least(1, "", self, "steps", "document_tokens")
 
 
 def main(config: SpeedConfig) -> int:
@@ -46,12 +48,14 @@ def main(config: SpeedConfig) -> int:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.run.seed)
-    network = TransformerConfig.from_config(config)
+    network = TransformerConfig.from_config(config, DOCUMENT_END)
     model = Transformer(network, runtime.autocast_dtype, recompute=trainer.activation_checkpointing).to(device)
     optimizer = build_optimizer(model, config.optim)
     compute = torch.compile(model) if trainer.compile else model
     shape = (trainer.micro_batch_size, trainer.seq_len)
-    tokens, targets = torch.randint(0, network.vocab_size, (2, *shape), device=device)
+    tokens, targets = torch.randint(DOCUMENT_END + 1, network.vocab_size, (2, *shape), device=device)
+    if config.data.document_mask:
+        tokens[torch.rand(shape, device=device) < 1 / config.document_tokens] = DOCUMENT_END
     times = []
     console = Console(stderr=True)
     for _ in track(range(WARM_UP + config.steps), description="training", console=console, transient=True):
@@ -69,6 +73,7 @@ def main(config: SpeedConfig) -> int:
     line = {
         "model": config.model.name, "size": config.size.name, "core": config.core.name, "device": device_name(device),
         "dtype": str(runtime.dtype).removeprefix("torch."), "batch": shape[0], "length": shape[1],
+        "document_tokens": config.document_tokens if config.data.document_mask else None,
         "n_heads": config.model.n_heads, "params": counting.num_params(network),
         "tokens_per_second": targets.numel() / seconds, "ms": seconds * 1e3,
         "bytes": counting.activation_bytes_per_token(network, runtime.dtype.itemsize) * targets.numel(),

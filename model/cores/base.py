@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -42,6 +44,18 @@ class AttentionMask:
             own = self.documents.gather(1, places.expand(self.documents.size(0), n_queries))
             seen = seen & (own[:, :, None] == self.documents[:, None, :])
         return seen if seen.ndim == 2 else seen[:, None]
+
+    def square(self, n_queries: int) -> bool:
+        """Whether `documents` are all there is to it: `n_queries` causal queries, and as many keys."""
+        return self.causal and self.starts is None and self.window is None and self.documents.size(1) == n_queries
+
+    @cached_property
+    def document_lengths(self) -> list[int]:
+        """Tokens of each of the `documents`, row by row: computed once for all layers, since a GPU waits for it."""
+        n_rows, length = self.documents.shape
+        firsts = self.documents.diff(dim=1, prepend=self.documents.new_full((n_rows, 1), -1)) != 0
+        starts = firsts.flatten().nonzero().flatten().tolist()
+        return [end - start for start, end in pairwise([*starts, n_rows * length])]
 
     def mean_keys(self, seq_len: int) -> float:
         """Keys a query sees, averaged over a sequence."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.attention.base import AttentionConfig, Dense, unturned
 from model.cores.base import AttentionMask, PartialCore, share_heads
-from model.cores.sdpa import SDPA
+from model.cores.sdpa import SDPA, attend_packed, has_flash
 
 FULL = SDPA()
 
@@ -40,6 +40,8 @@ class SlidingWindow(PartialCore):
             n_keys = dense.k.size(1)
         if mask.starts is not None or n_queries != n_keys:
             return FULL(dense, unturned, positions, replace(mask, window=size), scale)
+        if has_flash(dense.q, dense.v):
+            return attend_packed(dense, mask, scale, size)
         if n_keys <= size:
             return FULL(dense, unturned, positions, mask, scale)
         # The first `size` queries see all that is before them; each further block of queries its own keys and the

@@ -142,7 +142,14 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tm
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [[], ["core=flash_tpa"], ["model=mha", "trainer.activation_checkpointing=true"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["data.document_mask=true", "document_tokens=5"],
+        ["core=flash_tpa"],
+        ["model=mha", "trainer.activation_checkpointing=true"],
+    ],
+)
 def test_training_prints_one_line(capsys, options):
     overrides = [*SMALL, "trainer.seq_len=16", "steps=2", "device=cpu", *options]
     assert training.main(load_extended(compose("train", overrides), training.SpeedConfig)) == 0
@@ -150,6 +157,7 @@ def test_training_prints_one_line(capsys, options):
     assert line.keys() >= CONTRACT | {"mfu"}
     assert line["tokens_per_second"] == pytest.approx(4 * 16 / line["ms"] * 1e3)
     assert 0 < line["mfu"] < 1
+    assert line["document_tokens"] == (5 if "document_tokens=5" in options else None)
 
 
 def test_training_refuses_what_the_core_cannot_do():

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from configs.schema import ConfigError
+from model.attention.base import Dense, unturned
 from model.cores.base import AttentionMask
-from model.cores.sdpa import SDPA
+from model.cores.sdpa import SDPA, attend_packed
 from model.transformer import Transformer, TransformerConfig, split_documents
 from tests.model.helpers import MODELS, small_config, wake_up
 
@@ -70,6 +71,43 @@ def test_a_row_equals_its_documents_alone(model, recompute):
             net(document[None], wanted[None]).backward()
     for ours, theirs in zip(whole, net.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.grad, atol=1e-4, rtol=1e-3)
+
+
+def packed_inputs(device="cpu"):
+    """Queries of 4 heads, keys and narrower values of 2, for two rows of documents."""
+    torch.manual_seed(0)
+    shapes = ((4, 8), (2, 8), (2, 6))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [3] * 8 + [4]])
+    return [torch.randn(2, 9, *shape, device=device).requires_grad_() for shape in shapes], documents
+
+
+def test_packed_documents_equal_the_mask_spelt_out():
+    qkv, documents = packed_inputs()
+    packed, spelt_out = AttentionMask(documents=documents), AttentionMask(documents=documents, window=9)
+    assert packed.document_lengths == [3, 2, 4, 8, 1]
+    assert packed.square(9) and not spelt_out.square(9) and not packed.square(1)
+    ours, wanted = (SDPA()(Dense(*qkv), unturned, None, mask, 0.4) for mask in (packed, spelt_out))
+    torch.testing.assert_close(ours, wanted)
+    weight = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), qkv) for x in (ours, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_kernel_for_packed_documents_is_given_what_it_takes():
+    """Its shapes alone, forward and backward: the kernel itself needs a GPU (`test_on_gpu.py`)."""
+    qkv, documents = packed_inputs("meta")
+    out = attend_packed(Dense(*qkv), AttentionMask(documents=documents), 0.4, window=3)
+    assert out.is_meta and out.shape == (2, 9, 4, 6)
+    out.sum().backward()
+    assert [x.grad.shape for x in qkv] == [x.shape for x in qkv]
+
+
+def test_a_compiled_model_learns_the_same():
+    net = masked("gqa")
+    compiled = torch.compile(net, backend="aot_eager")
+    for lengths in ([5, 1, 9, 4], [13, 6], [2, 17]):
+        row = row_of(lengths)[None]
+        torch.testing.assert_close(compiled(row, row), net(row, row))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from configs.app import compose
@@ -18,7 +19,8 @@ from model.cores.factor_space import reference
 from model.cores.flash_tpa import flash_tpa
 from model.cores.sdpa import SDPA
 from model.cores.sequence_tensor import SequenceTensor, auto_fold
-from model.transformer import Transformer
+from model.cores.sliding_window import SlidingWindow
+from model.transformer import Transformer, split_documents
 from tests.model.helpers import PACKAGED, small_network, wake_up
 from tests.model.test_flash_tpa import FACTORED, random_factors
 from training.metrics import read_metrics
@@ -133,3 +135,25 @@ def test_sdpa_masks_what_lies_beyond_a_row_on_every_backend():
         here = slice(row, row + 1)
         alone = Dense(q[here], k[here, : start + 1], v[here, : start + 1])
         torch.testing.assert_close(ours[here], SDPA()(alone, unturned, None, AttentionMask(), 0.125))
+
+
+@pytest.mark.parametrize("core", [SDPA(), SlidingWindow(window=30)])
+@pytest.mark.parametrize("n_groups", [8, 2])
+def test_no_mask_takes_the_path_that_forms_all_scores(core, n_groups):
+    """Documents, windows, a cache's rows, in bf16 and fp32, with shared heads: as close to the CPU as rounding is."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 200, heads, width) for heads, width in ((8, 64), (n_groups, 64), (n_groups, 48))]
+
+    def gradients(dtype, device, n_queries, given):
+        mask = AttentionMask(**{key: value.to(device) for key, value in given.items()})
+        q, k, v = (x.to(device, dtype).requires_grad_() for x in exact)
+        out = core(Dense(q[:, :n_queries], k, v), unturned, None, mask, 0.125)
+        return [out.cpu(), *(x.cpu() for x in torch.autograd.grad(out.float().square().sum(), (q, k, v)))]
+
+    documents = split_documents(torch.randint(0, 50, (2, 200)), document_end=0)[1]
+    for given in ((200, {}), (200, {"documents": documents}), (100, {"starts": torch.tensor([3, 40])})):
+        wanted = gradients(torch.float32, "cpu", *given)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+            exact_ones, rough_ones = (gradients(dtype, DEVICE, *given) for dtype in (torch.float32, torch.bfloat16))
+        for ours, rough, theirs in zip(exact_ones, rough_ones, wanted, strict=True):
+            assert relative(ours, theirs) < 1e-4 and relative(rough, theirs) < 0.03
