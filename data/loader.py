@@ -21,7 +21,7 @@ from data.shards import TokenShards
 
 ROUNDS = 6
 EVAL_KEY = 0
-IGNORED = -100  # the target that cross_entropy ignores
+IGNORED = -100  # a target that is none: cross_entropy's default ignore_index
 PREFETCH = 4  # micro-batches
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.schema_eval import EvalConfig
+from data.loader import IGNORED
 from eval import ranks
 from eval.loading import LoadedRun
 from eval.plots import new_figure, plain_ticks, save_figure
 from eval.results import Outcome
 from eval.texts import Text, Windows, read_text, slide, some
 
-IGNORED = -100  # targets that pad a batch: cross_entropy's default ignore_index
 SHORTEST = 64  # documents up to this length are one group, those up to twice as long the next
 
 
@@ -26,7 +26,7 @@ SHORTEST = 64  # documents up to this length are one group, those up to twice as
 def evaluate(model: Callable, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, int]:
     """Mean loss in nats a token and the number of tokens, over the batches of all ranks.
 
-    `model(tokens, targets)` returns the summed loss; targets that are -100 don't count.
+    `model(tokens, targets)` returns the summed loss; targets that are IGNORED don't count.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for tokens, targets in batches:

@@ -15,6 +15,8 @@ from model.cores.base import AttentionCore, AttentionMask
 from model.generation import stream
 from model.layers import Block, RMSNorm
 
+LOSS_CHUNK = 4096  # tokens whose logits are formed at a time, where none are kept
+
 
 @dataclass
 class TransformerConfig:
@@ -82,8 +84,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] for tokens [B, T]; with `targets` [B, T] their cross-entropy in nats, in fp32.
 
-        The loss is a sum over tokens unless `reduction` says otherwise: whoever calls knows how many tokens the global
-        batch has.
+        The loss is a sum over tokens, since whoever calls knows how many tokens the global batch has, or with
+        reduction="none" each token's.
 
         With a `cache` the tokens follow what each of its rows holds, and join it; without gradients. `counts` [B] says
         how many of the T tokens are a row's own, the rest being padding at its end. `last` asks for the logits [B, V]
@@ -102,11 +104,29 @@ class Transformer(nn.Module):
                     x = checkpoint(block, x, positions, mask, use_reentrant=False)
                 else:
                     x = block(x, positions, mask)
-            logits = self.head(self.final_norm(x))
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+            if targets is None:
+                return self.head(self.final_norm(x))
+            return self._loss(x, targets, reduction)
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The cross-entropy of `targets` [B, T] after the last block's x [B, T, M].
+
+        Logits take more memory than anything else that is not kept for the backward pass: where that is recomputed, or
+        there is none, they are formed for LOSS_CHUNK tokens at a time.
+        """
+
+        def losses(x: Tensor, targets: Tensor) -> Tensor:
+            logits = self.head(self.final_norm(x)).float()
+            return F.cross_entropy(logits, targets, reduction=reduction)
+
+        x, flat, recompute = x.flatten(0, 1), targets.flatten(), self.recompute and self.training
+        size = LOSS_CHUNK if recompute or not torch.is_grad_enabled() else len(flat)
+        chunks = list(zip(x.split(size), flat.split(size), strict=True))
+        if recompute and len(chunks) > 1:
+            parts = [checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [losses(*chunk) for chunk in chunks]
+        return torch.cat(parts).view_as(targets) if reduction == "none" else sum(parts)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream [B, T, M] to start with: fp32 under autocast, whatever the weights are stored in."""

@@ -64,7 +64,7 @@ def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int 
     """An estimate of what the backward pass needs kept for a token, nothing recomputed.
 
     The residual stream, its norms and the logits are fp32 (4 bytes); what matrix products read is `bytes_per_number`
-    (2 under bf16 autocast). With `trainer.activation_checkpointing` it is 4 d_model a layer and one layer of this.
+    (2 under bf16 autocast). With `trainer.activation_checkpointing`: `model.counting.memory.activation_bytes`.
     """
     attention, d_model = config.attention, config.d_model
     core = attention.n_heads * (2 * attention.v_head_dim + 1)  # attended values, as made and laid out to project; lse

@@ -8,17 +8,22 @@ from stage 1 on also an fp32 copy of the rank's share and a buffer for the reduc
 import dataclasses
 
 from model import counting
-from model.transformer import TransformerConfig
+from model.transformer import LOSS_CHUNK, TransformerConfig
 
 BUCKET_NUMBERS = 5e8  # DeepSpeed's default reduce_bucket_size
 
 
 def activation_bytes(network: TransformerConfig, tokens: int, recompute: bool, bytes_per_number: int) -> float:
-    """What the backward pass of a micro-batch of so many tokens needs kept."""
+    """What the backward pass of a micro-batch of so many tokens needs kept.
+
+    Recomputing, that is each layer's input, and at a time one layer's activations and a chunk of the logits.
+    """
     if not recompute:
         return tokens * counting.activation_bytes_per_token(network, bytes_per_number)
-    one = counting.activation_bytes_per_token(dataclasses.replace(network, n_layers=1), bytes_per_number)
-    return tokens * (network.n_layers * 4 * network.d_model + one)
+    one = dataclasses.replace(network, n_layers=1, vocab_size=0)
+    logits = counting.activation_bytes_per_token(dataclasses.replace(network, n_layers=0), bytes_per_number)
+    kept = network.n_layers * 4 * network.d_model + counting.activation_bytes_per_token(one, bytes_per_number)
+    return tokens * kept + min(tokens, LOSS_CHUNK) * logits
 
 
 def training_bytes(config, world_size: int, bytes_per_number: int) -> dict[str, float]:

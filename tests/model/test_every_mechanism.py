@@ -5,10 +5,12 @@ from math import prod
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from configs.app import compose
 from configs.load import load
-from model import counting
+from data.loader import IGNORED
+from model import counting, transformer
 from model.cores.base import AttentionMask
 from model.transformer import Transformer, TransformerConfig
 from tests.model.helpers import MODELS, SEARCH, SIZES, small_network, wake_up
@@ -77,7 +79,7 @@ def test_one_batch_is_learnt_by_heart(model):
     tokens = torch.randint(0, 300, (2, 33))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(150):
-        loss = net(tokens[:, :-1], tokens[:, 1:], reduction="mean")
+        loss = net(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,14 +110,43 @@ def test_recomputing_activations_changes_nothing(model):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_logits_are_formed_by_chunks_where_nothing_is_kept_of_them(monkeypatch):
+    torch.manual_seed(0)
+    net = wake_up(Transformer(small_network("t6")))
+    tokens, targets = torch.randint(0, 300, (2, 2, 11))
+    targets[1, 4:9] = IGNORED
+    sizes = []
+    net.head.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0][..., 0].numel()))
+
+    def found(recompute):
+        net.recompute = recompute
+        net.zero_grad()
+        net(tokens, targets).backward()
+        with torch.no_grad():
+            losses = [net(tokens, targets, reduction=reduction) for reduction in ("sum", "none")]
+            logits = net(tokens).transpose(1, 2)
+        for loss, reduction in zip(losses, ("sum", "none"), strict=True):
+            torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction=reduction))
+        return [*losses, *(p.grad.clone() for p in net.parameters())]
+
+    whole, same = found(recompute=False), found(recompute=True)
+    assert all(map(torch.equal, whole, same)) and set(sizes) == {22}
+    monkeypatch.setattr(transformer, "LOSS_CHUNK", 6)
+    for recompute, forward_and_backward in ((True, [6, 6, 6, 4, 4, 6, 6, 6]), (False, [22])):
+        sizes.clear()
+        for ours, wanted in zip(found(recompute), whole, strict=True):
+            torch.testing.assert_close(ours, wanted)
+        assert sizes == [*forward_and_backward, *[6, 6, 6, 4] * 2, 22]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_bf16_autocast_keeps_fp32_weights_and_comes_close(model):
     torch.manual_seed(0)
     net = wake_up(Transformer(small_network(model)))
     tokens = torch.randint(0, 300, (2, 16))
-    exact = net(tokens, tokens, reduction="mean")
+    exact = net(tokens, tokens) / tokens.numel()
     net.autocast_dtype = torch.bfloat16
-    rough = net(tokens, tokens, reduction="mean")
+    rough = net(tokens, tokens) / tokens.numel()
     rough.backward()
     assert rough.dtype == torch.float32 and net.embedding.weight.grad.dtype == torch.float32
     assert abs(exact - rough) < 0.02 * exact
