@@ -21,7 +21,7 @@ class SDPA(AttentionCore):
         dense = rotate(qkv, positions).materialize()
         width, packs = dense.v.size(-1), dense.q.is_cpu or has_flash(dense.q, dense.v)
         if packs and mask.documents is not None and mask.square(dense.q.size(1)):
-            return attend_packed(dense, mask, scale)
+            return attend_documents(dense, mask, scale)
         q, k, v = (x.transpose(1, 2) for x in (dense.q, dense.k, dense.v))
         by_row = mask.starts is not None and q.is_cpu and not torch.compiler.is_compiling()
         out = (attend_by_row if by_row else attend)(q, k, v, mask, scale)
@@ -71,14 +71,17 @@ def as_wide(v: Tensor, q: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # the number of documents, and their lengths, are new in every batch
-def attend_packed(dense: Dense, mask: AttentionMask, scale: float, window: int | None = None) -> Tensor:
-    """Whole rows whose documents, or the rows themselves, each attend to themselves: [B, T, H, E].
+def attend_documents(dense: Dense, mask: AttentionMask, scale: float, window: int | None = None) -> Tensor:
+    """`attend_packed` for whole rows of the mask's documents."""
+    return attend_packed(dense, mask.document_lengths, scale, window)
+
+
+def attend_packed(dense: Dense, lengths: list[int], scale: float, window: int | None = None) -> Tensor:
+    """Sequences of `lengths`, one behind the other in the rows of `dense`, each attending to itself: [B, T, H, E].
 
     No mask is formed, nor a score that it would hide. On a GPU by the variable-length flash kernel, which alone takes
     a `window`.
     """
-    n_rows, length = dense.q.shape[:2]
-    lengths = [length] * n_rows if mask.documents is None else mask.document_lengths
     q, k, v = (x.flatten(0, 1) for x in (dense.q, dense.k, dense.v))
     if q.is_cpu:
         sequences = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
@@ -89,7 +92,7 @@ def attend_packed(dense: Dense, mask: AttentionMask, scale: float, window: int |
         reach = (-1 if window is None else window - 1, 0)  # keys before a query, and after it
         options = {"scale": scale, "window_size": reach, "enable_gqa": q.size(1) != k.size(1)}
         out = varlen_attn(q, k, as_wide(v, q), bounds, bounds, max(lengths), max(lengths), **options)
-    return out[..., : v.size(-1)].unflatten(0, (n_rows, length))
+    return out[..., : v.size(-1)].unflatten(0, dense.q.shape[:2])
 
 
 def attend_by_row(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:

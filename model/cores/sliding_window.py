@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.attention.base import AttentionConfig, Dense, unturned
 from model.cores.base import AttentionMask, PartialCore, share_heads
-from model.cores.sdpa import SDPA, attend_packed, has_flash
+from model.cores.sdpa import SDPA, attend_documents, attend_packed, has_flash
 
 FULL = SDPA()
 
@@ -41,7 +41,9 @@ class SlidingWindow(PartialCore):
         if mask.starts is not None or n_queries != n_keys:
             return FULL(dense, unturned, positions, replace(mask, window=size), scale)
         if has_flash(dense.q, dense.v):
-            return attend_packed(dense, mask, scale, size)
+            if mask.documents is not None:
+                return attend_documents(dense, mask, scale, size)
+            return attend_packed(dense, [n_keys] * dense.q.size(0), scale, size)
         if n_keys <= size:
             return FULL(dense, unturned, positions, mask, scale)
         # The first `size` queries see all that is before them; each further block of queries its own keys and the

@@ -8,7 +8,7 @@ import torch
 from configs.schema import ConfigError
 from model.attention.base import Dense, unturned
 from model.cores.base import AttentionMask
-from model.cores.sdpa import SDPA, attend_packed
+from model.cores.sdpa import SDPA, attend_documents
 from model.transformer import Transformer, TransformerConfig, split_documents
 from tests.model.helpers import MODELS, small_config, wake_up
 
@@ -96,7 +96,7 @@ def test_packed_documents_equal_the_mask_spelt_out():
 def test_the_kernel_for_packed_documents_is_given_what_it_takes():
     """Its shapes alone, forward and backward: the kernel itself needs a GPU (`test_on_gpu.py`)."""
     qkv, documents = packed_inputs("meta")
-    out = attend_packed(Dense(*qkv), AttentionMask(documents=documents), 0.4, window=3)
+    out = attend_documents(Dense(*qkv), AttentionMask(documents=documents), 0.4, window=3)
     assert out.is_meta and out.shape == (2, 9, 4, 6)
     out.sum().backward()
     assert [x.grad.shape for x in qkv] == [x.shape for x in qkv]
