@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -50,12 +50,16 @@ class AttentionMask:
         return self.causal and self.starts is None and self.window is None and self.documents.size(1) == n_queries
 
     @cached_property
-    def document_lengths(self) -> list[int]:
-        """Tokens of each of the `documents`, row by row: computed once for all layers, since a GPU waits for it."""
+    def document_bounds(self) -> Tensor:
+        """Where each of the `documents` starts, row by row, and the last one ends: [N + 1], int32."""
         n_rows, length = self.documents.shape
         firsts = self.documents.diff(dim=1, prepend=self.documents.new_full((n_rows, 1), -1)) != 0
-        starts = firsts.flatten().nonzero().flatten().tolist()
-        return [end - start for start, end in pairwise([*starts, n_rows * length])]
+        return F.pad(firsts.flatten().nonzero().flatten(), (0, 1), value=n_rows * length).int()
+
+    @cached_property
+    def document_lengths(self) -> list[int]:
+        """Tokens of each of the `documents`, row by row: computed once for all layers, since a GPU waits for it."""
+        return self.document_bounds.diff().tolist()
 
     def mean_keys(self, seq_len: int) -> float:
         """Keys a query sees, averaged over a sequence."""

@@ -46,7 +46,7 @@ def has_flash(q: Tensor, v: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """q [B, H, T, D], k [B, G, S, D] and v [B, G, S, E] to [B, H, T, E], or wider than E."""
     n_heads, n_queries, n_groups, n_keys = *q.shape[1:3], *k.shape[1:3]
-    v = as_wide(v, q)
+    v = widen(v, q.size(-1))
     options = {"scale": scale}
     plain = mask.documents is None and mask.starts is None and mask.window is None
     if plain and mask.causal and n_queries == n_keys > 1:
@@ -64,23 +64,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -
     return out.reshape(out.size(0), n_heads, n_queries, -1)
 
 
-def as_wide(v: Tensor, q: Tensor) -> Tensor:
-    """Values [..., E] padded to the width of queries [..., D]: flash kernels want one, and padding costs less than
-    doing without them."""
-    return F.pad(v, (0, q.size(-1) - v.size(-1))) if v.size(-1) < q.size(-1) else v
+def widen(x: Tensor, width: int) -> Tensor:
+    """x [..., D] padded to at least `width`: flash kernels want one, and padding costs less than doing without them."""
+    return F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x
 
 
 @torch.compiler.disable  # the number of documents, and their lengths, are new in every batch
 def attend_documents(dense: Dense, mask: AttentionMask, scale: float, window: int | None = None) -> Tensor:
     """`attend_packed` for whole rows of the mask's documents."""
-    return attend_packed(dense, mask.document_lengths, scale, window)
+    return attend_packed(dense, mask.document_lengths, mask.document_bounds, scale, window)
 
 
-def attend_packed(dense: Dense, lengths: list[int], scale: float, window: int | None = None) -> Tensor:
+def attend_packed(dense: Dense, lengths: list[int], bounds: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Sequences of `lengths`, one behind the other in the rows of `dense`, each attending to itself: [B, T, H, E].
 
     No mask is formed, nor a score that it would hide. On a GPU by the variable-length flash kernel, which alone takes
-    a `window`.
+    a `window`, and reads the `bounds` of the sequences ([N + 1], int32) from its own memory.
     """
     q, k, v = (x.flatten(0, 1) for x in (dense.q, dense.k, dense.v))
     if q.is_cpu:
@@ -88,10 +87,11 @@ def attend_packed(dense: Dense, lengths: list[int], scale: float, window: int | 
         out = torch.cat([attend(*sequence, AttentionMask(), scale) for sequence in sequences], dim=2)
         out = out[0].transpose(0, 1)
     else:
-        bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(q.device, torch.int32)
         reach = (-1 if window is None else window - 1, 0)  # keys before a query, and after it
         options = {"scale": scale, "window_size": reach, "enable_gqa": q.size(1) != k.size(1)}
-        out = varlen_attn(q, k, as_wide(v, q), bounds, bounds, max(lengths), max(lengths), **options)
+        width = -(-q.size(-1) // 8) * 8  # SDPA pads to what the kernel takes, varlen_attn does not
+        q, k, wide = (widen(x, width) for x in (q, k, v))
+        out = varlen_attn(q, k, wide, bounds, bounds, max(lengths), max(lengths), **options)
     return out[..., : v.size(-1)].unflatten(0, dense.q.shape[:2])
 
 

@@ -43,7 +43,9 @@ class SlidingWindow(PartialCore):
         if has_flash(dense.q, dense.v):
             if mask.documents is not None:
                 return attend_documents(dense, mask, scale, size)
-            return attend_packed(dense, [n_keys] * dense.q.size(0), scale, size)
+            rows = dense.q.size(0)
+            bounds = torch.arange(0, (rows + 1) * n_keys, n_keys, dtype=torch.int32, device=dense.q.device)
+            return attend_packed(dense, [n_keys] * rows, bounds, scale, size)
         if n_keys <= size:
             return FULL(dense, unturned, positions, mask, scale)
         # The first `size` queries see all that is before them; each further block of queries its own keys and the

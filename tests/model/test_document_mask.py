@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from configs.schema import ConfigError
 from model.attention.base import Dense, unturned
+from model.cores import sdpa
 from model.cores.base import AttentionMask
 from model.cores.sdpa import SDPA, attend_documents
 from model.transformer import Transformer, TransformerConfig, split_documents
@@ -76,7 +78,7 @@ def test_a_row_equals_its_documents_alone(model, recompute):
 def packed_inputs(device="cpu"):
     """Queries of 4 heads, keys and narrower values of 2, for two rows of documents."""
     torch.manual_seed(0)
-    shapes = ((4, 8), (2, 8), (2, 6))
+    shapes = ((4, 12), (2, 12), (2, 6))
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [3] * 8 + [4]])
     return [torch.randn(2, 9, *shape, device=device).requires_grad_() for shape in shapes], documents
 
@@ -93,8 +95,16 @@ def test_packed_documents_equal_the_mask_spelt_out():
         torch.testing.assert_close(a, b)
 
 
-def test_the_kernel_for_packed_documents_is_given_what_it_takes():
+def test_the_kernel_for_packed_documents_is_given_what_it_takes(monkeypatch):
     """Its shapes alone, forward and backward: the kernel itself needs a GPU (`test_on_gpu.py`)."""
+
+    def checked(q, k, v, *bounds_and_longest, **options):
+        assert q.size(-1) == k.size(-1) == v.size(-1) == 16  # one width, a multiple of 8
+        assert [x.tolist() for x in bounds_and_longest[:2]] == [[0, 3, 5, 9, 17, 18]] * 2
+        assert all(x.dtype == torch.int32 for x in bounds_and_longest[:2]) and bounds_and_longest[2:] == (8, 8)
+        return varlen_attn(q, k, v, *bounds_and_longest, **options)
+
+    monkeypatch.setattr(sdpa, "varlen_attn", checked)
     qkv, documents = packed_inputs("meta")
     out = attend_documents(Dense(*qkv), AttentionMask(documents=documents), 0.4, window=3)
     assert out.is_meta and out.shape == (2, 9, 4, 6)
