@@ -62,9 +62,12 @@ def import_deepspeed(device_type: str):
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # of what DeepSpeed calls
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import real_accelerator
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    if real_accelerator.get_accelerator().device_name() != device_type:  # of an earlier run of this process
+        real_accelerator.ds_accelerator = None  # chosen anew, by DS_ACCELERATOR
     if device_type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
