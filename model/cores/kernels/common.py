@@ -11,6 +11,9 @@ from model.attention.tensor_product import Factors
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MANY_RANKS = 16  # of keys and values together
+# Two calls that differ in these take other amounts of shared memory: what fits the factors as they are projected may
+# not fit a cache, whose strides let loads be pipelined.
+LAYOUT = ["ak_s", "bv_s", "PRECISION"]
 
 
 @triton.jit

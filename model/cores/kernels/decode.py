@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.attention.tensor_product import Factored
 from model.cores.kernels.common import (
+    LAYOUT,
     autotuned,
     head_factor,
     like_output,
@@ -36,8 +37,8 @@ CONFIGS = [
 SMALL = {"BLOCK_S": 32, "num_warps": 4, "num_stages": 1}
 
 
-@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "BLOCK_C", "bucket"])
-@triton.jit
+@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "BLOCK_C", "bucket", *LAYOUT])
+@triton.jit(do_not_specialize=["n_keys", "n_splits", "bucket"])  # they change from token to token
 def split_kernel(
     a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, partial, lse,
     scale, n_queries, n_keys, n_splits, bucket,

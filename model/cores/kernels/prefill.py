@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from model.attention.tensor_product import Factored
-from model.cores.kernels.common import autotuned, head_factor, like_output, load_rows, operands, precision, sizes
+from model.cores.kernels.common import (
+    LAYOUT,
+    autotuned,
+    head_factor,
+    like_output,
+    load_rows,
+    operands,
+    precision,
+    sizes,
+)
 
 CONFIGS = [
     {"BLOCK_T": t, "BLOCK_S": s, "num_warps": w, "num_stages": n}
@@ -44,8 +53,8 @@ def form(
     return made
 
 
-@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "bucket"])
-@triton.jit
+@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "bucket", *LAYOUT])
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "bucket"])  # they change from chunk to chunk
 def prefill_kernel(
     a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, out,
     scale, n_queries, n_keys, bucket,
