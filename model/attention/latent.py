@@ -173,9 +173,10 @@ class LatentAttention(Attention):
         return self.kv_up_proj(attended[..., :rank], absorb="v")
 
     def keep_latent(self, c_kv: Tensor, k_rope: Tensor) -> dict[str, Tensor]:
-        kept = {"latent": torch.cat((c_kv, k_rope.squeeze(2).to(c_kv.dtype)), dim=-1)}
+        # Under autocast c_kv comes out of its norm in fp32, and reading would copy the whole cache to that.
+        kept = {"latent": torch.cat((c_kv.to(k_rope.dtype), k_rope.squeeze(2)), dim=-1)}
         if self.config.qk_norm:
             k_nope, k_rope, _ = self.unpack(c_kv, k_rope)
             square = k_nope.float().square().sum(-1) + k_rope.float().square().sum(-1)
-            kept["k_norm"] = torch.rsqrt(square / self.config.qk_head_dim + 1e-6).to(c_kv.dtype)
+            kept["k_norm"] = torch.rsqrt(square / self.config.qk_head_dim + 1e-6).to(kept["latent"].dtype)
         return kept

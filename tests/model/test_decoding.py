@@ -11,7 +11,7 @@ from configs.load import load
 from model import counting
 from model.attention.base import Dense
 from model.attention.tensor_product import from_multi_head
-from model.cache import BLOCK, KVCache
+from model.cache import BLOCK, KVCache, Part
 from model.cores.base import AttentionMask
 from model.cores.sdpa import SDPA
 from model.generation import decode_step, prefill
@@ -212,15 +212,21 @@ def test_a_full_static_cache_refuses_more():
         net(torch.tensor([[5]]), cache=cache)
 
 
-def test_autocast_decodes_in_its_own_precision():
-    net = build("t6")
+@pytest.mark.parametrize("model", ["t6", "mla"])
+def test_autocast_decodes_in_its_own_precision(model, monkeypatch):
+    """And reads the cache as it is: in another dtype it would be copied at every step."""
+    read, found = Part.read, set()
+    monkeypatch.setattr(
+        Part, "read", lambda part, n, dtype: found.add((part.values.dtype, dtype)) or read(part, n, dtype)
+    )
+    net = build(model)
     net.autocast_dtype = torch.bfloat16
     tokens = torch.randint(0, 300, (2, 12))
     wanted = net(tokens).float()
     for _ in range(2):
         cache = net.new_cache(2)
         ours = torch.cat([net(tokens[:, i : i + 1], cache=cache) for i in range(12)], dim=1)
-        assert cache.layers[0].parts["a_k"].values.dtype == torch.bfloat16
+        assert found == {(torch.bfloat16, torch.bfloat16)}
         torch.testing.assert_close(ours.float(), wanted, atol=0.05, rtol=0)
         net.store_weights_as_computed()
     assert net.head.weight.dtype == torch.bfloat16 and net.head.weight is net.embedding.weight
