@@ -46,7 +46,7 @@ def has_flash(q: Tensor, v: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
     """q [B, H, T, D], k [B, G, S, D] and v [B, G, S, E] to [B, H, T, E], or wider than E."""
     n_heads, n_queries, n_groups, n_keys = *q.shape[1:3], *k.shape[1:3]
-    v = widen(v, q.size(-1))
+    q, k, v = as_wide(q, k, v)
     options = {"scale": scale}
     plain = mask.documents is None and mask.starts is None and mask.window is None
     if plain and mask.causal and n_queries == n_keys > 1:
@@ -64,9 +64,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -
     return out.reshape(out.size(0), n_heads, n_queries, -1)
 
 
-def widen(x: Tensor, width: int) -> Tensor:
-    """x [..., D] padded to at least `width`: flash kernels want one, and padding costs less than doing without them."""
-    return F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x
+def as_wide(*qkv: Tensor) -> list[Tensor]:
+    """Queries, keys [..., D] and values [..., E] padded to the width of queries, on a GPU to a multiple of 8: fused
+    kernels want one such width, and padding costs less than doing without them."""
+    width = qkv[0].size(-1) if qkv[0].is_cpu else -(-qkv[0].size(-1) // 8) * 8
+    return [F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in qkv]
 
 
 @torch.compiler.disable  # the number of documents, and their lengths, are new in every batch
@@ -89,9 +91,7 @@ def attend_packed(dense: Dense, lengths: list[int], bounds: Tensor, scale: float
     else:
         reach = (-1 if window is None else window - 1, 0)  # keys before a query, and after it
         options = {"scale": scale, "window_size": reach, "enable_gqa": q.size(1) != k.size(1)}
-        width = -(-q.size(-1) // 8) * 8  # SDPA pads to what the kernel takes, varlen_attn does not
-        q, k, wide = (widen(x, width) for x in (q, k, v))
-        out = varlen_attn(q, k, wide, bounds, bounds, max(lengths), max(lengths), **options)
+        out = varlen_attn(*as_wide(q, k, v), bounds, bounds, max(lengths), max(lengths), **options)
     return out[..., : v.size(-1)].unflatten(0, dense.q.shape[:2])
 
 
