@@ -155,10 +155,12 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
         # At stage 0 DeepSpeed clips without telling the norm: training.optim clips there.
         "gradient_clipping": config.optim.grad_clip if config.deepspeed.stage else 0.0,
     }
+    # DeepSpeed's own timer waits for the GPU before and after every micro-batch.
+    theirs = {"timers": {"throughput": {"enabled": False}}} | config.deepspeed.config
     deepspeed = import_deepspeed(runtime.device.type)
     options = {"model": model, "optimizer": optimizer, "dist_init_required": False}
     try:
-        engine, *_ = deepspeed.initialize(config=config.deepspeed.config | ours, **options)
+        engine, *_ = deepspeed.initialize(config=theirs | ours, **options)
     except ValidationError as error:  # pydantic's, of DeepSpeed's own keys
         raise ConfigError(
             *(f"deepspeed.config: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
