@@ -33,7 +33,7 @@ from training.metrics import Metrics, memory_gb, peak_flops
 from training.optim import build_optimizer, finite_or_nan, learning_rate, optimizer_step
 from training.preemption import PREEMPTED, Preemption
 from training.preflight import preflight
-from training.run_folder import check_before_start, create_run_folder, finish, is_finished, log_event
+from training.run_folder import check_before_start, check_sweep, create_run_folder, finish, is_finished, log_event
 from training.run_lock import RunLock
 from training.saver import CheckpointSaver
 from training.setup import (
@@ -285,4 +285,4 @@ def go_back(config: Config, step: int, reason: str, rollbacks: Rollbacks, metric
 
 
 if __name__ == "__main__":
-    app(main)
+    app(main, check_sweep=check_sweep)

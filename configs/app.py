@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.errors import ConfigError, each
 from configs.load import did_you_mean, load
-from configs.schema import Config, ConfigError, to_dict
+from configs.schema import Config, to_dict
 
 CONFIGS = Path(__file__).parent.resolve()
 INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -54,15 +57,24 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
         running.hydra = around
 
 
+def combinations(overrides: list[str]) -> list[list[str]]:
+    """What Hydra's own sweeper makes of comma-separated values, ranges and globs."""
+    with config_errors():
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        return [list(words) for batch in BasicSweeper.split_arguments(parsed, None) for words in batch]
+
+
 def app(
     main: Callable[[Config], int | None],
     config_name: str = "train",
     load: Callable[[DictConfig], Config] = load,
     texts: tuple[str, ...] = (),
+    check_sweep: Callable[[list[Config]], None] = lambda configs: None,
 ) -> None:
     """Run `main(load(tree))` as a Hydra app; what `main` returns is the exit code (under `-m` of each job in turn).
 
-    What is given for a key in `texts` is taken as it stands, whatever signs of Hydra's grammar are in it.
+    What is given for a key in `texts` is taken as it stands, whatever signs of Hydra's grammar are in it. With `-m` all
+    configurations are loaded, and `check_sweep` sees them, before the first job starts.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with its own exit code 1
     args = get_args_parser().parse_args()
@@ -82,6 +94,8 @@ def app(
         if args.cfg == "job" and not args.package:
             print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, [*given, *ours]))))), end="")
         else:
+            if args.multirun and not any(arg.startswith("hydra/sweeper=") for arg in given):
+                check_sweep(each(lambda words: load(compose(config_name, [*words, *ours])), combinations(given)))
             sys.argv[1:] = [forced.get(arg, arg) for arg in sys.argv[1:] if arg not in ours]
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
 

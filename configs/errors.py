@@ -1,7 +1,7 @@
 """What bad configuration and bad input raise."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,19 @@ class ConfigError(Exception):
     def __init__(self, *errors: str):
         self.errors = list(errors)
         super().__init__("\n".join(self.errors))
+
+
+def each(check: Callable, items: Iterable) -> list:
+    """`check(item)` of every item. ConfigError has the mistakes of all of them, each said once."""
+    results, errors = [], []
+    for item in items:
+        try:
+            results.append(check(item))
+        except ConfigError as error:
+            errors += [line for line in error.errors if line not in errors]
+    if errors:
+        raise ConfigError(*errors)
+    return results
 
 
 @contextmanager

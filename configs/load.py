@@ -120,9 +120,9 @@ def load(tree: DictConfig, world_size: int | None = None) -> Config:
     if model and size:
         blocks["model"] = fill_by_size(model, size.name)
         size.d_ff = size.d_ff if size.d_ff is not None else 8 * size.d_model // 3
-    sound = set()
+    sound, wrong = set(), {error.partition("=")[0] for error in errors}  # a default now stands for a wrong value
     for key, block in blocks.items():
-        found = list(block.errors()) if block else []
+        found = [error for error in block.errors() if error.partition("=")[0] not in wrong] if block else []
         errors.extend(found)
         if block and not found:
             sound.add(key)

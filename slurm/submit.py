@@ -9,22 +9,20 @@ Everything is checked here, before anything is created or queued; mistakes exit 
 import argparse
 import os
 import shlex
-from pathlib import Path
 
 import torch
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
-from configs.app import CONFIGS, command, compose, config_errors
+from configs.app import CONFIGS, combinations, command, compose
+from configs.errors import ConfigError, each
 from configs.load import load
-from configs.schema import Config, ConfigError, parse_bytes
+from configs.schema import Config, parse_bytes
 from data.prepare import ON_FIRST_USE, check_before_work, prepared
 from slurm import scheduler
 from slurm.estimate import GIB, estimate
 from slurm.jobs import Run, plan, read_jobs, submit, sweep_name
 from training.metrics import PEAK_BF16_FLOPS
-from training.run_folder import check_before_start, is_finished
+from training.run_folder import check_before_start, check_folders, is_finished
 from training.setup import Runtime
 
 console = Console(highlight=False, soft_wrap=True)
@@ -92,13 +90,6 @@ def use_site(options: argparse.Namespace, environment: dict[str, str]) -> None:
         raise ConfigError(*errors)
 
 
-def combinations(overrides: list[str]) -> list[list[str]]:
-    """What Hydra's own sweeper makes of comma-separated values, ranges and globs."""
-    with config_errors():
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        return [list(words) for batch in BasicSweeper.split_arguments(parsed, None) for words in batch]
-
-
 def check(overrides: list[str], tasks: int) -> Config:
     """The configuration, checked as the job would check it on its `tasks` processes. ConfigError has all mistakes."""
     tree = compose("train", overrides)
@@ -118,23 +109,11 @@ def check(overrides: list[str], tasks: int) -> Config:
 
 def check_all(words: list[list[str]], tasks: int) -> list[Run]:
     """Every run of a submission. ConfigError with the mistakes of each of them, said once."""
-    runs, errors = [], []
-    for overrides in words:
-        try:
-            runs.append(Run(overrides, check(overrides, tasks)))
-        except ConfigError as error:
-            errors += [line for line in error.errors if line not in errors]
-    taken: dict[Path, Run] = {}
-    for run in runs:
-        other = taken.setdefault(Path(run.dir).absolute(), run)
-        if other is not run:
-            errors.append(f"run.dir={run.dir}: two runs of the sweep would share it; leave run.name and run.dir unset")
+    runs = each(lambda overrides: Run(overrides, check(overrides, tasks)), words)
+    check_folders([run.config for run in runs])
     jobs = {job: run for run in runs for job in read_jobs(run.dir).values()}
-    errors += [
-        f"run.dir={jobs[job].dir}: is in the queue already, as job {job}" for job in scheduler.queued(list(jobs))
-    ]
-    if errors:
-        raise ConfigError(*errors)
+    if waiting := scheduler.queued(list(jobs)):
+        raise ConfigError(*(f"run.dir={jobs[job].dir}: is in the queue already, as job {job}" for job in waiting))
     return runs
 
 

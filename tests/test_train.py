@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import train
-from configs.app import compose
+from configs.app import app, compose
 from configs.load import load
 from configs.schema import ConfigError, to_dict
 from tests.conftest import ROOT, SMALL_MLA
 from training.metrics import read_metrics
+from training.run_folder import check_sweep
 
 
 def run(overrides: list[str]) -> int:
@@ -158,6 +159,23 @@ def test_multirun_runs_one_job_after_another(small_run, tmp_path):
                    f"hydra.sweep.dir={tmp_path}/sweep")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / name / "summary.json").exists() for name in ("mha", "t6"))
+
+
+def test_every_run_of_a_sweep_is_checked_before_the_first(small_run, tmp_path, monkeypatch, capsys):
+    def said(*words: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *small_run, *words])
+        with pytest.raises(SystemExit, match="2"):
+            app(lambda config: pytest.fail("a run has started"), check_sweep=check_sweep)
+        return capsys.readouterr().err.splitlines()[1:]
+
+    swept = "run.dir=" + str(tmp_path / "${model.name}_${core.name}_${optim.lr}")
+    assert said(swept, "model=t6,mha", "optim.lr=1e-3,-1,0") == [
+        "  optim.lr=-1.0: must be a positive number", "  optim.lr=0.0: must be a positive number"
+    ]  # fmt: skip
+    assert said("optim.lr=1e-3,2e-3")[0].startswith(f"  run.dir={tmp_path}/run: two runs of the sweep would share it")
+    (line,) = said(swept, "model=mha,t6", "core=sdpa,flash_tpa")
+    assert line == "  core=flash_tpa: model=mha: has no factors to attend from; use core=sdpa"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

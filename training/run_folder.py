@@ -3,18 +3,20 @@
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from configs.errors import ConfigError, each
 from configs.load import load
-from configs.schema import Config, ConfigError, to_dict
+from configs.schema import Config, to_dict
 from data.loader import EvalLoader, TrainLoader
 from data.prepare import ON_FIRST_USE, ensure_prepared, prepared
 from data.shards import TokenShards
 from training.checkpoint import check_source, differing, write_atomic
 from training.metrics import Metrics, plot_loss, read_metrics
-from training.setup import Runtime
+from training.setup import Runtime, find_runtime
 
 
 def read_config(run_dir: Path) -> Config:
@@ -27,14 +29,26 @@ def read_config(run_dir: Path) -> Config:
 
 def check_before_start(config: Config, runtime: Runtime) -> None:
     """Raise one ConfigError with everything that would stop this run; creates nothing."""
-    errors = []
-    for check in (check_nodes, check_core, check_data, check_init_from, check_run_folder):
-        try:
-            check(config, runtime)
-        except ConfigError as error:
-            errors.extend(error.errors)
-    if errors:
-        raise ConfigError(*errors)
+    each(lambda check: check(config, runtime), (check_nodes, check_core, check_data, check_init_from, check_run_folder))
+
+
+def check_sweep(configs: list[Config]) -> None:
+    """`check_before_start` for each run of a sweep, before the first of them starts."""
+    check_folders(configs)
+    each(lambda config: check_before_start(config, find_runtime(config)), configs)
+
+
+def check_folders(configs: list[Config]) -> None:
+    """Raise a ConfigError where runs of a sweep would go into one folder."""
+    folders = Counter(Path(config.run.dir).absolute() for config in configs)
+    shared = {config.run.dir for config in configs if folders[Path(config.run.dir).absolute()] > 1}
+    if shared:
+        raise ConfigError(
+            *(
+                f"run.dir={folder}: two runs of the sweep would share it; leave run.name and run.dir unset"
+                for folder in sorted(shared)
+            )
+        )
 
 
 def check_nodes(config: Config, runtime: Runtime) -> None:

@@ -107,9 +107,10 @@ def test_batch_sizes_must_multiply_out(monkeypatch):
 
 def test_all_mistakes_come_at_once():
     found = mistakes(
-        "optim.lr=-1", "trainer.max_stepz=1", "model.q_rank=abc", "model.head_dim=31", "wandb.mode=x", "foo=1"
-    )
-    assert len(found) == 6
+        "optim.lr=-1", "trainer.max_stepz=1", "model.q_rank=abc", "model.head_dim=31", "wandb.mode=x", "foo=1",
+        "data=mixture", "data.mixture=[3]",
+    )  # fmt: skip
+    assert len(found) == 7
 
 
 def test_fields_that_no_yaml_lists_can_be_set():
