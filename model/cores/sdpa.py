@@ -40,7 +40,6 @@ def has_flash(q: Tensor, v: Tensor) -> bool:
         and q.dtype == v.dtype
         and q.dtype in (torch.float16, torch.bfloat16)
         and v.size(-1) <= q.size(-1) <= 256
-        and q.size(-1) % 8 == 0
         and torch.cuda.get_device_properties(q.device).major >= 8
     )
 
