@@ -213,7 +213,8 @@ class TensorProductAttention(Attention):
     def activate(self, a: Tensor | None) -> Tensor | None:
         if a is None or self.config.a_activation == "none":
             return a
-        return a.sigmoid() if self.config.a_activation == "sigmoid" else a.softmax(dim=-2)
+        # A GPU's autocast makes softmax fp32, and a cache would be read as that at every step.
+        return a.sigmoid() if self.config.a_activation == "sigmoid" else a.softmax(dim=-2).to(a.dtype)
 
     def rotate(self, qkv: Factored, positions: Tensor) -> Factored:
         b_q, b_k = self.turn(positions, qkv.q.b, qkv.k.b)
