@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -17,9 +18,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import ConfigError, each
-from configs.load import did_you_mean, load
-from configs.schema import Config, to_dict
+from configs.errors import ConfigError, did_you_mean, each
+from configs.load import RENAMED, Command, load, to_dict
 
 CONFIGS = Path(__file__).parent.resolve()
 INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -27,16 +27,23 @@ GROUPS = {path.name for path in CONFIGS.iterdir() if any(path.glob("**/*.yaml"))
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
+def choices(group: str) -> list[str]:
+    """Return the names of the YAML files of a group, sorted."""
+    folder = CONFIGS / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
 @contextmanager
 def config_errors() -> Iterator[None]:
-    """What Hydra and OmegaConf raise, as ConfigError."""
+    """Raise what Hydra and OmegaConf raise as ConfigError."""
     try:
         yield
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        there = [str(path.relative_to(CONFIGS / group).with_suffix("")) for path in (CONFIGS / group).rglob("*.yaml")]
+        if f"{group}={name}" in RENAMED:
+            raise ConfigError(f"{group}={name}: has a new name; use {RENAMED[f'{group}={name}']}") from error
         raise ConfigError(
-            f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, there)}"
+            f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, choices(group))}"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line)
@@ -45,63 +52,72 @@ def config_errors() -> Iterator[None]:
         raise ConfigError(text) from error
 
 
-def compose(config_name: str, overrides: list[str]) -> DictConfig:
-    """The tree that Hydra makes of `configs/<config_name>.yaml` and command-line overrides."""
+def compose(schema: type[Command], overrides: list[str]) -> DictConfig:
+    """Return the tree that Hydra makes of the YAML of `schema` and command-line overrides."""
     running = GlobalHydra.instance()
     around, running.hydra = running.hydra, None  # a Hydra app may compose further configurations
     try:
         with config_errors(), hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            ours, hydras = take_plain(overrides, config_name)
-            return merged(hydra.compose(config_name, [force(override, config_name) for override in hydras]), ours)
+            ours, hydras = take_plain(overrides, schema)
+            return merged(hydra.compose(schema.yaml, [force(override, schema) for override in hydras]), ours)
     finally:
         running.hydra = around
 
 
+def configured(schema: type[Command], overrides: list[str], **context):
+    """Return the configuration that a command with these overrides would get."""
+    return load(compose(schema, overrides), schema, **context)
+
+
 def combinations(overrides: list[str]) -> list[list[str]]:
-    """What Hydra's own sweeper makes of comma-separated values, ranges and globs."""
+    """Return what Hydra's own sweeper makes of comma-separated values, ranges and globs."""
     with config_errors():
         parsed = OverridesParser.create().parse_overrides(overrides)
         return [list(words) for batch in BasicSweeper.split_arguments(parsed, None) for words in batch]
 
 
 def app(
-    main: Callable[[Config], int | None],
-    config_name: str = "train",
-    load: Callable[[DictConfig], Config] = load,
+    main: Callable[[Command], int | None],
+    schema: type[Command],
     texts: tuple[str, ...] = (),
-    check_sweep: Callable[[list[Config]], None] = lambda configs: None,
+    check_sweep: Callable[[list], None] = lambda configs: None,
 ) -> None:
-    """Run `main(load(tree))` as a Hydra app; what `main` returns is the exit code (under `-m` of each job in turn).
+    """Run `main(configuration)` as a Hydra app; what `main` returns is the exit code (under `-m` of each job in turn).
 
     What is given for a key in `texts` is taken as it stands, whatever signs of Hydra's grammar are in it. With `-m` all
     configurations are loaded, and `check_sweep` sees them, before the first job starts.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with its own exit code 1
     args = get_args_parser().parse_args()
-    ours, hydras = take_plain(args.overrides, config_name)
+    ours, hydras = take_plain(args.overrides, schema)
     given = [verbatim(arg, texts) for arg in hydras]
 
     def job(tree: DictConfig) -> None:
         try:
-            code = main(load(merged(tree, ours)))
+            code = main(load(merged(tree, ours), schema))
         except ConfigError as error:
             fail(error)
         if code:
             sys.exit(code)
 
     with ending_well(), config_errors():
-        forced = {arg: force(text, config_name) for arg, text in zip(hydras, given, strict=True)}
+        forced = {arg: force(text, schema) for arg, text in zip(hydras, given, strict=True)}
         if args.cfg == "job" and not args.package:
-            print(OmegaConf.to_yaml(OmegaConf.create(to_dict(load(compose(config_name, [*given, *ours]))))), end="")
+            print(as_yaml(to_dict(configured(schema, [*given, *ours]))), end="")
         else:
             if args.multirun and not any(arg.startswith("hydra/sweeper=") for arg in given):
-                check_sweep(each(lambda words: load(compose(config_name, [*words, *ours])), combinations(given)))
+                check_sweep(each(lambda words: configured(schema, [*words, *ours]), combinations(given)))
             sys.argv[1:] = [forced.get(arg, arg) for arg in sys.argv[1:] if arg not in ours]
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=schema.yaml)(job)()
+
+
+def as_yaml(tree: dict) -> str:
+    """Return plain values as YAML, in their order."""
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def command(main: Callable[[list[str]], int], usage: str | None = None) -> None:
-    """Run `main(arguments)` of a command that is no Hydra app; --help prints `usage` where argparse doesn't."""
+    """Run `main(arguments)` of a command that is no Hydra app; --help prints `usage` if argparse does not."""
     if usage and {"-h", "--help"} & set(sys.argv[1:]):
         print(usage)
         sys.exit(0)
@@ -111,7 +127,7 @@ def command(main: Callable[[list[str]], int], usage: str | None = None) -> None:
 
 @contextmanager
 def ending_well() -> Iterator[None]:
-    """Bad input and Ctrl-C are a message and an exit code, not a traceback."""
+    """End bad input and Ctrl-C with a message and an exit code instead of a traceback."""
     try:
         yield
     except ConfigError as error:
@@ -122,20 +138,20 @@ def ending_well() -> Iterator[None]:
 
 
 @functools.cache
-def known_keys(config_name: str) -> tuple[set[str], set[str]]:
-    """The groups that `configs/<config_name>.yaml` chooses from, and its plain keys."""
-    tree = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+def known_keys(schema: type[Command]) -> tuple[set[str], set[str]]:
+    """Return the groups that the YAML of `schema` chooses from, and the other top-level keys."""
+    tree = OmegaConf.load(CONFIGS / f"{schema.yaml}.yaml")
     entries = (key for entry in tree.defaults if OmegaConf.is_dict(entry) for key in entry)
-    return {key for key in entries if key in GROUPS}, set(tree) - {"defaults"}
+    chosen = {key for key in entries if key in GROUPS}
+    return chosen, set(schema.model_fields) - chosen
 
 
-def take_plain(overrides: list[str], config_name: str) -> tuple[list[str], list[str]]:
-    """The overrides of plain keys that have a group's name, as `model` of eval.speed.attention has; and the others.
+def take_plain(overrides: list[str], schema: type[Command]) -> tuple[list[str], list[str]]:
+    """Split off the overrides of plain keys that have a group's name, as `model` of eval.speed.attention has.
 
     Hydra takes whatever has a group's name for the group.
     """
-    chosen, plain = known_keys(config_name)
-    names = (plain & GROUPS) - chosen
+    names = known_keys(schema)[1] & GROUPS
     ours = [override for override in overrides if override.partition("=")[0].lstrip("+") in names]
     return ours, [override for override in overrides if override not in ours]
 
@@ -144,12 +160,12 @@ def merged(tree: DictConfig, overrides: list[str]) -> DictConfig:
     return OmegaConf.merge(tree, OmegaConf.from_dotlist([override.lstrip("+") for override in overrides]))
 
 
-def force(override: str, config_name: str) -> str:
-    """`key=value` as `++key=value`: Hydra takes any key, and our own checks name all the unknown ones together."""
+def force(override: str, schema: type[Command]) -> str:
+    """Return `key=value` as `++key=value`: Hydra takes any key, and our checks report all unknown ones together."""
     key = override.split("=", 1)[0]
     if not key.strip("+~@ "):
         raise ConfigError(f"{override}: has no key; overrides are KEY=VALUE")
-    chosen, plain = known_keys(config_name)
+    chosen, plain = known_keys(schema)
     group = key.split("@")[0]
     if group in GROUPS - chosen:  # of other commands; Hydra's message would be about its own grammar
         raise ConfigError(f"{key}: unknown key; {did_you_mean(key, plain | chosen)}")
@@ -158,7 +174,7 @@ def force(override: str, config_name: str) -> str:
 
 
 def verbatim(override: str, texts: tuple[str, ...]) -> str:
-    """`key=value` with the value quoted for Hydra where the key is one of `texts` and it is not quoted already."""
+    """Quote the value of `key=value` for Hydra if the key is one of `texts` and the value is not quoted already."""
     key, equals, text = override.partition("=")
     if key.lstrip("+") not in texts or not equals or QUOTED.fullmatch(text):
         return override

@@ -1,5 +1,6 @@
 """What bad configuration and bad input raise."""
 
+import difflib
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 UNWRITABLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST
 }  # fmt: skip
+SHOWN = 40  # known names in a message
 
 
 class ConfigError(Exception):
@@ -18,8 +20,16 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.errors))
 
 
+class Mistakes(ValueError):
+    """What a validator that looks at several keys raises: a line for each mistake, with keys relative to its block."""
+
+    def __init__(self, *lines: str):
+        self.lines = list(lines)
+        super().__init__("\n".join(lines))
+
+
 def each(check: Callable, items: Iterable) -> list:
-    """`check(item)` of every item. ConfigError has the mistakes of all of them, each said once."""
+    """Return `check(item)` of every item; the ConfigErrors of all of them are raised as one, each line once."""
     results, errors = [], []
     for item in items:
         try:
@@ -31,9 +41,19 @@ def each(check: Callable, items: Iterable) -> list:
     return results
 
 
+def did_you_mean(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """Suggest the known name nearest to `key`, after `prefix`; list the known names if none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"known: {', '.join(names[:SHOWN])}{more}"
+
+
 @contextmanager
 def writing(key: str, path: str | Path, after: str = "") -> Iterator[None]:
-    """What a folder says that cannot be written, or is full, as a ConfigError that names `key` and `path`."""
+    """Turn the OSError of a folder that is full or cannot be written into a ConfigError that names `key` and `path`."""
     try:
         yield
     except OSError as error:
@@ -41,11 +61,3 @@ def writing(key: str, path: str | Path, after: str = "") -> Iterator[None]:
             raise
         where = f" {error.filename}" if error.filename else ""
         raise ConfigError(f"{key}={path}: cannot write{where} ({error.strerror}){after}") from error
-
-
-def at_least(low: int, block: str, config, *keys: str):
-    """Mistakes in the keys of a block that must not be less than `low`; null is left to others."""
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None and value < low:
-            yield f"{block}{'.' * bool(block)}{key}={value}: must be at least {low}"

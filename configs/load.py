@@ -1,191 +1,204 @@
-"""From the tree that Hydra composes to the typed configuration, with every mistake found reported at once."""
+"""From the tree that Hydra composes, or a stored one, to typed configuration, with all mistakes reported together.
 
-import dataclasses
-import difflib
-import os
-import types
-import typing
+A configuration class stands beside the code that reads it and derives from `Block`; a default stands there and nowhere
+else. A block whose YAML picks one of several classes (`_target_`) derives from `Choice`, the configuration of a whole
+command from `Command`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 
-from configs.schema import Config, ConfigError, check_machine, name_run
-from model.counting.match import fill_by_size, fill_heads
+from configs.errors import ConfigError, Mistakes, did_you_mean
 
-SHOWN = 40  # known names in a message
-
-
-def _type_name(hint) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    origin = typing.get_origin(hint)
-    if origin is list:
-        inner = {dict: "mappings", str: "texts", int: "integers", float: "numbers"}
-        of = typing.get_args(hint)[0]
-        return f"a list of {inner.get(typing.get_origin(of) or of, of)}, as in [A,B]"
-    return "a mapping" if origin is dict else names.get(hint, str(hint))
-
-
-def did_you_mean(key: str, known, prefix: str = "") -> str:
-    """The known name nearest to `key`, after `prefix`; where none is near, what there is."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    shown = sorted(known)[:SHOWN]
-    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
-    return f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(shown)}{more}"
+RENAMED = {  # what older command lines say, and what to say now
+    "core=sdpa": "core=full",
+    "core=flash_tpa": "core=full core.kernel=factors",
+    "factors": "core.kernel=factors",
+    "core.training": "leave it out: training always forms keys and values",
+    "core.scores": "leave it out: every slice has its own scores",
+}
+KINDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list, as in [A,B]",
+    "dict": "a mapping",
+}
+T = TypeVar("T", bound="Block")
 
 
-def _merge(cls: type, node: DictConfig, prefix: str, errors: list[str]):
-    """An instance of the dataclass `cls` from `node`; every unknown key and wrong type goes to `errors`."""
-    unusable = False
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-    values = {}
-    for key in node:
-        if key == "_target_":
-            continue
-        if key not in known:
-            errors.append(f"{prefix}{key}: unknown key; {did_you_mean(str(key), known, prefix)}")
-            continue
-        try:
-            if dataclasses.is_dataclass(hints[key]):
-                values[key] = load_block(node, key, hints[key], errors)
-                if values[key]:
-                    errors.extend(values[key].errors())
-                else:
-                    unusable = True
-                continue
-            raw = node[key]
-            if raw is None and types.NoneType not in (*typing.get_args(hints[key]), hints[key]):
-                errors.append(f"{prefix}{key} is not set: give it as {prefix}{key}=...")
-                unusable = True
-                continue
-            value = OmegaConf.to_container(raw, resolve=True) if OmegaConf.is_config(raw) else raw
-            if isinstance(value, str) and str in (hints[key], *typing.get_args(hints[key])):
-                values[key] = value  # as it is: "${" in it is no interpolation any more
-                continue
-            typed = OmegaConf.structured(dataclasses.make_dataclass("Typed", [(key, hints[key])]))
-            typed[key] = value
-            values[key] = OmegaConf.to_container(typed)[key]
-        except OmegaConfBaseException as error:
-            unusable |= key in required  # where there is a default, go on with it to find more mistakes
-            text = str(OmegaConf.to_container(node, resolve=False)[key])
-            if "${" in text:  # an interpolation that leads nowhere
-                errors.append(f"{prefix}{key}={text}: {str(error).splitlines()[0]}")
-            else:
-                brackets = str in (hints[key], *typing.get_args(hints[key])) and OmegaConf.is_list(raw)
-                quotes = "; brackets need quotes inside quotes, as in 'KEY=\"[A]\"'" if brackets else ""
-                errors.append(f"{prefix}{key}={text}: must be {_type_name(hints[key])}{quotes}")
-    missing = sorted(required - {str(key) for key in node})
-    errors.extend(f"{prefix}{key} is not set" for key in missing)
-    if unusable or missing:
-        return None
-    return cls(**values)
+class Block(BaseModel):
+    """A group of configuration keys. Unknown keys, wrong types and numbers that are not finite are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
+
+    def replace(self: T, **changes: Any) -> T:
+        """Return a copy with `changes`, which are not validated again."""
+        return self.model_copy(update=changes)
 
 
-def load_block(tree: DictConfig, key: str, cls: type, errors: list[str]):
-    """One block of the tree as its dataclass; a block with `_target_` becomes that subclass of `cls`."""
-    node = tree.get(key)
-    if not isinstance(node, DictConfig):
-        errors.append(
-            f"{key}={node!r}: must be a group of keys, as in {key}.KEY=VALUE" if node else f"{key} is not set"
-        )
-        return None
-    if "_target_" in node:
-        try:
-            target = get_class(node._target_)
-        except Exception as error:
-            errors.append(f"{key}._target_={node._target_}: cannot be imported ({error})")
-            return None
-        if not (dataclasses.is_dataclass(target) and issubclass(target, cls)):
-            errors.append(f"{key}._target_={node._target_}: must be a dataclass derived from {cls.__name__}")
-            return None
-        cls = target
-    return _merge(cls, node, f"{key}.", errors)
+class Choice(Block):
+    """A block whose `_target_` names the class, derived from the expected one, that validates the other keys."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _choose(cls, value: Any, handler):
+        if not isinstance(value, Mapping) or "_target_" not in value:
+            return handler(value)
+        rest = {key: item for key, item in value.items() if key != "_target_"}
+        return target_of(value, cls).model_validate(rest)
+
+    @model_serializer(mode="wrap")
+    def _name(self, handler) -> dict[str, Any]:
+        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"} | handler(self)
 
 
-def load(tree: DictConfig, world_size: int | None = None) -> Config:
-    """The configuration of a run on `world_size` processes (default: torchrun's). ConfigError has all mistakes."""
-    errors: list[str] = []
-    hints = typing.get_type_hints(Config)
-    blocks = {key: load_block(tree, key, cls, errors) for key, cls in hints.items() if dataclasses.is_dataclass(cls)}
-    for key in tree:
-        if key not in hints:
-            errors.append(f"{key}: unknown key; " + did_you_mean(key, list(hints)))
-    device = tree.get("device", "auto")
-    errors.extend(check_machine(types.SimpleNamespace(device=device)))
-    model, size = blocks["model"], blocks["size"]
-    if model and size:
-        blocks["model"] = fill_by_size(model, size.name)
-        size.d_ff = size.d_ff if size.d_ff is not None else 8 * size.d_model // 3
-    sound, wrong = set(), {error.partition("=")[0] for error in errors}  # a default now stands for a wrong value
-    for key, block in blocks.items():
-        found = [error for error in block.errors() if error.partition("=")[0] not in wrong] if block else []
-        errors.extend(found)
-        if block and not found:
-            sound.add(key)
-    if sound >= {"core", "trainer"}:
-        blocks["core"] = blocks["core"].resolved(blocks["trainer"].seq_len)
-    if sound >= {"model", "trainer"}:
-        blocks["model"] = blocks["model"].resolved(blocks["trainer"].seq_len)
-        errors.extend(blocks["model"].errors())
-    if sound >= {"model", "size", "core", "trainer"}:
-        blocks["model"] = fill_heads(blocks["model"], blocks["core"], size, blocks["trainer"].seq_len)
-    if sound >= {"data", "tokenizer", "core"}:
-        errors.extend(data_errors(blocks["data"], blocks["tokenizer"], blocks["core"]))
-    if sound >= {"trainer", "deepspeed"} and blocks["deepspeed"].bf16_engine and blocks["trainer"].dtype == "fp32":
-        errors.append("trainer.dtype=fp32: deepspeed.config.bf16.enabled=true keeps the parameters in bf16")
-    if "trainer" in sound:
-        try:
-            blocks["trainer"].accumulation_steps(world_size or int(os.environ.get("WORLD_SIZE", 1)))
-        except ConfigError as error:
-            errors.extend(error.errors)
-    if errors:
-        raise ConfigError(*errors)
-    return name_run(Config(**blocks, device=device))
+class Command(Block):
+    """The whole configuration of a command, composed from `configs/<yaml>.yaml`."""
+
+    yaml: ClassVar[str] = "train"
 
 
-def load_extended(tree: DictConfig, cls: type):
-    """`load` for a command with top-level keys of its own: those that the dataclass `cls` adds to `Config`.
+def target_of(node: Mapping, expected: type[T]) -> type[T]:
+    """Return the class that `node["_target_"]` names, or `expected` without one. Mistakes if it cannot be that."""
+    name = node.get("_target_")
+    if name is None:
+        return expected
+    try:
+        found = get_class(name)
+    except Exception as error:  # whatever importing a stranger's module raises
+        raise Mistakes(f"_target_={name}: cannot be imported ({error})") from error
+    if not issubclass(found, expected):
+        raise Mistakes(f"_target_={name}: must be a class derived from {expected.__name__}")
+    return found
 
-    `cls.own_errors`, where there is one, yields the mistakes in them.
+
+def to_dict(block: Block) -> dict[str, Any]:
+    """Return a configuration as plain values, from which `load` makes it again."""
+    return block.model_dump(serialize_as_any=True)
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def load(tree: Mapping | DictConfig, schema: type[T], **context: Any) -> T:
+    """Return `tree` as a `schema`; interpolations of a DictConfig are resolved, defaults included.
+
+    `context` is what validators see as `info.context`. ConfigError has every mistake that can be found at once.
     """
-    common = {field.name for field in dataclasses.fields(Config)}
-    fields = [field for field in dataclasses.fields(cls) if field.name not in common]
-    own = dataclasses.make_dataclass("Own", [(f.name, f.type, dataclasses.field(default=f.default)) for f in fields])
-    names = {field.name for field in fields}
-    errors: list[str] = []
-    values = _merge(own, OmegaConf.masked_copy(tree, [key for key in tree if key in names]), "", errors)
-    if values and hasattr(cls, "own_errors"):
-        errors.extend(cls.own_errors(values))
+    if isinstance(tree, DictConfig):
+        tree = resolved(tree, schema)
     try:
-        config = load(OmegaConf.masked_copy(tree, [key for key in tree if key not in names]))
-    except ConfigError as error:
-        errors.extend(error.errors)
-    if errors:
-        raise ConfigError(*errors)
-    return cls(**vars(config), **vars(values))
+        return schema.model_validate(tree, context=context)
+    except ValidationError as error:
+        lines = {line: key for detail in error.errors() for key, line in explain(detail, schema)}
+    wrong = set(lines.values())
+    try:  # without the wrong keys, for the mistakes between keys that they hid
+        schema.model_validate(without(tree, wrong), context=context)
+    except ValidationError as error:
+        more = [pair for detail in error.errors() for pair in explain(detail, schema) if detail["type"] != "missing"]
+        lines |= {line: key for key, line in more if key not in wrong}
+    raise ConfigError(*lines)
 
 
-def data_errors(data, tokenizer, core):
-    """Mistakes between the data, its tokenizer and the core."""
+def resolved(tree: DictConfig, schema: type[Block]) -> dict[str, Any]:
+    """Return the tree as plain values. ConfigError for an interpolation that leads nowhere."""
     try:
-        data.dtype_for(tokenizer.vocab_size)
-    except ConfigError as error:
-        yield from error.errors
-    if data.document_mask and not core.masks_documents:
-        why = f", {core.why_no_documents}" if core.why_no_documents else ""
-        yield f"data.document_mask=true: core={core.name} cannot mask documents{why}; use core=sdpa"
+        whole = OmegaConf.merge(OmegaConf.create(defaults(tree, schema)), tree)
+        return OmegaConf.to_container(whole, resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
 
 
-def load_flat(tree: DictConfig, cls: type):
-    """The small configuration of an evaluation command, as `load` does it for a run."""
-    errors: list[str] = []
-    config = _merge(cls, tree, "", errors)
-    if config:
-        errors.extend(config.errors())
-    if errors:
-        raise ConfigError(*errors)
-    return config
+def defaults(tree: Mapping, schema: type[Block]) -> dict[str, Any]:
+    """Return the defaults of the classes that `tree` chooses, which interpolations may name."""
+    found: dict[str, Any] = {}
+    for key, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Block):
+            node = tree.get(key)
+            try:
+                if isinstance(node, Mapping | DictConfig):
+                    found[key] = defaults(node, target_of(node, field.annotation))
+            except Mistakes:
+                continue  # validation reports it
+        elif not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            found[key] = to_dict(default) if isinstance(default, Block) else default
+    return found
+
+
+def without(tree: Mapping, keys: set[str], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings without the entries whose dotted keys are in `keys`."""
+    return {
+        key: without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in keys
+    }
+
+
+def explain(error: dict[str, Any], schema: type[Block]) -> list[tuple[str, str]]:
+    """Return (key, message) of each mistake in one of pydantic's errors."""
+    *parents, last = error["loc"] or ("",)
+    key = ".".join(map(str, error["loc"]))
+    prefix = "".join(f"{part}." for part in parents)
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, Mistakes):
+        dot = f"{key}." if key else ""
+        return [(f"{dot}{line}".partition("=")[0].partition(":")[0], f"{dot}{line}") for line in cause.lines]
+    if key in RENAMED:
+        return [(key, f"{key}: is no key any more; use {RENAMED[key]}")]
+    if error["type"] == "extra_forbidden":
+        return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(schema, parents), prefix)}")]
+    if error["type"] == "missing" or error["input"] is None:
+        return [(key, f"{key} is not set: give it as {key}=...")]
+    return [(key, f"{key}={shown(error['input'])}: {remedy(error)}")]
+
+
+def known_at(schema: type[Block], path: list) -> list[str]:
+    """Return the keys of the block at `path`; of a `Choice`, those that all its classes have."""
+    for part in path:
+        field = schema.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Block)):
+            return []
+        schema = field.annotation
+    return list(schema.model_fields)
+
+
+def remedy(error: dict[str, Any]) -> str:
+    """Say what a value must be, given pydantic's error about it."""
+    kind, limits = error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(limits["error"])
+    if kind == "greater_than":
+        return "must be a positive number" if limits["gt"] == 0 else f"must be greater than {limits['gt']:g}"
+    if kind in ("greater_than_equal", "less_than", "less_than_equal"):
+        words = {"greater_than_equal": ("at least", "ge"), "less_than": ("less than", "lt")}
+        word, limit = words.get(kind, ("at most", "le"))
+        return f"must be {word} {limits[limit]:g}"
+    if kind == "literal_error":
+        return f"must be {limits['expected']}".replace("'", "")
+    if kind == "finite_number":
+        return "must be a finite number"
+    return f"must be {KINDS.get(kind.partition('_')[0], error['msg'])}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as an override would give it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
