@@ -1,4 +1,4 @@
-"""The one set-up of matplotlib: figures without a display, and a colour for each mechanism that it has in every plot."""
+"""The one set-up of matplotlib: figures without a display, and each mechanism in the same colour everywhere."""
 
 import colorsys
 import hashlib
@@ -8,21 +8,21 @@ from pathlib import Path
 from data.files import write_atomic
 from training.metrics import read_lines
 
-# The mechanisms have colours of Okabe and Ito's, the variants of t6 others that stay apart from them for readers who see
-# no red, no green or no blue. All are dark enough for text on white.
+# The mechanisms have colours of Okabe and Ito's, the variants of t6 others that stay distinct from them for readers who
+# see no red, no green or no blue. All are dark enough for text on white.
 COLOURS = {
     "mha": "#0072B2",
     "gqa": "#009E73",
     "mqa": "#000000",
     "mla": "#CC79A7",
     "t6": "#D55E00",
-    "t6_kvonly": "#9D62FE",
-    "t6_shared_b": "#E00548",
-    "t6_third_order": "#174505",
-    "t6_noncontextual_a": "#172CFB",
-    "t6_noncontextual_b": "#0C19A4",
-    "t6_softmax_a": "#612D57",
-    "t6_sigmoid_a": "#060357",
+    "t6_kvonly": "#C766FE",
+    "t6_shared_b": "#FC1763",
+    "t6_third_order": "#675B3B",
+    "t6_noncontextual_a": "#130CFE",
+    "t6_noncontextual_b": "#0E027A",
+    "t6_softmax_a": "#701105",
+    "t6_sigmoid_a": "#560D40",
 }
 
 
