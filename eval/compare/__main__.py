@@ -28,9 +28,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from configs.app import command
 from configs.errors import ConfigError
@@ -96,25 +93,11 @@ def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> 
     return question
 
 
-def show(console: Console, found: tables.Table) -> None:
-    """Print a table, wider than the terminal rather than cut."""
-    shown = RichTable(box=box.SIMPLE_HEAD)
-    for number, column in enumerate(found.columns):
-        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in found.rows:
-        shown.add_row(*row)
-    whole = console.measure(shown, options=console.options.update(max_width=10_000)).maximum
-    console.width = max(console.width, whole)
-    console.print(shown)
-    for note in found.notes:
-        console.print(note)
-
-
 def default_out(folders: list[Path]) -> Path:
     return Path(os.path.commonpath([folder.parent for folder in folders])) / "compare"
 
 
-def compare(config: CompareConfig, runs: list[Run], command: str, console: Console) -> int:
+def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
     """Write the report on the runs and print its verdict and its first table; return the exit code."""
     methods = name_methods(runs)
     fairness = check(methods, config.tolerance)
@@ -122,13 +105,13 @@ def compare(config: CompareConfig, runs: list[Run], command: str, console: Conso
     out = Path(config.out) if config.out else default_out([run.dir for run in runs])
     path = report.write(report.Comparison(methods, fairness, question, command, config.smoothing), out)
     words, reasons = verdict(fairness, methods)
-    console.print("\n  ".join([words, *reasons]))
-    show(console, tables.final(methods, question))
-    console.print(f"\nThe report is {path} and {path.with_suffix('.html')}")
+    print("\n  ".join([words, *reasons]))
+    print(tables.final(methods, question))
+    print(f"\nThe report is {path} and {path.with_suffix('.html')}")
     return 0
 
 
-def judge(config: CompareConfig, runs: list[Run], console: Console) -> int:
+def judge(config: CompareConfig, runs: list[Run]) -> int:
     """Print how a run differs from the reference (or write that from it); return 1 if the run is worse, else 0."""
     path = config.reference
     if len(runs) != 1:
@@ -136,24 +119,23 @@ def judge(config: CompareConfig, runs: list[Run], console: Console) -> int:
     (run,) = runs
     if config.update:
         gate.update(run, path)
-        console.print(f"{path}: written from {run.name}")
+        print(f"{path}: written from {run.config.run.name}")
         return 0
     reference = gate.read_reference(path)
     found, worse = gate.judge(run, reference, config.tolerance, config.metrics)
-    show(console, found)
+    print(found)
     if reference["tokens"] not in (None, run.tokens):
-        console.print(f"The reference is of {reference['tokens']:,} tokens, the run of {run.tokens:,}.")
+        print(f"The reference is of {reference['tokens']:,} tokens, the run of {run.tokens:,}.")
     if worse:
-        console.print(f"Worse than {path} by more than {config.tolerance:.2%}, or missing: {', '.join(worse)}")
+        print(f"Worse than {path} by more than {config.tolerance:.2%}, or missing: {', '.join(worse)}")
         return 1
-    console.print(f"Not worse than {path} by more than {config.tolerance:.2%}.")
+    print(f"Not worse than {path} by more than {config.tolerance:.2%}.")
     return 0
 
 
 def main(config: CompareConfig, command: str) -> int:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
     runs = gather(config)
-    return judge(config, runs, console) if config.reference else compare(config, runs, command, console)
+    return judge(config, runs) if config.reference else compare(config, runs, command)
 
 
 if __name__ == "__main__":

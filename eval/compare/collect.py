@@ -4,7 +4,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from training.run_folder import is_finished, read_config
 STEADY = 0.2  # how far apart the quartiles of a steady run's logged speeds lie at most, as a share of the median
 
 
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of what is not None, or None."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 @dataclass
 class Run:
     """One run folder."""
@@ -32,11 +38,6 @@ class Run:
     decoding: list[dict]  # points of decoding benchmarks
     facts: dict[str, Any]  # of the most recent checkpoint's manifest
     finished: bool
-    method: str = ""  # the name of its method, from `name_methods`
-
-    @property
-    def name(self) -> str:
-        return self.config.run.name
 
     @property
     def seed(self) -> int:
@@ -88,8 +89,7 @@ class Run:
     def lately(self, key: str, tokens: int | None) -> float | None:
         """Return the mean of a noisy metric over the last tenth of the tokens until `tokens` (None: until the end)."""
         end = self.tokens if tokens is None else tokens
-        values = [value for at, value in self.points(key) if 0.9 * end <= at <= end]
-        return statistics.fmean(values) if values else None
+        return mean_of(value for at, value in self.points(key) if 0.9 * end <= at <= end)
 
     def typical(self, key: str) -> float | None:
         """Return the median of a metric over the run."""
@@ -124,7 +124,7 @@ class Method:
     """Runs that differ in their seed alone."""
 
     name: str
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Run]
 
     @property
     def first(self) -> Run:
@@ -140,17 +140,12 @@ class Method:
 
     def by_seed(self, of: Callable[[Run], float | None]) -> dict[int, float]:
         """Return `of(run)` by seed, without seeds for which it is None; the mean if a seed ran twice."""
-        found: dict[int, list[float]] = {}
-        for run in self.runs:
-            value = of(run)
-            if value is not None:
-                found.setdefault(run.seed, []).append(value)
-        return {seed: statistics.fmean(values) for seed, values in found.items()}
+        means = {seed: mean_of(of(run) for run in self.runs if run.seed == seed) for seed in self.seeds}
+        return {seed: mean for seed, mean in means.items() if mean is not None}
 
     def mean(self, of: Callable[[Run], float | None]) -> float | None:
         """Return the mean of `of(run)` over the runs for which it is not None."""
-        values = [value for value in map(of, self.runs) if value is not None]
-        return statistics.fmean(values) if values else None
+        return mean_of(map(of, self.runs))
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """Return (tokens, mean over the runs) at the numbers of tokens at which all of them logged the metric."""
@@ -191,16 +186,9 @@ def read_run(folder: Path) -> Run:
     config = read_config(folder)
     results = {path.stem: read_json(path) for path in sorted(folder.glob("results/*.json"))}
     decoding = [line for path in sorted(folder.glob("results/*decod*.jsonl")) for line in read_lines(path)]
-    return Run(
-        dir=folder,
-        config=config,
-        lines=read_lines(folder / "metrics.jsonl"),
-        events=read_events(folder),
-        results={name: record for name, record in results.items() if {"results", "suite"} <= record.keys()},
-        decoding=[point for point in decoding if "tokens_per_second" in point],
-        facts=latest_facts(folder),
-        finished=is_finished(folder),
-    )
+    results = {name: record for name, record in results.items() if {"results", "suite"} <= record.keys()}
+    lines, events = read_lines(folder / "metrics.jsonl"), read_events(folder)
+    return Run(folder, config, lines, events, results, decoding, latest_facts(folder), is_finished(folder))
 
 
 def read_json(path: Path) -> dict:
@@ -232,8 +220,6 @@ def name_methods(runs: list[Run]) -> list[Method]:
         name = label(group[0].identity, [other[0].identity for other in groups.values()])
         names[name] += 1
         methods.append(Method(name if names[name] == 1 else f"{name} ({names[name]})", group))
-        for run in group:
-            run.method = methods[-1].name
     return methods
 
 

@@ -151,7 +151,7 @@ def verdict(fairness: Fairness, methods: list[Method]) -> tuple[str, list[str]]:
     alone = [method.name for method in methods if len(set(method.seeds)) < 2]
     if alone:
         doubts.append(f"one seed only ({', '.join(alone)}): a difference may be chance, and there is no interval")
-    training = [run.name for method in methods for run in method.runs if not run.finished]
+    training = [run.config.run.name for method in methods for run in method.runs if not run.finished]
     if training:
         doubts.append(f"not finished: {', '.join(training)}")
     if problems:

@@ -42,7 +42,12 @@ def read_reference(path: str) -> dict:
 
 def update(run: Run, path: str) -> None:
     """Write the reference from a run. ConfigError if it has no metrics."""
-    content = {"run": run.name, "data": run.fingerprints["data"], "tokens": run.tokens, "metrics": metrics_of(run)}
+    content = {
+        "run": run.config.run.name,
+        "data": run.fingerprints["data"],
+        "tokens": run.tokens,
+        "metrics": metrics_of(run),
+    }
     if not content["metrics"]:
         raise ConfigError(f"{run.dir}: has no metrics to make a reference of")
     Path(path).parent.mkdir(parents=True, exist_ok=True)

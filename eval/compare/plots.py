@@ -13,7 +13,7 @@ from eval.compare.collect import Method, Run
 from eval.compare.statistics import pareto, smooth
 from eval.compare.tables import Question
 from eval.plots import label_points, plain_ticks
-from training.plots import colour_of, new_figure, save_figure
+from training.plots import colour_of, legend_below, new_figure, save_figure
 
 MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
@@ -71,7 +71,9 @@ def curves(methods: list[Method], share: float, path: Path, time: bool = False, 
             for run in method.runs:
                 draw(panel, place, run, run.points("train/loss"), color=colour, alpha=0.18, linewidth=0.7)
             for run in method.runs if by_time else [method.first]:
-                trained, held_out = ((run.points if by_time else method.curve)(f"{key}/loss") for key in ("train", "val"))
+                trained, held_out = (
+                    (run.points if by_time else method.curve)(f"{key}/loss") for key in ("train", "val")
+                )
                 smoothed = zip((x for x, _ in trained), smooth([y for _, y in trained], share), strict=True)
                 name = method.name if run is method.first else None
                 draw(panel, place, run, smoothed, color=colour, linestyle=style["linestyle"], linewidth=1.4, label=name)
@@ -84,14 +86,14 @@ def curves(methods: list[Method], share: float, path: Path, time: bool = False, 
             panel.set_yscale("log")
             plain_ticks(panel.yaxis)
     panels[0].set_ylabel("perplexity" if perplexity else "loss (nats per token)")
-    add_legend(panels[0])
+    add_legend(figure, panels[0], methods)
     figure.suptitle("Lines: training, smoothed over raw; marks: validation", fontsize=10)
     save_figure(figure, path)
 
 
-def add_legend(axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+def add_legend(figure, axes, methods: list[Method]) -> None:
+    longest = max(len(method.name) for method in methods)
+    legend_below(figure, axes, ncols=max(1, min(4, len(methods), round(7 * figure.get_figwidth() / (longest + 8)))))
 
 
 def zoom(panel, methods: list[Method], shown: Callable[[float], float]) -> None:
@@ -107,7 +109,10 @@ def zoom(panel, methods: list[Method], shown: Callable[[float], float]) -> None:
 
 def loss_against_cache(methods: list[Method], question: Question, path: Path) -> list[str]:
     """Draw the metric against KV-cache bytes per token, with intervals; return the names on the Pareto front, in it."""
-    found = {method.name: (method, style, question.of(method)) for method, style in zip(methods, styles(methods), strict=True)}
+    found = {
+        method.name: (method, style, question.of(method))
+        for method, style in zip(methods, styles(methods), strict=True)
+    }
     found = {name: one for name, one in found.items() if one[2] is not None}
     points = {name: (one[0].first.counts["kv_bytes_per_token"], one[2].mean) for name, one in found.items()}
     front = pareto(points)
@@ -119,18 +124,26 @@ def loss_against_cache(methods: list[Method], question: Question, path: Path) ->
     axes.plot([x for x, _ in line], [y for _, y in line], "--", color="grey", linewidth=1, label="Pareto front")
     axes.set_xscale("log")
     axes.set(xlabel="KV-cache bytes per token (bf16, all layers)", ylabel=question.label)
-    ticks = sorted({x for x, _ in points.values()})
-    plain_ticks(axes.xaxis, [tick for i, tick in enumerate(ticks) if i == 0 or tick > 1.15 * ticks[i - 1]])
-    if ticks:
-        axes.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
+    plain_ticks(axes.xaxis, apart(sorted(x for x, _ in points.values())))
+    if points:
+        axes.margins(x=0.15)
     axes.set_title(f"{question.label} against cache\n{trained(methods, question)}", fontsize=10)
-    add_legend(axes)
+    add_legend(figure, axes, methods)
     if points:
         bars = [[(points[name][0], one[2].low), (points[name][0], one[2].high)] for name, one in found.items()]
         wrapped = {textwrap.fill(name, 30, break_long_words=False): point for name, point in points.items()}
         label_points(axes, wrapped, [line, *bars])
     save_figure(figure, path)
     return front
+
+
+def apart(ticks: list[float]) -> list[float]:
+    """Return those ticks of a logarithmic axis whose labels do not run into each other."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or tick > 1.2 * kept[-1]:
+            kept.append(tick)
+    return kept
 
 
 def trained(methods: list[Method], question: Question) -> str:
@@ -158,5 +171,5 @@ def gradient_norms(methods: list[Method], path: Path) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="tokens", ylabel="gradient norm before clipping")
-    add_legend(axes)
+    add_legend(figure, axes, methods)
     save_figure(figure, path)

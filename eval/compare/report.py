@@ -70,9 +70,9 @@ def markdown(comparison: Comparison, front: list[str]) -> str:
     blocks = [
         f"# {', '.join(method.name for method in methods)}",
         "\n".join([f"> **{words}**", *([">"] if reasons else []), *(f"> - {reason}" for reason in reasons)]),
-        f"{plural(len(methods), 'method')}, {plural(runs, 'run')}, {date.today().isoformat()}: `{comparison.command}`",
+        f"Methods: {len(methods)}, runs: {runs}, {date.today().isoformat()}: `{comparison.command}`",
         "## Results",
-        table(tables.final(methods, question)),
+        str(tables.final(methods, question)),
     ]
     if not fairness.same_tokens:
         blocks.append(
@@ -85,26 +85,22 @@ def markdown(comparison: Comparison, front: list[str]) -> str:
         )
     blocks += ["![loss against tokens and FLOPs](loss.png)", times(comparison)]
     if question.target is not None and question.comparable:
-        blocks += ["## What it takes to get there", table(tables.reach(methods, question))]
-    blocks += ["## Cost", table(tables.cost(methods)), "![loss against cache](pareto.png)"]
+        blocks += ["## What it takes to get there", str(tables.reach(methods, question))]
+    blocks += ["## Cost", str(tables.cost(methods)), "![loss against cache](pareto.png)"]
     if front:
         blocks.append(f"No method has both less cache and less {question.label} than: {', '.join(front)}.")
     evaluated = evaluations(methods, question.confidence)
     for heading, found in evaluated.items():
-        blocks += [f"## {heading}", table(found)]
+        blocks += [f"## {heading}", str(found)]
     if not evaluated:
         blocks += ["## Benchmarks", "None yet: `python -m eval.run run=RUN suite=paper_zeroshot` adds them."]
-    blocks += ["## Health", table(tables.health(methods)), "![gradient norms](gradient_norm.png)"]
+    blocks += ["## Health", str(tables.health(methods)), "![gradient norms](gradient_norm.png)"]
     if len(methods) > 1:
         rows = [[check.name, check.verdict, check.grouped()] for check in fairness.checks]
-        blocks += ["## Is it fair?", table(Table(["what", "", "values"], rows))]
-        blocks += ["### Configuration: what differs", table(tables.differences(fairness.differing, methods))]
+        blocks += ["## Is it fair?", str(Table(["what", "", "values"], rows))]
+        blocks += ["### Configuration: what differs", str(tables.differences(fairness.differing, methods))]
     blocks += ["## Perplexity", "![perplexity against tokens and FLOPs](perplexity.png)"]
     return "\n\n".join(blocks) + "\n"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def times(comparison: Comparison) -> str:
@@ -115,18 +111,6 @@ def times(comparison: Comparison) -> str:
     if not uneven:
         return "*Every run trained at a steady speed.*"
     return f"**Do not trust the times: no steady speed in {', '.join(uneven)}. Something else may have been running.**"
-
-
-def table(found: Table) -> str:
-    """Return a pipe table, with numbers to the right, and its notes."""
-    rules = []
-    for i, name in enumerate(found.columns):
-        numeric = any(re.match(r"[-+]?[\d.]|-$", row[i]) for row in found.rows)
-        rules.append("---:" if i and numeric and name != "values" else "---")
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in (found.columns, *found.rows)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, f"|{'|'.join(rules)}|")
-    return "\n\n".join(["\n".join(lines), *(f"*{note}*" for note in found.notes)])
 
 
 def page(text: str, folder: Path) -> str:

@@ -5,11 +5,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from eval.compare.collect import Method, Run
 from eval.compare.statistics import Estimate, difference, estimate, reaches
 
 DASH = "-"
-LABELS = {"val/loss": "validation loss", "val/bits_per_byte": "bits per byte"}
+WIDEST = 40  # characters to which the cells of a column are padded
 
 
 @dataclass
@@ -17,6 +19,20 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return a Markdown table that is aligned as plain text too, and the notes."""
+        columns = []
+        for number, cells in enumerate(zip(self.columns, *self.rows, strict=True)):
+            cells = [cell.replace("|", "\\|") for cell in cells]
+            is_text = (
+                number == 0 or cells[0] == "values" or not any(re.match(r"[-+]?\d|-$", cell) for cell in cells[1:])
+            )
+            width = min(WIDEST, max(3, *map(len, cells)))
+            padded = [cell.ljust(width) if is_text else cell.rjust(width) for cell in cells]
+            columns.append([padded[0], "-" * (width - 1) + ("-" if is_text else ":"), *padded[1:]])
+        lines = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
+        return "\n\n".join(["\n".join(lines), *(f"*{note}*" for note in self.notes)])
 
 
 @dataclass
@@ -33,14 +49,14 @@ class Question:
 
     @property
     def label(self) -> str:
-        return LABELS.get(self.metric, self.metric)
+        return {"val/loss": "validation loss", "val/bits_per_byte": "bits per byte"}.get(self.metric, self.metric)
 
     def values(self, method: Method, key: str | None = None) -> dict[int, float]:
         """Return a metric by seed; the one that is compared unless a key is given."""
         return method.by_seed(lambda run: run.at(key or self.metric, self.tokens))
 
     def of(self, method: Method, key: str | None = None) -> Estimate | None:
-        return estimate(list(self.values(method, key).values()), self.confidence)
+        return estimate(self.values(method, key).values(), self.confidence)
 
 
 def number(value: float | None, spec: str = ".4f") -> str:
@@ -59,71 +75,70 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return DASH
-    for length, unit, up_to in ((1, "s", 120), (60, "min", 7200)):
-        if seconds < up_to:
-            return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
-    return f"{seconds / 3600:.1f} h"
+    if seconds is None or seconds < 120:
+        return DASH if seconds is None else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def with_interval(found: Estimate | None, digits: int = 4, sign: str = "") -> str:
-    if found is None:
+    if found is None or not math.isfinite(found.mean):
         return DASH
-    mean = f"{found.mean:{sign},.{digits}f}" if math.isfinite(found.mean) else DASH
+    mean = f"{found.mean:{sign},.{digits}f}"
     return mean if found.half is None else f"{mean} ± {found.half:.{digits}f}"
 
 
 def final(methods: list[Method], question: Question) -> Table:
     """Return losses, perplexities and bits per byte with their intervals, and differences from the baseline."""
     base, level = question.baseline, f"{question.confidence:.0%}"
-    columns = ["method", "n", "train loss", "validation loss", "perplexity", "bits per byte"]
     rows, gaps = [], {}
     for method in methods:
-        gap = None
         if question.comparable and method is not base:
-            gap = difference(question.values(method), question.values(base), question.confidence)
-        if gap is not None:
-            gaps[method.name] = gap
+            gaps[method.name] = difference(question.values(method), question.values(base), question.confidence)
+        gap = gaps.get(method.name)
         lately = method.by_seed(lambda run: run.lately("train/loss", question.tokens))
         rows.append([
             method.name,
             str(len(method.runs)),
-            with_interval(estimate(list(lately.values()), question.confidence)),
+            with_interval(estimate(lately.values(), question.confidence)),
             with_interval(question.of(method, "val/loss")),
             with_interval(question.of(method, "val/perplexity"), digits=2),
             with_interval(question.of(method, "val/bits_per_byte")),
-            with_interval(gap, sign="+") + (" (unpaired)" if gap is not None and not gap.paired else ""),
+            with_interval(gap, sign="+") + (" (unpaired)" if gap and not gap.paired else ""),
         ])  # fmt: skip
     where = "each run's last evaluation" if question.tokens is None else f"{question.tokens:,} tokens"
     notes = [
         f"At {where}. n: runs (seeds). ±: half of the {level} t interval over seeds; none if n = 1. "
         "Train loss: the mean over the last tenth of the tokens.",
-        "Δ: below zero is better; seed by seed if the seeds are the same. No correction for the number of methods.",
+        "Δ: below zero is better; seed by seed if the seeds are the same. No correction for the number of methods."
+        if question.comparable
+        else "Δ: not given, since the runs' losses are not of the same text.",
     ]
-    if not question.comparable:
-        notes[1] = "Δ: not given, since the runs' losses are not of the same text."
-    if any(gap.half is not None for gap in gaps.values()):
-        clear = [f"{name} ({'better' if gap.mean < 0 else 'worse'})" for name, gap in gaps.items() if gap.is_clear]
+    found = {name: gap for name, gap in gaps.items() if gap}
+    if any(gap.half is not None for gap in found.values()):
+        clear = [f"{name} ({'better' if gap.mean < 0 else 'worse'})" for name, gap in found.items() if gap.is_clear]
         notes.append(f"The {level} interval of Δ excludes zero for: {', '.join(clear) or 'none'}.")
-    if unpaired := [name for name, gap in gaps.items() if not gap.paired]:
+    if unpaired := [name for name, gap in found.items() if not gap.paired]:
         notes.append(f"Unpaired (other seeds than {base.name}; Welch's interval): {', '.join(unpaired)}.")
+    columns = ["method", "n", "train loss", "validation loss", "perplexity", "bits per byte"]
     return Table([*columns, f"Δ {question.label} to {base.name}"], rows, notes)
 
 
 def reach(methods: list[Method], question: Question) -> Table:
     """Return the tokens, FLOPs and (if times are compared) seconds that it takes to reach the target."""
-    columns = ["method"]
-    rows = [[method.name] for method in methods]
-    measures: list[tuple[str, Callable, Callable]] = [
+    measures: list[tuple[str, Callable[[Run, float], float], Callable]] = [
         (f"tokens to {question.label} {number(question.target, '.3f')}", lambda run, tokens: tokens, count),
         ("FLOPs", lambda run, tokens: tokens * run.counts["training_flops_per_token"], count),
     ]
     if question.time:
         measures.append(("training time", seconds_at, duration))
+    columns, rows = ["method"], [[method.name] for method in methods]
     for name, of, show in measures:
         columns += [name, "/ baseline's"]
-        found = {method.name: mean_until(method, question, of) for method in methods}
+        found = {}
+        for method in methods:
+            reached = {run.dir: reaches(run.points(question.metric), question.target) for run in method.runs}
+            everyone = None not in reached.values()
+            found[method.name] = method.mean(lambda run, at=reached, of=of: of(run, at[run.dir])) if everyone else None
         base = found[question.baseline.name]
         for row, ours in zip(rows, found.values(), strict=True):
             row += [show(ours), number(ours / base if ours and base else None, ".3f")]
@@ -131,20 +146,10 @@ def reach(methods: list[Method], question: Question) -> Table:
     return Table(columns, rows, [note])
 
 
-def mean_until(method: Method, question: Question, of: Callable[[Run, float], float | None]) -> float | None:
-    """Return the mean of `of(run, tokens to the target)`; None if a run has not got there."""
-    reached = {id(run): reaches(run.points(question.metric), question.target) for run in method.runs}
-    return None if None in reached.values() else method.mean(lambda run: of(run, reached[id(run)]))
-
-
 def seconds_at(run: Run, tokens: float) -> float | None:
     """Return the seconds of training until a number of tokens, on straight lines between the logged ones."""
-    before = (0, 0.0)
-    for point in sorted(run.seconds.items()):
-        if point[0] >= tokens:
-            return before[1] + (point[1] - before[1]) * (tokens - before[0]) / (point[0] - before[0])
-        before = point
-    return None
+    seconds = np.interp(tokens, [0, *run.seconds], [0.0, *run.seconds.values()], right=math.nan)
+    return float(seconds) if math.isfinite(seconds) else None
 
 
 def cost(methods: list[Method]) -> Table:
@@ -154,10 +159,10 @@ def cost(methods: list[Method]) -> Table:
     rows, decoding = [], []
     for method in methods:
         counts, point = method.first.counts, decoding_point(method)
-        typical = {
-            key: method.mean(lambda run, key=key: run.typical(f"perf/{key}"))
+        speed, mfu, memory = (
+            method.mean(lambda run, key=key: run.typical(f"perf/{key}"))
             for key in ("tokens_per_second", "mfu", "memory_gb")
-        }
+        )
         rows.append([
             method.name,
             str(counts["n_heads"]),
@@ -166,14 +171,13 @@ def cost(methods: list[Method]) -> Table:
             f"{counts['training_flops_per_token']:.3e}",
             number(counts["kv_bytes_per_token"], "d"),
             number(counts["attention_kv_bytes_over_mha"], ".3f"),
-            number(typical["tokens_per_second"], ".0f"),
-            number(typical["mfu"], ".1%"),
-            number(typical["memory_gb"], ".2f"),
+            number(speed, ".0f"),
+            number(mfu, ".1%"),
+            number(memory, ".2f"),
             number(point.get("tokens_per_second"), ".0f"),
         ])  # fmt: skip
         if point:
-            scope, batch, length, device = (point.get(key, "?") for key in ("scope", "batch", "length", "device"))
-            decoding.append(f"{scope}, batch {batch} at {length} tokens on {device}")
+            decoding.append("{scope}, batch {batch} at {length} tokens on {device}".format(**point))
     notes = [
         "KV bytes: bf16, all layers. Training speed: the median over each run, as logged; it compares methods only if "
         "the machine and its load were the same."
@@ -185,30 +189,27 @@ def cost(methods: list[Method]) -> Table:
 
 def decoding_point(method: Method) -> dict:
     """Return the fastest point at the longest length of the runs' decoding benchmarks; an empty one without any."""
-    points = [point for run in method.runs for point in run.decoding]
-    points = [point for point in points if point.get("model", method.mechanism) == method.mechanism]
-    whole = [point for point in points if point.get("scope", "model") == "model"]
-    order = lambda p: (p.get("length") or 0, p.get("batch") or 0, p["tokens_per_second"])  # noqa: E731
-    return max(whole or points, key=order, default={})  # of one layer's attention if no whole step was timed
+    points = [point for run in method.runs for point in run.decoding if point["model"] == method.mechanism]
+    whole = [point for point in points if point["scope"] == "model"]  # else one layer's attention
+    return max(whole or points, key=lambda p: (p["length"], p["batch"], p["tokens_per_second"]), default={})
 
 
 def health(methods: list[Method]) -> Table:
     columns = ["run", "method", "seed", "state", "skipped steps", "restarts", "rollbacks", "failed saves"]
     columns += ["median gradient norm", "largest"]
-    rows = [health_of(run) for method in methods for run in method.runs]
+    rows = [[run.dir.name, method.name, *health_of(run)] for method in methods for run in method.runs]
     return Table(columns, rows, ["Gradient norms before clipping, of the steps that were logged."])
 
 
 def health_of(run: Run) -> list[str]:
     starts, norms = run.count("start"), [value for _, value in run.points("optim/grad_norm")]
     return [
-        run.dir.name,
-        run.method,
         str(run.seed),
         "finished" if run.finished else f"step {run.step:,} of {run.config.trainer.horizon:,}",
         number(run.at("optim/skipped_steps"), ".0f"),
         number(starts and starts - 1, "d"),
-        *(number(run.count(event), "d") for event in ("rollback", "save_failed")),
+        number(run.count("rollback"), "d"),
+        number(run.count("save_failed"), "d"),
         number(run.typical("optim/grad_norm"), ".3f"),
         number(max(norms, default=None), ".3f"),
     ]
