@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.app import CONFIGS
+from configs.app import CONFIGS, configured
 from configs.errors import ConfigError
 from model.cores.sequence_tensor import SequenceTensor
 from training.config import Config

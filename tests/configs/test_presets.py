@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from configs.app import choices, configured
 from model import counting
 from model.transformer import Transformer
 from tests.model.test_counting import PAPER_HEADS

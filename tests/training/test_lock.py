@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import train
+from configs.app import configured
 from configs.errors import ConfigError
 from tests.conftest import ROOT
 from training.config import Config
