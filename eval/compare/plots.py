@@ -67,17 +67,15 @@ def curves(methods: list[Method], share: float, path: Path, time: bool = False, 
     for panel, (label, place) in zip(panels, axes, strict=True):
         by_time = label.startswith("training time")
         for method, style in zip(methods, styles(methods), strict=True):
-            colour = style["color"]
+            panel.plot([], [], **style, linewidth=1.4, markersize=5, label=method.name)
             for run in method.runs:
-                draw(panel, place, run, run.points("train/loss"), color=colour, alpha=0.18, linewidth=0.7)
+                draw(panel, place, run, run.points("train/loss"), color=style["color"], alpha=0.18, linewidth=0.7)
             for run in method.runs if by_time else [method.first]:
-                trained, held_out = (
-                    (run.points if by_time else method.curve)(f"{key}/loss") for key in ("train", "val")
-                )
+                points = run.points if by_time else method.curve
+                trained = points("train/loss")
                 smoothed = zip((x for x, _ in trained), smooth([y for _, y in trained], share), strict=True)
-                name = method.name if run is method.first else None
-                draw(panel, place, run, smoothed, color=colour, linestyle=style["linestyle"], linewidth=1.4, label=name)
-                draw(panel, place, run, held_out, color=colour, linestyle="", marker=style["marker"], markersize=5)
+                draw(panel, place, run, smoothed, **style | {"marker": ""}, linewidth=1.4)
+                draw(panel, place, run, points("val/loss"), **style | {"linestyle": ""}, markersize=5)
         panel.set_xlabel(label)
         zoom(panel, methods, shown)
         if not by_time:
@@ -121,7 +119,8 @@ def loss_against_cache(methods: list[Method], question: Question, path: Path) ->
         look = {"color": style["color"], "marker": style["marker"], "markersize": 8, "capsize": 4, "zorder": 3}
         axes.errorbar(*points[name], yerr=estimate.half, **look)
     line = [points[name] for name in front]
-    axes.plot([x for x, _ in line], [y for _, y in line], "--", color="grey", linewidth=1, label="Pareto front")
+    if len(line) > 1:
+        axes.plot(*zip(*line, strict=True), "--", color="grey", linewidth=1, label="Pareto front")
     axes.set_xscale("log")
     axes.set(xlabel="KV-cache bytes per token (bf16, all layers)", ylabel=question.label)
     plain_ticks(axes.xaxis, apart(sorted(x for x, _ in points.values())))

@@ -14,7 +14,7 @@ from model.attention.base import Attention, AttentionCore, Dense
 from model.attention.latent import Absorbed
 from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
 from model.cache import KVCache
-from model.cores.folded_cache import Block
+from model.cores.folded_cache import UnfinishedBlock
 from model.cores.full import Full
 from model.cores.sequence_tensor import SequenceTensor
 from model.mask import AttentionMask
@@ -56,7 +56,7 @@ class Contestant:
 
     @property
     def is_folded(self) -> bool:
-        """Whether its core keeps a cache of its own; then only whole steps can be timed."""
+        """Whether its cache attends by itself; then only whole steps can be timed."""
         return isinstance(self.network.core, SequenceTensor)
 
     @property
@@ -84,29 +84,27 @@ def contestants(
     folds: list[list[int]] = (),
 ) -> Iterator[Contestant]:  # fmt: skip
     """Yield every model at `size`, or at each of `d_models` in the paper's setting; and over each of `folds`."""
-    own = [f"size.{key}={value}" for key, value in size.model_dump().items() if key != "name" and value is not None]
-    sizes = {size.name: lambda model: [f"size={size.name}", *own]}
-    if d_models:
-        sizes = {f"paper_{d_model}": paper_setting(d_model) for d_model in d_models}
-    for name, chosen in sizes.items():
+    own = [f"size.{key}={value}" for key, value in size.model_dump(exclude={"name"}).items() if value is not None]
+    for d_model in d_models or [None]:
+        name = size.name if d_model is None else f"paper_{d_model}"
         for model in models:
-            run = configured(Config, [f"model={model}", "tokenizer=gpt2", *chosen(model), *overrides], world_size=1)
-            network = run.network()
-            has_factors = isinstance(network.attention, TensorProductConfig)
-            yield Contestant(model, name, replace(network, core=Full(kernel="factors" if has_factors else "sdpa")))
-            if has_factors and materialized:
-                explicit = MaterializedConfig(**dict(network.attention))
-                yield Contestant(model, name, replace(network, core=Full(kernel="sdpa"), attention=explicit))
+            chosen = [f"size={size.name}", *own] if d_model is None else paper_setting(model, d_model)
+            run = configured(Config, [f"model={model}", "tokenizer=gpt2", *chosen, *overrides], world_size=1)
+            network, sdpa = run.network(), Full(kernel="sdpa")
+            if isinstance(network.attention, TensorProductConfig):
+                yield Contestant(model, name, replace(network, core=Full(kernel="factors")))
+                if materialized:
+                    explicit = MaterializedConfig(**dict(network.attention))
+                    yield Contestant(model, name, replace(network, core=sdpa, attention=explicit))
+            else:
+                yield Contestant(model, name, replace(network, core=sdpa))
             for fold in folds:
-                yield Contestant(model, name, replace(network, core=SequenceTensor(fold=fold)))
+                yield Contestant(model, name, replace(network, core=SequenceTensor(fold=fold, kernel="sdpa")))
 
 
-def paper_setting(d_model: int) -> Callable[[str], list[str]]:
-    def chosen(model: str) -> list[str]:
-        own = PAPER_SETTING.get("t6" if model.startswith("t6") else model, [])
-        return ["size=medium", f"size.d_model={d_model}", f"model.n_heads={d_model // 64}", *own]
-
-    return chosen
+def paper_setting(model: str, d_model: int) -> list[str]:
+    own = PAPER_SETTING.get("t6" if model.startswith("t6") else model, [])
+    return ["size=medium", f"size.d_model={d_model}", f"model.n_heads={d_model // 64}", *own]
 
 
 # --- the attention step alone
@@ -128,8 +126,10 @@ def attention_inputs(
 ) -> tuple[list[tuple], int]:
     """Return, for each of `layers` layers, the arguments of its core for the last of `length` tokens; and the bytes of
     a layer's cache. Every layer has a cache of its own, as in a model."""
-    attention = network.attention.build(network.d_model, 0, Recorder()).to(device, dtype).requires_grad_(False)
-    cache = KVCache(network.attention.cache_shapes(), layers, batch, length, dtype, device)
+    config, recorder = network.attention, Recorder()
+    attention = config.build(network.d_model, 0, recorder).to(device, dtype).requires_grad_(False)
+    own = [recorder.cache(config, batch, length, dtype, device) for _ in range(layers)]
+    cache = KVCache(own, batch, length, device)
     for part in cache.parts():
         part.values.normal_()
     cache.set_lengths(length - 1)
@@ -205,6 +205,6 @@ def model_step(
         for _ in range(steps):
             model.decode(tokens, cache)
 
-    kept = sum(t.nbytes for part in cache.parts() if not isinstance(part, Block) for t in part.tensors())
+    kept = sum(t.nbytes for part in cache.parts() if not isinstance(part, UnfinishedBlock) for t in part.tensors())
     share = network.core.keys_read(length) / length if is_folded else 1.0
     return ModelStep(run, reset, steps, kept, weights + kept * share)
