@@ -103,7 +103,7 @@ def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
     fairness = check(methods, config.tolerance)
     question = choose(config, methods, fairness)
     out = Path(config.out) if config.out else default_out([run.dir for run in runs])
-    path = report.write(report.Comparison(methods, fairness, question, command, config.smoothing), out)
+    path = report.write(methods, fairness, question, command, config.smoothing, out)
     words, reasons = verdict(fairness, methods)
     print("\n  ".join([words, *reasons]))
     print(tables.final(methods, question))

@@ -2,38 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.compare.collect import Method, Run
 
 MATCHED, DIFFERS, UNKNOWN = "matched", "not matched", "unknown"
-SHOWN = 6  # different values that a reason spells out
+SHOWN = 6  # different values that are spelled out
 
 
-@dataclass
-class Check:
-    """One property: the verdict on it, what the methods have, and why a difference matters."""
+class Check(NamedTuple):
+    """One property, the verdict on it, and which methods have which value, with the reason why a difference matters."""
 
     name: str
     verdict: str
-    values: dict[str, str]  # by method
-    why: str = ""
-
-    def grouped(self, at_most: int | None = None) -> str:
-        """Return which methods have which value, or the value alone if all have the same."""
-        groups: dict[str, list[str]] = {}
-        for method, value in self.values.items():
-            groups.setdefault(value, []).append(method)
-        if len(groups) == 1:
-            return next(iter(groups))
-        shown = [f"{', '.join(methods)}: {value}" for value, methods in groups.items()]
-        if at_most and len(shown) > at_most:
-            shown = [*shown[:at_most], f"and {len(shown) - at_most} other values"]
-        return "; ".join(shown)
-
-    @property
-    def reason(self) -> str:
-        return f"{self.name}: {self.grouped(SHOWN)}" + (f". {self.why}" if self.why else "")
+    values: str
 
 
 @dataclass
@@ -43,49 +25,52 @@ class Fairness:
     same_tokens: bool  # the same tokens: losses can be compared
     same_text: bool  # the same text, whatever the tokenizer: bits per byte can be compared
 
-    def with_verdict(self, verdict: str) -> list[Check]:
-        return [check for check in self.checks if check.verdict == verdict]
+
+def grouped(values: dict[str, str], why: str = "") -> str:
+    """Return which methods have which value, or the value alone if all have the same; and `why` that matters."""
+    groups: dict[str, list[str]] = {}
+    for method, value in values.items():
+        groups.setdefault(value, []).append(method)
+    if len(groups) == 1:
+        return next(iter(groups))
+    shown = [f"{', '.join(methods)}: {value}" for value, methods in groups.items()]
+    if len(shown) > SHOWN:
+        shown = [*shown[:SHOWN], f"and {len(shown) - SHOWN} other values"]
+    return "; ".join(shown) + (f". {why}" if why else "")
 
 
 def same(
-    name: str,
-    methods: list[Method],
-    of: Callable[[Run], Any],
-    show: Callable[[Any], str] = str,
-    why: str = "",
+    name: str, methods: list[Method], of: Callable[[Run], Any], show: Callable[[Any], str] = str, why: str = "",
     tolerance: float | None = None,
-) -> Check:
+) -> Check:  # fmt: skip
     """Return whether all runs have the same `of(run)`, or the largest within `tolerance` of the smallest.
 
     None is a value that is not known.
     """
-    values: dict[str, list] = {}
-    for method in methods:
-        found = [of(run) for run in method.runs]
-        values[method.name] = [value for i, value in enumerate(found) if value not in found[:i]]
-    everything = [value for found in values.values() for value in found]
+    found = {method.name: list(dict.fromkeys(of(run) for run in method.runs)) for method in methods}
+    everything = [value for values in found.values() for value in values]
     known = [value for value in everything if value is not None]
-    matched = all(value == known[0] for value in known)
+    matched = len(set(known)) <= 1
     if tolerance is not None and not matched:
         matched = max(known) <= (1 + tolerance) * min(known)
-        why = f"The largest is {max(known) / min(known):.3f} times the smallest."
-    verdict = DIFFERS
-    if matched:
-        verdict = MATCHED if len(known) == len(everything) else UNKNOWN
+        why = "" if matched else f"The largest is {max(known) / min(known):.3f} times the smallest."
     shown = {
-        method: " and ".join("?" if value is None else show(value) for value in found)
-        for method, found in values.items()
+        method: " and ".join("?" if value is None else show(value) for value in values)
+        for method, values in found.items()
     }
-    return Check(name, verdict, shown, why if verdict == DIFFERS else "")
+    if not matched:
+        return Check(name, DIFFERS, grouped(shown, why))
+    return Check(name, MATCHED if len(known) == len(everything) else UNKNOWN, grouped(shown))
 
 
 def check_seeds(methods: list[Method]) -> Check:
     shown = {method.name: ", ".join(map(str, method.seeds)) for method in methods}
     if any(method.seeds != methods[0].seeds for method in methods):
-        return Check("seeds", DIFFERS, shown, "A seed decides the order of the data and the initial weights.")
+        why = "A seed decides the order of the data and the initial weights."
+        return Check("seeds", DIFFERS, grouped(shown, why))
     if len(set(methods[0].seeds)) < len(methods[0].seeds):
-        return Check("seeds", DIFFERS, shown, "A seed ran twice.")
-    return Check("seeds", MATCHED, shown)
+        return Check("seeds", DIFFERS, f"{grouped(shown)}. A seed ran twice.")
+    return Check("seeds", MATCHED, grouped(shown))
 
 
 def check(methods: list[Method], tolerance: float) -> Fairness:
@@ -97,13 +82,10 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
     data = fingerprint("data", "The runs saw different tokens, so their losses are not of the same thing.")
     tokenizer = fingerprint("tokenizer", "A loss per token depends on the tokenizer; bits per byte do not.")
     held_out = same("validation", methods, validation, why="Validation losses are over different tokens.")
-    text = fingerprint("text")
+    flops = "training_flops_per_token"
     checks = [
         same("parameters", methods, lambda run: run.counts["params"], "{:,}".format, tolerance=tolerance),
-        same(
-            "training FLOPs per token", methods, lambda run: run.counts["training_flops_per_token"], "{:.3e}".format,
-            tolerance=tolerance,
-        ),
+        same("training FLOPs per token", methods, lambda run: run.counts[flops], "{:.3e}".format, tolerance=tolerance),
         same(
             "tokens trained", methods, lambda run: run.tokens, "{:,}".format,
             "Results are compared at the most tokens that all runs have reached.",
@@ -123,7 +105,7 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
     rows = {key: [identity.get(key) for identity in identities] for key in keys}
     differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
     same_tokens = DIFFERS not in (data.verdict, tokenizer.verdict, held_out.verdict)
-    only_tokenizer = tokenizer.verdict == data.verdict == DIFFERS and text.verdict == MATCHED
+    only_tokenizer = tokenizer.verdict == data.verdict == DIFFERS and fingerprint("text").verdict == MATCHED
     return Fairness(checks, differing, same_tokens, same_text=same_tokens or only_tokenizer)
 
 
@@ -143,20 +125,17 @@ def verdict(fairness: Fairness, methods: list[Method]) -> tuple[str, list[str]]:
     """Return the report's first words and the reasons for them."""
     if len(methods) == 1:
         return "One method, so nothing is compared.", []
-    problems = fairness.with_verdict(DIFFERS)
-    doubts = [
-        f"{check.name}: not known of every run (no checkpoint, and the data is not in place)"
-        for check in fairness.with_verdict(UNKNOWN)
-    ]
-    alone = [method.name for method in methods if len(set(method.seeds)) < 2]
-    if alone:
+    problems = [check for check in fairness.checks if check.verdict == DIFFERS]
+    unknown = [check.name for check in fairness.checks if check.verdict == UNKNOWN]
+    doubts = [f"{name}: not known of every run (no checkpoint, and the data is not in place)" for name in unknown]
+    if alone := [method.name for method in methods if len(set(method.seeds)) < 2]:
         doubts.append(f"one seed only ({', '.join(alone)}): a difference may be chance, and there is no interval")
-    training = [run.config.run.name for method in methods for run in method.runs if not run.finished]
-    if training:
+    if training := [run.config.run.name for method in methods for run in method.runs if not run.finished]:
         doubts.append(f"not finished: {', '.join(training)}")
     if problems:
         names = ", ".join(check.name for check in problems)
-        return f"Not a fair comparison: not matched in {names}.", [check.reason for check in problems] + doubts
+        reasons = [f"{check.name}: {check.values}" for check in problems]
+        return f"Not a fair comparison: not matched in {names}.", reasons + doubts
     if doubts:
         return "Matched in what could be checked, with reservations.", doubts
     return f"Matched in {', '.join(check.name for check in fairness.checks)}.", []

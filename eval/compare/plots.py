@@ -18,23 +18,12 @@ from training.plots import colour_of, legend_below, new_figure, save_figure
 MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
 LIGHTEST = 0.65  # how much white the last shade of a mechanism's colour has
-TIME_UNITS = (("s", 1, 300), ("minutes", 60, 7200), ("hours", 3600, math.inf))  # and up to how many seconds
-
-Axis = tuple[str, Callable[[Run, int], float | None]]
-
-
-def axes_for(methods: list[Method], time: bool) -> list[Axis]:
-    """Return tokens, operations and, if asked for, time in the unit that suits the longest run."""
-    axes = [
-        ("tokens", lambda run, tokens: tokens),
-        ("training FLOPs", lambda run, tokens: tokens * run.counts["training_flops_per_token"]),
-    ]
-    if time:
-        longest = max((s for method in methods for run in method.runs for s in run.seconds.values()), default=0)
-        unit, length = next((unit, length) for unit, length, up_to in TIME_UNITS if longest < up_to)
-        seconds = lambda run, tokens: run.seconds[tokens] / length if tokens in run.seconds else None  # noqa: E731
-        axes.append((f"training time ({unit})", seconds))
-    return axes
+# What a curve is drawn against: a run's number of tokens, and what follows from it (None: not known).
+AXES: dict[str, Callable[[Run, int], float | None]] = {
+    "tokens": lambda run, tokens: tokens,
+    "training FLOPs": lambda run, tokens: tokens * run.counts["training_flops_per_token"],
+    "training time (minutes)": lambda run, tokens: run.seconds[tokens] / 60 if tokens in run.seconds else None,
+}
 
 
 def styles(methods: list[Method]) -> list[dict]:
@@ -57,29 +46,30 @@ def curves(methods: list[Method], share: float, path: Path, time: bool = False, 
     A line is the mean over a method's runs; against time, at which runs have different points, each has its own.
     """
     shown = (lambda loss: math.exp(min(loss, 50))) if perplexity else (lambda loss: loss)
-    axes = axes_for(methods, time)
+    axes = list(AXES) if time else ["tokens", "training FLOPs"]
     figure, panels = new_figure(columns=len(axes), width=5.6, height=4.6)
 
-    def draw(panel, place, run: Run, points: list[tuple[int, float]], **style) -> None:
-        placed = [(x, shown(y)) for x, y in ((place(run, tokens), value) for tokens, value in points) if x is not None]
+    def draw(panel, axis: str, run: Run, points: list[tuple[int, float]], **style) -> None:
+        placed = [
+            (x, shown(y)) for x, y in ((AXES[axis](run, tokens), value) for tokens, value in points) if x is not None
+        ]
         panel.plot([x for x, _ in placed], [y for _, y in placed], **style)
 
-    for panel, (label, place) in zip(panels, axes, strict=True):
-        by_time = label.startswith("training time")
+    for panel, axis in zip(panels, axes, strict=True):
+        by_time = axis.startswith("training time")
         for method, style in zip(methods, styles(methods), strict=True):
             panel.plot([], [], **style, linewidth=1.4, markersize=5, label=method.name)
             for run in method.runs:
-                draw(panel, place, run, run.points("train/loss"), color=style["color"], alpha=0.18, linewidth=0.7)
+                draw(panel, axis, run, run.points("train/loss"), color=style["color"], alpha=0.18, linewidth=0.7)
             for run in method.runs if by_time else [method.first]:
                 points = run.points if by_time else method.curve
                 trained = points("train/loss")
                 smoothed = zip((x for x, _ in trained), smooth([y for _, y in trained], share), strict=True)
-                draw(panel, place, run, smoothed, **style | {"marker": ""}, linewidth=1.4)
-                draw(panel, place, run, points("val/loss"), **style | {"linestyle": ""}, markersize=5)
-        panel.set_xlabel(label)
+                draw(panel, axis, run, smoothed, **style | {"marker": ""}, linewidth=1.4)
+                draw(panel, axis, run, points("val/loss"), **style | {"linestyle": ""}, markersize=5)
+        panel.set_xlabel(axis)
         zoom(panel, methods, shown)
-        if not by_time:
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         if perplexity:
             panel.set_yscale("log")
             plain_ticks(panel.yaxis)

@@ -3,7 +3,6 @@
 import base64
 import html
 import re
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -33,44 +32,31 @@ p.note { color: #555; font-size: .87em; }
 """
 
 
-@dataclass
-class Comparison:
-    """What a report is made of."""
-
-    methods: list[Method]
-    fairness: Fairness
-    question: Question
-    command: str
-    smoothing: float
-
-
-def write(comparison: Comparison, out: Path) -> Path:
+def write(methods: list[Method], fairness: Fairness, question: Question, command: str, share: float, out: Path) -> Path:
     """Write report.md, report.html and the plots into the folder `out`, and return the path of report.md.
 
-    ConfigError if it cannot be written.
+    `share`: of a run, that the curves are smoothed over. ConfigError if the folder cannot be written.
     """
-    methods, question, share = comparison.methods, comparison.question, comparison.smoothing
     with writing("out", out, "; choose another with out="):
         out.mkdir(parents=True, exist_ok=True)
         plots.curves(methods, share, out / "loss.png", time=question.time)
         plots.curves(methods, share, out / "perplexity.png", time=question.time, perplexity=True)
         plots.gradient_norms(methods, out / "gradient_norm.png")
         front = plots.loss_against_cache(methods, question, out / "pareto.png")
-        text = markdown(comparison, front)
+        text = markdown(methods, fairness, question, command, front)
         write_atomic(out / "report.md", text)
         write_atomic(out / "report.html", page(text, out))
     return out / "report.md"
 
 
-def markdown(comparison: Comparison, front: list[str]) -> str:
+def markdown(methods: list[Method], fairness: Fairness, question: Question, command: str, front: list[str]) -> str:
     """Return the whole report, which shows the plots from its own folder; `front`: the methods on the Pareto front."""
-    methods, fairness, question = comparison.methods, comparison.fairness, comparison.question
     words, reasons = verdict(fairness, methods)
     runs = sum(len(method.runs) for method in methods)
     blocks = [
         f"# {', '.join(method.name for method in methods)}",
         "\n".join([f"> **{words}**", *([">"] if reasons else []), *(f"> - {reason}" for reason in reasons)]),
-        f"Methods: {len(methods)}, runs: {runs}, {date.today().isoformat()}: `{comparison.command}`",
+        f"Methods: {len(methods)}, runs: {runs}, {date.today().isoformat()}: `{command}`",
         "## Results",
         str(tables.final(methods, question)),
     ]
@@ -83,7 +69,7 @@ def markdown(comparison: Comparison, front: list[str]) -> str:
                 else "So is their text, as far as is known: no number here can be compared between rows."
             )
         )
-    blocks += ["![loss against tokens and FLOPs](loss.png)", times(comparison)]
+    blocks += ["![loss against tokens and FLOPs](loss.png)", times(methods, question)]
     if question.target is not None and question.comparable:
         blocks += ["## What it takes to get there", str(tables.reach(methods, question))]
     blocks += ["## Cost", str(tables.cost(methods)), "![loss against cache](pareto.png)"]
@@ -96,18 +82,18 @@ def markdown(comparison: Comparison, front: list[str]) -> str:
         blocks += ["## Benchmarks", "None yet: `python -m eval.run run=RUN suite=paper_zeroshot` adds them."]
     blocks += ["## Health", str(tables.health(methods)), "![gradient norms](gradient_norm.png)"]
     if len(methods) > 1:
-        rows = [[check.name, check.verdict, check.grouped()] for check in fairness.checks]
+        rows = [list(check) for check in fairness.checks]
         blocks += ["## Is it fair?", str(Table(["what", "", "values"], rows))]
         blocks += ["### Configuration: what differs", str(tables.differences(fairness.differing, methods))]
     blocks += ["## Perplexity", "![perplexity against tokens and FLOPs](perplexity.png)"]
     return "\n\n".join(blocks) + "\n"
 
 
-def times(comparison: Comparison) -> str:
+def times(methods: list[Method], question: Question) -> str:
     """Return what the reader must know about training times."""
-    if not comparison.question.time:
+    if not question.time:
         return "*Training times are left out: they compare methods only if nothing else ran. `time=true` adds them.*"
-    uneven = [run.dir.name for method in comparison.methods for run in method.runs if not run.is_steady]
+    uneven = [run.dir.name for method in methods for run in method.runs if not run.is_steady]
     if not uneven:
         return "*Every run trained at a steady speed.*"
     return f"**Do not trust the times: no steady speed in {', '.join(uneven)}. Something else may have been running.**"

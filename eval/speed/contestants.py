@@ -63,13 +63,12 @@ class Contestant:
     def facts(self) -> dict:
         """What the JSON line of a point says about the contestant."""
         attention, core = self.network.attention, self.network.core
-        has_factors = isinstance(attention, TensorProductConfig) and not isinstance(attention, MaterializedConfig)
         return {
             "model": self.model,
             "size": self.size,
             "core": core.name,
             "fold": getattr(core, "fold", None),
-            "cached": "factors" if has_factors else ", ".join(attention.cache_shapes()),
+            "cached": "factors" if core.kernel == "factors" else ", ".join(core.cache_shapes(attention)),
             "n_heads": attention.n_heads,
             "d_model": self.network.d_model,
         }
