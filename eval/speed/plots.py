@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import NullLocator
 
 from eval import published
 from training.plots import colour_of, legend_below, new_figure, save_figure
@@ -22,8 +22,9 @@ def plot_decoding(lines: list[dict], folder: Path) -> list[Path]:
             if (size, scope) == (PAPER_SIZE, "attention"):
                 draw_published(axes, batch, {line["model"] for line in chosen})
             axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", title=f"batch {batch}")
-            axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k"))
+            lengths = sorted({line["length"] for line in chosen})
+            axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+            axes.xaxis.set_minor_locator(NullLocator())
         panels[0][0].set_ylabel("ms per step")
         legend_below(figure, panels[0][0])
         what = "one layer's attention" if scope == "attention" else "the whole model"
@@ -36,20 +37,15 @@ def plot_decoding(lines: list[dict], folder: Path) -> list[Path]:
 
 def draw(axes, lines: list[dict]) -> None:
     """Draw a curve and its floor for each contestant: dashed if it is not the first one of its mechanism."""
-    names: dict[str, list[tuple]] = {}
+    curves: dict[str, dict[str, list]] = {}
     for line in lines:
-        ways = names.setdefault(line["model"], [])
-        if (way := (line["cached"], str(line["fold"]))) not in ways:
-            ways.append(way)
-    for model, ways in names.items():
-        for number, (cached, fold) in enumerate(ways):
-            points = sorted(
-                (line["length"], line["ms"], line["floor_ms"])
-                for line in lines
-                if (line["model"], line["cached"], str(line["fold"])) == (model, cached, fold)
-            )
-            lengths, times, floors = zip(*points, strict=True)
-            label = model if len(ways) == 1 else f"{model}, {f'fold {fold}' if fold != 'None' else f'{cached} cached'}"
+        way = f"fold {line['fold']}" if line["fold"] else f"{line['cached']} cached"
+        point = (line["length"], line["ms"], line["floor_ms"])
+        curves.setdefault(line["model"], {}).setdefault(way, []).append(point)
+    for model, ways in curves.items():
+        for number, (way, points) in enumerate(ways.items()):
+            lengths, times, floors = zip(*sorted(points), strict=True)
+            label = model if len(ways) == 1 else f"{model} ({way})"
             style = {"color": colour_of(model), "linestyle": ("-", "--", "-.")[number % 3]}
             axes.plot(lengths, times, marker="o", markersize=4, label=label, **style)
             axes.plot(lengths, floors, ":", linewidth=1, color=colour_of(model))
