@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from lm_eval.tasks import TaskManager
 from pydantic import Field, model_validator
-from rich.table import Table
 
 from configs.errors import Mistakes
 from eval import published
 from eval.config import EvalConfig, SuiteConfig
 from eval.harness import HarnessModel
 from eval.loading import LoadedRun
-from eval.results import Outcome, markdown_table
+from eval.results import Outcome, ResultTable
 from eval.tasks import download, load_tasks
 from training.ranks import rank
 
@@ -40,9 +39,9 @@ class HarnessSuite(SuiteConfig):
     """Tasks of lm-evaluation-harness, and ours that are made from the built-in corpus or the run's own data."""
 
     name: str = "harness"
-    tasks: list[str] = []
+    tasks: list[str] = Field(default_factory=list)
     num_fewshot: int | None = Field(None, ge=0)  # null: each task's own
-    metrics: dict[str, str] = {}  # the metric of a task that counts; default: acc_norm, or acc, or the task's first
+    metrics: dict[str, str] = Field(default_factory=dict)  # of a task that counts; default: acc_norm, acc, or its first
     data_dir: str | None = None  # a folder with <task>_<split>.jsonl: no network is used
     prefetch: bool = False  # fill data_dir from the network, and evaluate nothing
     max_length: int | None = Field(None, ge=2)  # null: the run's seq_len; longer requests lose their beginning
@@ -116,8 +115,7 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
     scores = [results[f"{task}/{metric}"] for task, metric in counted.items()]
     if len(scores) > 1 and FRACTIONS.issuperset(counted.values()):
         results["average"] = sum(scores) / len(scores)
-    header, rows = score_table(run, suite.name, counted, results, stderr)
-    files = {".md": markdown_table(["", *header], rows)}
+    files = {}
     if suite.samples:
         lines = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
         files["_samples.jsonl"] = "".join(json.dumps(line, default=str) + "\n" for line in lines)
@@ -130,7 +128,7 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
         tasks={task: task + shots for task in counted},
         versions=versions | {"tasks": found["versions"]},
         details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions},
-        shown=[terminal_table(header, rows)],
+        tables={"": score_table(run, suite.name, counted, results, stderr)},
         files=files,
     )
 
@@ -165,13 +163,13 @@ def headline(suite: HarnessSuite, task: str, results: dict[str, float]) -> str:
 
 def score_table(
     run: LoadedRun, suite: str, counted: dict[str, str], results: dict[str, float], stderr: dict[str, float]
-) -> tuple[list[str], list[list[str]]]:
-    """Return the header and rows of a table: the run, its standard errors, and the paper's models of the nearest size.
+) -> ResultTable:
+    """Return the scores of the run, their standard errors, and the scores of the paper's models of the nearest size.
 
     `counted` has the metric of each task.
     """
     tasks, keys = list(counted), [f"{task}/{metric}" for task, metric in counted.items()]
-    header, has_average = [SHORT.get(task, task) for task in tasks], "average" in results
+    header, has_average = ["percent", *(SHORT.get(task, task) for task in tasks)], "average" in results
     if has_average:
         header.append("average")
         keys.append("average")
@@ -188,19 +186,10 @@ def score_table(
             if has_average:
                 scores.append(row["average"] if is_whole else sum(scores) / len(scores))
             rows.append([f"paper: {row['model']}, {size}", *(f"{score:.2f}" for score in scores)])
-    return header, rows
+    return ResultTable(header, rows)
 
 
 def shown(key: str, value: float) -> str:
     """Return a score as the table has it: fractions in percent."""
     is_fraction = key.rpartition("/")[2] in {*FRACTIONS, "average"}
     return f"{100 * value if is_fraction else value:.2f}"
-
-
-def terminal_table(header: list[str], rows: list[list[str]]) -> Table:
-    table = Table("scores in percent", box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table

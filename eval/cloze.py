@@ -85,10 +85,8 @@ def shard_texts(run: LoadedRun) -> Iterator[str]:
 
 
 def questions(texts: Iterable[str]) -> list[dict]:
-    """Return at most QUESTIONS {context, choices, gold}, the same for the same texts. ConfigError for too little text."""
-    passages = [
-        Passage(number, context, answer) for number, text in enumerate(texts) for context, answer in cuts(text)
-    ]
+    """Return at most QUESTIONS {context, choices, gold}, always the same ones. ConfigError for too little text."""
+    passages = [Passage(number, context, answer) for number, text in enumerate(texts) for context, answer in cuts(text)]
     chosen = permute(np.arange(min(QUESTIONS, len(passages))), len(passages), EVAL_KEY) if passages else []
     asked = []
     for number in sorted(chosen):

@@ -1,14 +1,4 @@
-"""Benchmarks of a run in training: inside the job, or as Slurm jobs of their own that read its checkpoints.
-
-benchmarks = Benchmarks(config, runtime, say)               # before anything is made: ConfigError if a suite is unavailable
-saver = CheckpointSaver(..., benchmarks.keep(policy), ...)
-benchmarks.attach(model, tokenizer, saver, log, mark)
-benchmarks.before_loop(start_step)                          # what was owed when the run was interrupted
-for step in ...:
-    if ... or benchmarks.due(step): save the step
-    benchmarks.after_step(step, is_preempted)               # before a pre-empted run returns
-    benchmarks.collect(log)                                 # whenever metrics are logged, and at the end
-"""
+"""Benchmarks of a run in training: inside the job, or as Slurm jobs of their own that read its checkpoints."""
 
 import os
 import shutil
@@ -28,7 +18,7 @@ from eval.results import collect, inbox_of, pending, save
 from model.transformer import Transformer
 from training.config import Config
 from training.device import Runtime
-from training.metrics import read_lines
+from training.metrics import Metrics, read_lines
 from training.ranks import from_main
 from training.saver import CheckpointSaver
 
@@ -54,17 +44,10 @@ class Benchmarks:
             loaded = each(self._load, self.trainer.benchmarks)
             self.suites = dict(zip(self.trainer.benchmarks, loaded, strict=True))
 
-    def attach(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        saver: CheckpointSaver,
-        log: Callable[[int, int, dict[str, float]], None] | None,
-        mark: Callable[[str], None] = lambda doing: None,
-    ) -> None:
-        """Say on what to run: the model in training, where results go (rank 0 alone has a `log`), and `mark`, which is
-        called at every forward pass as a sign of life."""
-        self.model, self.tokenizer, self.saver, self.log, self.mark = model, tokenizer, saver, log, mark
+    def attach(self, model: Transformer, tokenizer: Tokenizer, saver: CheckpointSaver, metrics: Metrics | None, mark):
+        """Set what is there only when training starts: `metrics` on rank 0, and `mark(doing)`, which is called at every
+        forward pass as a sign of life."""
+        self.model, self.tokenizer, self.saver, self.metrics, self.mark = model, tokenizer, saver, metrics, mark
 
     def keep(self, policy: Callable[[list[dict]], set[int]]) -> Callable[[list[dict]], set[int]]:
         """Return a policy of checkpoints that also keeps those which submitted jobs have yet to read."""
@@ -82,9 +65,9 @@ class Benchmarks:
 
     def before_loop(self, start_step: int) -> None:
         """Run the benchmarks of the step from which the run resumes, if it was interrupted before they ended."""
-        if start_step and self.due(start_step) and not self.trainer.benchmark_job:
-            if not from_main(lambda: self._logged(start_step)):
-                self._run(start_step)
+        is_due = start_step and self.due(start_step) and not self.trainer.benchmark_job
+        if is_due and not from_main(lambda: self._logged(start_step)):
+            self._run(start_step)
 
     def after_step(self, step: int, is_preempted: bool = False) -> None:
         """Run or submit the benchmarks that are due after a step that has been saved, or is being saved.
@@ -99,9 +82,9 @@ class Benchmarks:
         elif self.saver.finish() and self.runtime.is_main:  # a job reads the checkpoint
             self._submit(step)
 
-    def collect(self, log: Callable[[int, int, dict[str, float]], None]) -> None:
+    def collect(self) -> None:
         """Log what evaluations of this run have left since, at the steps that they belong to; rank 0 calls this."""
-        collect(self.run_dir, log, self._warn)
+        collect(self.run_dir, self.metrics.log, self._warn)
 
     def _warn(self, line: str) -> None:
         """Report a line once."""
@@ -116,22 +99,15 @@ class Benchmarks:
 
     def _arguments(self, suite: str) -> list[str]:
         """Return the arguments of `python -m eval.run`."""
-        limit = self.trainer.benchmark_limit
-        return [
-            f"run={self.run_dir}",
-            f"suite={suite}",
-            *([] if limit is None else [f"limit={limit}"]),
-            f"batch_size={self.trainer.micro_batch_size}",
-            *self.trainer.benchmark_overrides,
-        ]
+        sizes = [f"limit={shown(self.trainer.benchmark_limit)}", f"batch_size={self.trainer.micro_batch_size}"]
+        return [f"run={self.run_dir}", f"suite={suite}", *sizes, *self.trainer.benchmark_overrides]
 
     def _load(self, name: str) -> EvalConfig:
         """Return what a benchmark evaluates. ConfigError for what an evaluation takes and a benchmark does not, and, so
         that it is found now and not in the middle of the run, for data and tasks that are missing."""
         options = configured(EvalConfig, self._arguments(name))
-        given, plain = (
-            flatten(to_dict(one)) for one in (options, EvalConfig(suite=options.suite, run=str(self.run_dir)))
-        )
+        given = flatten(to_dict(options))
+        plain = flatten(to_dict(EvalConfig(suite=options.suite, run=str(self.run_dir))))
         fixed = FIXED if self.trainer.benchmark_job else FIXED + FIXED_IN_JOB
         wrong = [f"{key}={shown(given[key])}" for key in fixed if given[key] != plain[key]]
         if not options.suite.needs_run:
@@ -174,18 +150,16 @@ class Benchmarks:
         hook.remove()
         model.train(was_training)
         if found:
-            self.log(step, run.tokens, found)
+            self.metrics.log(step, run.tokens, found)
 
     def _submit(self, step: int) -> None:
         """Submit the suites as jobs on the checkpoint of `step`, which stays until they are done."""
         inbox_of(self.run_dir).mkdir(parents=True, exist_ok=True)
-        environment = {key: value for key, value in os.environ.items() if not is_own(key)}
-        environment |= {"T6_CODE": str(ROOT), "T6_RUN": str(self.run_dir.absolute())}
+        kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(OWN_VARIABLES)}
+        environment = kept | {"T6_CODE": str(ROOT), "T6_RUN": str(self.run_dir.absolute())}
         for name, options in self.suites.items():
-            command = [
-                "sbatch", "--parsable", *self.trainer.benchmark_sbatch, str(SCRIPT), *self._arguments(name),
-                f"step={step}",
-            ]  # fmt: skip
+            sbatch = ["sbatch", "--parsable", *self.trainer.benchmark_sbatch, str(SCRIPT)]
+            command = [*sbatch, *self._arguments(name), f"step={step}"]
             mark = pending(self.run_dir, options.suite.name, step)
             mark.touch()
             try:
@@ -196,7 +170,3 @@ class Benchmarks:
                 self.say(f"step {step}: the benchmark {name} could not be submitted, training continues: {reason}")
             else:
                 self.say(f"step {step}: the benchmark {name} is Slurm job {done.stdout.strip()}")
-
-
-def is_own(variable: str) -> bool:
-    return variable != "SLURM_CONF" and variable.startswith(OWN_VARIABLES)

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from rich.progress import track
 
 from configs.errors import ConfigError, Mistakes
+from data.loader import IGNORED
 from eval import long_context_report as report
 from eval.config import EvalConfig
 from eval.loading import LoadedRun, load_run
@@ -23,7 +24,7 @@ from eval.passkey import retrieve
 from eval.perplexity import bits_per_byte, perplexity
 from eval.results import Outcome, save
 from eval.scoring import head_at
-from eval.texts import Text, TextSource, read_text
+from eval.texts import Text, TextSource, Window, read_text, share_out, stack
 from model.rope import SCALINGS
 from training import ranks
 from training.device import memory_gb, synchronize
@@ -35,14 +36,14 @@ class LongContextSuite(TextSource):
     scales_rope: ClassVar[bool] = True
 
     name: str = "long_context"
-    lengths: list[Annotated[int, Field(ge=2)]] = []  # default: 1, 2, 4, 8 and 16 times the run's seq_len
+    lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)  # default: 1 to 16 times the run's seq_len
     scored: int | None = Field(None, ge=1)  # tokens at the end of each window that count; null: half the least length
     windows: int = Field(32, ge=1)  # spread over the documents that are long enough
-    scalings: list[Literal[*SCALINGS]] = ["none"]  # of RoPE, one after another
+    scalings: list[Literal[*SCALINGS]] = Field(["none"])  # of RoPE, one after another
     factor: float | None = Field(None, ge=1)  # of the scalings; null: length / the run's seq_len
-    depths: list[Annotated[float, Field(ge=0, le=1)]] = [0.0, 0.25, 0.5, 0.75, 1.0]  # where the key is: 0 is the start
+    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])  # of the key: 0 is the start
     trials: int = Field(5, ge=0)  # passkeys a depth and length; 0: no retrieval
-    beside: list[str] = []  # further runs, evaluated alike and shown next to each other
+    beside: list[str] = Field(default_factory=list)  # further runs, evaluated alike and shown next to each other
 
     @model_validator(mode="after")
     def _check_together(self):
@@ -65,8 +66,8 @@ class LongContextSuite(TextSource):
                 sweeps.append(sweep_of(alike, other, options))
                 if run.runtime.is_main:
                     save(other, self.name, outcome_of(sweeps[-1]), options.limit)
-            outcome.shown = [report.terminal_table(sweeps)]
-            outcome.files |= {"_beside.md": report.markdown(sweeps), "_beside.png": partial(report.plot, sweeps)}
+            outcome.tables["_beside"] = report.table(sweeps)
+            outcome.files["_beside.png"] = partial(report.plot, sweeps)
         return outcome
 
 
@@ -85,27 +86,26 @@ def outcome_of(sweep: Sweep) -> Outcome:
             stderr[f"{key}/loss"] = point.stderr
             if point.passkey is not None:
                 results[f"{key}/passkey"] = float(np.mean(point.passkey))
-    files = {".md": report.markdown([sweep]), ".png": partial(report.plot, [sweep])}
+    files = {".png": partial(report.plot, [sweep])}
     if any(key.endswith("/passkey") for key in results):
         files["_passkey.png"] = partial(report.plot_passkeys, sweep)
     return Outcome(
         results,
         stderr,
         details={"sweep": dataclasses.asdict(sweep)},
-        shown=[report.terminal_table([sweep])],
+        tables={"": report.table([sweep])},
         files=files,
     )
 
 
 def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sweep:
     """Measure every scaling at every length; up to the trained length a scaling changes nothing."""
-    text = read_text(suite, run)
-    documents = documents_of(text)
-    lengths = lengths_for(suite, run, documents, text.name)
+    text = by_document(read_text(suite, run))
+    lengths = lengths_for(suite, run, text)
     scored = suite.scored or min(lengths) // 2
-    spans = window_ends(documents, max(lengths), scored, options.limit or suite.windows)
-    counted = b"".join(documents[number][end - scored + 1 : end + 1].astype("<i8").tobytes() for number, end in spans)
-    fingerprint = hashlib.sha256(counted).hexdigest()[:16]
+    ends = window_ends(text, max(lengths), scored, options.limit or suite.windows)
+    tokens = np.concatenate([text.streams[number][end - scored + 1 : end + 1] for number, end in ends])
+    fingerprint = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
     sweep = Sweep(run.config.run.name, run.context, lengths, scored, suite.depths, text.name, fingerprint)
     todo = [(scaling, length) for scaling in suite.scalings for length in lengths]
     try:
@@ -115,7 +115,8 @@ def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sw
             if point is None:
                 run.scale_rope(scaling, factor)
                 batch_size = max(1, options.batch_size * run.context // length)
-                point = measure(run, text, documents, spans, length, scored, batch_size)
+                windows = [Window(number, end - length, end, end - scored + 1) for number, end in ends]
+                point = measure(run, text, windows, batch_size)
                 if suite.trials and (found := retrieve(run, length, suite.depths, suite.trials, batch_size)):
                     point.passkey, point.passkey_nats = (values.tolist() for values in found)
             sweep.points.setdefault(scaling, {})[length] = point
@@ -124,35 +125,36 @@ def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sw
     return sweep
 
 
-def documents_of(text: Text) -> list[np.ndarray]:
-    """Return each document's tokens, from its first or, if it is known, from the end-of-text before it."""
+def by_document(text: Text) -> Text:
+    """Return the text with each document as a stream, from the end-of-text before it if that is in its shard."""
     if text.starts is None:
-        return text.streams
-    return [
+        return text
+    documents = [
         stream[max(int(start) - 1, 0) : int(end)]
         for stream, starts in zip(text.streams, text.starts, strict=True)
         for start, end in zip(starts, [*starts[1:], len(stream)], strict=True)
     ]
+    return dataclasses.replace(text, streams=documents, starts=None)
 
 
-def lengths_for(suite: LongContextSuite, run: LoadedRun, documents: list[np.ndarray], name: str) -> list[int]:
+def lengths_for(suite: LongContextSuite, run: LoadedRun, text: Text) -> list[int]:
     """Return the lengths to evaluate, shortest first. ConfigError if no document is long enough."""
-    longest = max(len(document) for document in documents) - 1
+    longest = max(map(len, text.streams)) - 1
     lengths = sorted(set(suite.lengths)) or [run.context * 2**n for n in range(5)]
     fitting = [length for length in lengths if length <= longest]
     if not fitting or (suite.lengths and len(fitting) < len(lengths)):
         raise ConfigError(
-            f"suite.lengths={lengths}: the longest document of {name} has {longest:,} tokens; give longer ones, as in "
+            f"suite.lengths={lengths}: the longest document of {text.name} has {longest:,} tokens; give longer ones, as in "
             "suite.files=[books/*.txt], or shorter lengths"
         )
     return fitting
 
 
-def window_ends(documents: list[np.ndarray], longest: int, scored: int, count: int) -> list[tuple[int, int]]:
+def window_ends(text: Text, longest: int, scored: int, count: int) -> list[tuple[int, int]]:
     """Return at most `count` (document, last token that counts), spread over all that have `longest` tokens before."""
     candidates = [
         (number, end)
-        for number, document in enumerate(documents)
+        for number, document in enumerate(text.streams)
         for end in range(len(document) - 1, longest - 1, -scored)
     ]
     chosen = np.unique(np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int))
@@ -160,43 +162,34 @@ def window_ends(documents: list[np.ndarray], longest: int, scored: int, count: i
 
 
 @torch.no_grad()
-def measure(
-    run: LoadedRun,
-    text: Text,
-    documents: list[np.ndarray],
-    spans: list[tuple[int, int]],
-    length: int,
-    scored: int,
-    batch_size: int,
-) -> Point:
-    """Return the loss of the last `scored` tokens of windows of `length` tokens, with the time and memory it took."""
-    device, rank, world_size = run.runtime.device, ranks.rank(), ranks.world_size()
-    sums = torch.zeros(len(spans), dtype=torch.float64)
-    columns = torch.arange(length - scored, length, device=device)
-    mine = range(rank, len(spans), world_size)
-    passes = -(-len(spans) // (world_size * batch_size))  # alike on all ranks
-    with head_at(run.model, columns.new_zeros(1), columns[:1]):  # what is made on first use is not timed
-        run.model.logits(torch.zeros(1, length, dtype=torch.int64, device=device))
+def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int) -> Point:
+    """Return the loss over windows of one length in which as many tokens count, and the time and memory it took."""
+    _, begin, end, scored = windows[0]
+    device, length, counted = run.runtime.device, end - begin, end - scored + 1
+    sums = torch.zeros(len(windows), dtype=torch.float64)
+    batches = share_out(windows, batch_size)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    with head_at(run.model, first, first):  # what is made on first use is not timed
+        run.model.logits(first.expand(1, length))
     synchronize(device)
     reset_peak(device)
     began = time.perf_counter()
-    for index in range(passes):
-        numbers = list(mine[index * batch_size : (index + 1) * batch_size])
-        batch = [spans[number] for number in numbers or [0]]  # a rank without windows takes part all the same
-        windows = np.stack([documents[document][end - length : end + 1].astype(np.int64) for document, end in batch])
-        windows = torch.from_numpy(windows).to(device)
-        rows = torch.arange(len(batch), device=device).repeat_interleave(scored)
-        with head_at(run.model, rows, columns.repeat(len(batch))):
-            logits = run.model.logits(windows[:, :-1])
-        losses = F.cross_entropy(logits.float(), windows[:, -scored:].flatten(), reduction="none")
-        if numbers:
-            sums[numbers] = losses.view(len(batch), scored).double().sum(1).cpu()
+    for numbers in batches:
+        # A rank that has no more windows takes part all the same.
+        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], device)
+        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+        with head_at(run.model, rows, columns):
+            logits = run.model.logits(tokens)
+        losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
+        for n, loss in zip(numbers, losses.view(-1, counted).double().sum(1).tolist(), strict=False):
+            sums[n] = loss
     synchronize(device)
     seconds, memory = time.perf_counter() - began, peak_gb(device)
-    means = ranks.total(sums.to(device)).cpu().numpy() / scored
+    speed = sum(map(len, batches)) * length / seconds
+    means = ranks.total(sums.to(device)).cpu().numpy() / counted
     loss = float(means.mean())
     stderr = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else 0.0
-    return Point(loss, stderr, bits_per_byte(loss, text.bytes_per_token), len(mine) * length / seconds, memory)
+    return Point(loss, stderr, bits_per_byte(loss, text.bytes_per_token), speed, memory)
 
 
 def reset_peak(device: torch.device) -> None:

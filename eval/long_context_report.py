@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from eval.perplexity import perplexity
-from eval.plots import new_figure, plain_ticks, save_figure
-from eval.results import markdown_table
+from eval.plots import plain_ticks
+from eval.results import ResultTable
+from training.plots import new_figure, save_figure
 
-COLUMNS = ("run", "RoPE", "tokens", "loss", "±", "perplexity", "passkey", "tokens/s", "memory GB")
+COLUMNS = ["run", "RoPE", "tokens", "loss", "±", "perplexity", "passkey", "tokens/s", "memory GB"]
 
 
 @dataclass
@@ -40,39 +40,26 @@ class Sweep:
     points: dict[str, dict[int, Point]] = field(default_factory=dict)
 
 
-def rows(sweeps: list[Sweep]) -> list[list[str]]:
-    """Return a table row for each length, run and scaling, with those of the same length below each other."""
-    found = []
+def table(sweeps: list[Sweep]) -> ResultTable:
+    """Return a table with a row for each length, run and scaling; those of the same length are below each other."""
+    rows = []
     for length in sweeps[0].lengths:
         for sweep in sweeps:
             for scaling, points in sweep.points.items():
                 point = points[length]
-                found.append([
+                rows.append([
                     sweep.run, scaling, f"{length:,}", f"{point.loss:.4f}", f"{point.stderr:.4f}",
                     f"{perplexity(point.loss):,.2f}", "" if point.passkey is None else f"{np.mean(point.passkey):.0%}",
                     f"{point.tokens_per_second:,.0f}", f"{point.memory_gb:.2f}",
                 ])  # fmt: skip
-    return found
+    notes = title(sweeps[0])
+    if len({sweep.fingerprint for sweep in sweeps}) > 1:
+        notes += ". The runs have different tokenizers: their losses are not of the same tokens"
+    return ResultTable(COLUMNS, rows, notes)
 
 
 def title(sweep: Sweep) -> str:
     return f"the last {sweep.scored} of the tokens seen, from {sweep.text}; trained at {sweep.trained}"
-
-
-def terminal_table(sweeps: list[Sweep]) -> Table:
-    table = Table(title=title(sweeps[0]), box=None, pad_edge=False, title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in ("run", "RoPE") else "right", no_wrap=True)
-    for row in rows(sweeps):
-        table.add_row(*row)
-    return table
-
-
-def markdown(sweeps: list[Sweep]) -> str:
-    text = f"{title(sweeps[0])}.\n\n"
-    if len({sweep.fingerprint for sweep in sweeps}) > 1:
-        text += "The runs have different tokenizers: their losses are not of the same tokens.\n\n"
-    return text + markdown_table(COLUMNS, rows(sweeps))
 
 
 def plot(sweeps: list[Sweep], path: Path) -> None:
@@ -89,7 +76,8 @@ def plot(sweeps: list[Sweep], path: Path) -> None:
             speed.plot(sweep.lengths, [point.tokens_per_second for point in values], marker="o")
             memory.plot(sweep.lengths, [point.memory_gb for point in values], marker="o")
     loss.axvline(first.trained, color="grey", linestyle="--", linewidth=1)
-    loss.annotate(" trained", (first.trained, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="grey")
+    note = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": "grey"}
+    loss.annotate(" trained", (first.trained, 1), **note)
     loss.set_ylabel(f"loss of the last {first.scored} tokens (nats a token)")
     loss.legend(fontsize=8)
     speed.set(ylabel="tokens a second", ylim=(0, None))
@@ -103,9 +91,7 @@ def plot(sweeps: list[Sweep], path: Path) -> None:
 
 def plot_passkeys(sweep: Sweep, path: Path) -> None:
     """Draw passkey retrieval over depth and length: the accuracy, and below it the key's log-probability."""
-    count = len(sweep.points)
-    figure, axes = new_figure(columns=count, rows=2, width=4.2 + 1.2 / count, height=3.2)
-    axes = np.reshape(axes, (2, count))
+    figure, axes = new_figure(columns=len(sweep.points), rows=2, width=4.8, height=3.2, grid=False, squeeze=False)
     for column, (scaling, points) in zip(axes.T, sweep.points.items(), strict=True):
         values = [points[length] for length in sweep.lengths]
         top, bottom = column
@@ -130,4 +116,3 @@ def heat_map(axes, sweep: Sweep, by_length: list[list[float] | None], text: str,
     axes.set_xticks(range(len(sweep.lengths)), [f"{length:,}" for length in sweep.lengths])
     axes.set_yticks(range(len(sweep.depths)), [f"{depth:.0%}" for depth in sweep.depths])
     axes.set(xlabel="tokens", ylabel="depth of the key")
-    axes.grid(False)

@@ -16,9 +16,10 @@ from configs.errors import ConfigError
 from data.loader import IGNORED
 from eval.config import EvalConfig
 from eval.loading import LoadedRun
-from eval.plots import new_figure, plain_ticks, save_figure
+from eval.plots import plain_ticks
 from eval.results import Outcome
-from eval.texts import Text, TextSource, Window, read_text, slide, spread
+from eval.texts import Text, TextSource, Window, read_text, share_out, slide, spread, stack
+from training.plots import new_figure, save_figure
 from training.ranks import total
 
 SHORTEST = 64  # documents up to this length are one group, those up to twice as long the next
@@ -122,20 +123,11 @@ def token_losses(
 
     All ranks make the same number of forward passes.
     """
-    rank, world_size, device = run.runtime.rank, run.runtime.world_size, run.runtime.device
-    order = sorted(range(len(windows)), key=lambda n: windows[n].begin - windows[n].end)  # like lengths together
-    mine, passes = order[rank::world_size], -(-len(order) // (world_size * batch_size))
-    for index in track(range(passes), description="perplexity", transient=True, disable=rank != 0):
-        numbers = mine[index * batch_size : (index + 1) * batch_size]
-        batch = [windows[n] for n in numbers or order[:1]]  # a rank without windows takes part all the same
-        length = max(window.end - window.begin for window in batch)
-        tokens = torch.zeros(len(batch), length, dtype=torch.int64)
-        targets = torch.full_like(tokens, IGNORED)
-        for row, (stream, begin, end, scored) in enumerate(batch):
-            seen = torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64))
-            tokens[row, : end - begin] = seen[:-1]
-            targets[row, scored - begin - 1 : end - begin] = seen[scored - begin :]
-        losses = run.model(tokens.to(device), targets.to(device), reduction="none").double().cpu().numpy()
+    batches = share_out(windows, batch_size)
+    for numbers in track(batches, description="perplexity", transient=True, disable=not run.runtime.is_main):
+        # A rank that has no more windows takes part all the same.
+        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], run.runtime.device)
+        losses = run.model(tokens, targets, reduction="none").double().cpu().numpy()
         for n, row in zip(numbers, losses, strict=False):
             _, begin, end, scored = windows[n]
             yield n, row[scored - begin - 1 : end - begin]
@@ -164,9 +156,7 @@ def plot(curves: dict, seq_len: int, title: str, path: Path) -> None:
     left.plot(positions, losses, alpha=0.3, linewidth=0.8)
     edges = np.unique(np.geomspace(1, seq_len + 1, 17).astype(int))
     inside = [found for low, high in pairwise(edges) if (found := (positions >= low) & (positions < high)).any()]
-    centres, averages = (
-        [np.average(values[i], weights=counts[i]) for i in inside] for values in (positions, losses)
-    )
+    centres, averages = ([np.average(values[i], weights=counts[i]) for i in inside] for values in (positions, losses))
     left.plot(centres, averages, marker="o", markersize=4)
     left.set(xscale="log", xlabel="position in the context", ylabel="loss (nats a token)", title=title)
     plain_ticks(left.xaxis, [4**n for n in range(12) if 4**n <= seq_len])

@@ -4,12 +4,13 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
+from rich.table import Table
 
 from configs.errors import ConfigError
 from data.files import write_atomic
@@ -21,6 +22,27 @@ from training.wandb_run import log_evaluation
 
 
 @dataclass
+class ResultTable:
+    header: list[str]
+    rows: list[list[str]]
+    title: str = ""
+
+    def rich(self) -> Table:
+        """Return the table for a terminal."""
+        table = Table(title=self.title or None, box=None, pad_edge=False, title_justify="left")
+        for number, name in enumerate(self.header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return f"{self.title}.\n\n{table}" if self.title else table
+
+
+@dataclass
 class Outcome:
     """Results by flat key: `loss`, or `<task>/<metric>` if they belong to tasks."""
 
@@ -29,7 +51,7 @@ class Outcome:
     tasks: dict[str, str] | None = None  # the tasks to log, and the names to log them by; None: there are no tasks
     versions: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)  # what else the JSON file holds: curves, settings
-    shown: list[RenderableType] = field(default_factory=list)  # in the terminal; default: the results
+    tables: dict[str, "ResultTable"] = field(default_factory=dict)  # by the suffix of their file; the last one is shown
     files: dict[str, str | Callable[[Path], None]] = field(default_factory=dict)  # by suffix: text, or what draws it
 
     def metrics(self, suite: str) -> dict[str, float]:
@@ -42,6 +64,10 @@ class Outcome:
             elif task in self.tasks:
                 named[f"eval/{self.tasks[task]}/{metric}"] = value
         return named
+
+    def all_files(self) -> dict[str, str | Callable[[Path], None]]:
+        """Return `files` and the tables as Markdown, by suffix."""
+        return self.files | {f"{suffix}.md": table.markdown() for suffix, table in self.tables.items()}
 
 
 def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
@@ -58,7 +84,7 @@ def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, varian
     }
     path = run.dir / "results" / f"{suite}{variant}.json"
     path.parent.mkdir(exist_ok=True)
-    for suffix, content in outcome.files.items():
+    for suffix, content in outcome.all_files().items():
         file = path.with_name(path.stem + suffix)
         if callable(content):
             content(file)
@@ -90,11 +116,6 @@ def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor:
     latest = None if step is None else newest(run.dir, warn=lambda line: None)
     older = f"_step_{step:08d}" if latest is not None and latest.name != f"step_{step:08d}" else ""
     return older if rope_scaling == "none" else f"{older}_{rope_scaling}{rope_factor:g}"
-
-
-def markdown_table(header: Sequence[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # --- results/inbox: a run in training has one writer, the training process, which takes what evaluations leave there
@@ -144,12 +165,12 @@ def show(outcome: Outcome, path: Path) -> None:
     """Print the results and where they are."""
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 120)  # a table is better cut by the terminal than wrapped
-    for item in outcome.shown:
-        console.print(item)
-    if not outcome.shown:
+    if outcome.tables:
+        console.print(list(outcome.tables.values())[-1].rich())
+    else:
         for name, value in outcome.results.items():
             spread = f"  ± {outcome.stderr[name]:.4f}" if name in outcome.stderr else ""
             console.print(f"{name:>16}  {value:,.4f}{spread}" if isinstance(value, float) else f"{name:>16}  {value:,}")
     console.print(f"{'written to':>16}  {path}")
-    for suffix in outcome.files:
+    for suffix in outcome.all_files():
         console.print(f"{'':>16}  {path.with_name(path.stem + suffix)}")

@@ -5,8 +5,10 @@ The text goes to standard output as it comes, and facts about it to standard err
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -74,55 +76,37 @@ class SampleConfig(Command):
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
 
-def sample_texts(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    count: int,
-    context: int,
-    device: torch.device,
-    seed: int,
-    max_new_tokens: int = 160,
-) -> list[str]:
-    """Return `count` documents that the model begins, within the `context` it was trained on; the same on every rank."""
+def sample_texts(model: Transformer, tokenizer: Tokenizer, count: int, context: int, seed: int) -> list[str]:
+    """Return `count` documents that the model begins, within the `context` of its training; the same on every rank."""
     if not count:
         return []
+    end, sampling = tokenizer.end_of_text, Sampling(temperature=0.8, top_k=50)
     with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled again for every length
-        rows = model.generate(  # without stop tokens: ranks that share weights (ZeRO) take the same number of steps
-            [[tokenizer.end_of_text]] * count, min(max_new_tokens, context - 1),
-            sampling=Sampling(temperature=0.8, top_k=50), seed=seed, vocab_size=tokenizer.vocab_size,
-        )  # fmt: skip
-    return [tokenizer.decode(until(row, tokenizer.end_of_text)) for row in rows]
-
-
-def until(tokens: list[int], stop: int) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+        # Without stop tokens: ranks that share the weights (ZeRO) must take the same number of steps.
+        options = {"sampling": sampling, "seed": seed, "vocab_size": tokenizer.vocab_size}
+        rows = model.generate([[end]] * count, min(160, context - 1), **options)
+    return [tokenizer.decode(list(itertools.takewhile(lambda token: token != end, row))) for row in rows]
 
 
 class GrowingText:
     """The text of tokens that come one by one; no part of it changes once it is there.
 
-    The last piece waits until its characters are whole. Decoding starts at the piece before it, since a tokenizer may
-    drop the space that a text begins with.
+    The last piece waits until its characters are whole, or the text ends. Decoding starts at the piece before it, since
+    a tokenizer may drop the space that a text begins with.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[int]):
         self.tokenizer, self.tokens, self.text = tokenizer, list(tokens), ""
         self.anchor = self.shown = 0  # where decoding starts, and how many tokens are in `text`
-        self.finish()
+        self.add(None)
 
-    def add(self, token: int) -> str:
-        """Return what this token adds to the text."""
-        self.tokens.append(token)
-        return self._take(whole=True)
-
-    def finish(self) -> str:
-        """Return what was waiting."""
-        return self._take(whole=False)
-
-    def _take(self, whole: bool) -> str:
+    def add(self, token: int | None) -> str:
+        """Return what this token adds to the text; None ends the text, and returns what was waiting."""
+        if token is not None:
+            self.tokens.append(token)
         known = self.tokenizer.decode(self.tokens[self.anchor : self.shown])
         both = self.tokenizer.decode(self.tokens[self.anchor :])
-        if self.shown == len(self.tokens) or (whole and both.endswith("\ufffd")):
+        if self.shown == len(self.tokens) or (token is not None and both.endswith("\ufffd")):
             return ""
         self.anchor, self.shown = self.shown, len(self.tokens)
         self.text += both[len(known) :]
@@ -150,39 +134,36 @@ def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
         compiled=config.compile,
         vocab_size=tokenizer.vocab_size,
     )
-    is_single, is_whole = config.count == 1, True
-    times: list[float] = []  # of each step
-    made: list[int] = []  # new tokens of each step
+    is_whole, times, made = True, [], []  # whether nothing cut it off; each step's time and number of new tokens
+    is_single = config.count == 1
+    show = partial(print, end="", flush=True)
     if is_single:
-        write(texts[0].text)
+        show(texts[0].text)
     with contextlib.nullcontext() if is_single else notes.status("the prompt") as status:
         try:
             for tokens in steps:
                 times.append(time.perf_counter())
                 made.append(sum(token is not None for token in tokens))
-                pieces = ["" if t is None else text.add(t) for text, t in zip(texts, tokens, strict=True)]
+                pieces = [text.add(token) for text, token in zip(texts, tokens, strict=True)]
                 if is_single:
-                    write(pieces[0])
+                    show(pieces[0])
                 else:
                     status.update(f"{len(times)} of at most {config.max_new_tokens} tokens")
         except KeyboardInterrupt:
             is_whole = False
     for number, text in enumerate(texts):
-        rest = text.finish()
-        if not is_single:
+        rest = text.add(None)
+        if is_single:
+            print(rest, flush=True)
+        else:
             Console(soft_wrap=True).print(Rule(f"seed {config.seed + number}"))
-        write(f"{rest if is_single else text.text}\n")
+            print(text.text, flush=True)
     notes.print(facts(run, config, len(prompt) + 1, made, times))
     return is_whole
 
 
-def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def facts(run: LoadedRun, config: SampleConfig, prompt: int, made: list[int], times: list[float]) -> str:
-    """Return how fast it was, and the size of the cache; `made` are the new tokens and `times` the time of each step."""
+    """Return the speed and the size of the cache; `made` has the new tokens and `times` the time of each step."""
     found = [f"{sum(made)} tokens after the prompt's {prompt}"]
     start = 1 if config.compile else 0  # the second step of all compiles
     if len(times) > start + 1:

@@ -5,22 +5,25 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import model_validator
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from configs.errors import ConfigError, Mistakes
 from data.config import DataConfig
-from data.loader import EVAL_KEY, permute
+from data.loader import EVAL_KEY, IGNORED, permute
 from data.shards import TokenShards
 from data.sources import open_documents
 from eval.config import SuiteConfig
 from eval.loading import LoadedRun
+from training.ranks import rank, world_size
 
 
 class TextSource(SuiteConfig):
     """A suite on a text: local `files`, a Hugging Face data set (`path`), a folder of prepared shards (`data_dir`) or,
     if none is given, the validation split of the run's own data."""
 
-    files: list[str] = []  # globs of parquet, jsonl or text files; a text file is one document
+    files: list[str] = Field(default_factory=list)  # globs of parquet, jsonl or text files; a text file is a document
     path: str | None = None  # of the hub, or a folder laid out like one of its data sets
     subset: str | None = None
     split: str = "test"  # of the hub's
@@ -149,3 +152,24 @@ def spread(windows: list[Window], limit: int | None) -> list[Window]:
     if limit is None or limit >= len(windows):
         return windows
     return [windows[place] for place in permute(np.arange(limit), len(windows), EVAL_KEY)]
+
+
+def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
+    """Return the numbers of this rank's windows in batches, like lengths together.
+
+    All ranks get the same number of batches; those of ranks that have no more windows are empty.
+    """
+    order = sorted(range(len(windows)), key=lambda n: windows[n].begin - windows[n].end)
+    mine, count = order[rank() :: world_size()], -(-len(order) // (world_size() * batch_size))
+    return [mine[start : start + batch_size] for start in range(0, count * batch_size, batch_size)]
+
+
+def stack(text: Text, windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets of windows, [B, T] each, padded at the end; targets that don't count are IGNORED."""
+    tokens = torch.zeros(len(windows), max(window.end - window.begin for window in windows), dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORED)
+    for row, (stream, begin, end, scored) in enumerate(windows):
+        seen = torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64))
+        tokens[row, : end - begin] = seen[:-1]
+        targets[row, scored - begin - 1 : end - begin] = seen[scored - begin :]
+    return tokens.to(device), targets.to(device)
