@@ -144,8 +144,8 @@ def lengths_for(suite: LongContextSuite, run: LoadedRun, text: Text) -> list[int
     fitting = [length for length in lengths if length <= longest]
     if not fitting or (suite.lengths and len(fitting) < len(lengths)):
         raise ConfigError(
-            f"suite.lengths={lengths}: the longest document of {text.name} has {longest:,} tokens; give longer ones, as in "
-            "suite.files=[books/*.txt], or shorter lengths"
+            f"suite.lengths={lengths}: the longest document of {text.name} has {longest:,} tokens; give longer ones, "
+            "as in suite.files=[books/*.txt], or shorter lengths"
         )
     return fitting
 
