@@ -33,6 +33,7 @@ SMALL_RUN = [
 SMALL_MLA = ["model.q_lora_rank=32", "model.kv_lora_rank=16", "model.qk_rope_head_dim=8"]
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be off
 def pytest_xdist_auto_num_workers(config) -> int:
     """One more than there are cores, up to four: many tests wait for processes of their own."""
     return min(4, (os.cpu_count() or 1) + 1)
