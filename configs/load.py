@@ -22,6 +22,10 @@ RENAMED = {  # what older command lines say, and what to say now
     "factors": "core.kernel=factors",
     "core.training": "leave it out: training always forms keys and values",
     "core.scores": "leave it out: every slice has its own scores",
+} | {
+    f"experiment=paper/{model}_{size}": f"experiment=paper/{size} model={model}"
+    for model in ("mha", "mqa", "gqa", "mla", "t6", "t6_kvonly")
+    for size in ("small", "medium", "large", "xl")
 }
 KINDS = {
     "int": "an integer",

@@ -1,10 +1,10 @@
 """Checkpoints that don't depend on how a run was sharded.
 
 Every checkpoint holds the whole fp32 state by parameter name, whatever the ZeRO stage and the number of processes it
-was saved from: any stage and any world size can go on from it, and evaluation reads the weights without DeepSpeed.
+was saved from: any stage and any world size can resume from it, and evaluation reads the weights without DeepSpeed.
 
     step_00000100/  model.safetensors      the weights (the tied head is left out)
-                    optimizer.safetensors  AdamW's moments, exp_avg.<name> and exp_avg_sq.<name>
+                    optimizer.safetensors  the optimizer's moments, as exp_avg.<parameter> and exp_avg_sq.<parameter>
                     manifest.json          step, tokens, identity, versions; each file's size and sha256, and its own.
                                            Written last: a checkpoint exists when its manifest does
 """
@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.schema import ConfigError
-from data.shards import sha256_of, write_atomically
+from configs.errors import ConfigError
+from data.files import sha256_of, write_atomic
+from training.config import upgrade_identity
 
-NO_SOURCE = "trainer.init_from={}: is neither a checkpoint nor a run folder with a whole one"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+NO_SOURCE = "trainer.init_from={}: is neither a checkpoint nor a run folder with a complete one"
 ARCHITECTURE = ("model.", "size.", "tokenizer.")  # of a run's identity: what its weights mean
 NOT_ARCHITECTURE = (
     "model.rope_base", "model.rope_scaling", "model.rope_factor", "model.rope_original_length",
@@ -33,17 +33,12 @@ NOT_ARCHITECTURE = (
 )  # fmt: skip
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never part of one."""
-    write_atomically(path, [text.encode()])
-
-
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
 
 
 def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) -> None:
-    """The files of one checkpoint, the manifest last, and then `latest`."""
+    """Write the files of one checkpoint, the manifest last, and then `latest`."""
     folder = checkpoint_dir(run_dir, manifest["step"])
     if folder.exists():
         shutil.rmtree(folder)
@@ -61,9 +56,9 @@ def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) 
 
 
 def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> None:
-    """Delete the checkpoints that `keep` does not name, and what is left of broken and unfinished ones.
+    """Delete the checkpoints that `keep` does not return, and what is left of broken and unfinished ones.
 
-    Those past the `last` step are broken: training has gone on from one before them.
+    Those past the `last` step are broken: training has resumed from one before them.
     """
     folders = sorted((Path(run_dir) / "checkpoints").glob("step_*"))
     whole = [folder for folder in folders if not problems(folder, checksums=False)]
@@ -75,7 +70,7 @@ def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> N
 
 
 def keepers(last: int, every: int | None, best: bool) -> Callable[[list[dict]], set[int]]:
-    """A policy: the newest `last`, each step that is a multiple of `every`, and the one with the lowest val_loss."""
+    """Return a policy: keep the last `last`, multiples of `every`, and if `best` the one with the lowest val_loss."""
 
     def keep(manifests: list[dict]) -> set[int]:
         steps = sorted(manifest["step"] for manifest in manifests)
@@ -89,13 +84,13 @@ def keepers(last: int, every: int | None, best: bool) -> Callable[[list[dict]], 
 
 
 def seal(manifest: dict) -> str:
-    """The checksum of a manifest's own content."""
+    """Return the checksum of a manifest's own content."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def problems(folder: Path, checksums: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, one line each; empty if it is whole, or without `checksums` seems so."""
+    """Return what is wrong with a checkpoint, a line each; without `checksums` only what its files' sizes show."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["checksum"] != seal(manifest):
@@ -118,27 +113,27 @@ def problems(folder: Path, checksums: bool = True) -> list[str]:
 
 
 def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a run, if there is one; broken ones are named to `warn` and passed over."""
+    """Return the most recent complete checkpoint of a run, if any; broken ones are reported to `warn` and skipped."""
     for folder in sorted((Path(run_dir) / "checkpoints").glob("step_*"), reverse=True):
         broken = problems(folder)
         if not broken:
             return folder
         for line in broken:
-            warn(f"{line}; taking the checkpoint before")
+            warn(f"{line}; taking the checkpoint before it")
     return None
 
 
 def check_source(source: str) -> None:
-    """ConfigError unless `trainer.init_from` names what `find` may find a checkpoint in; reads none."""
+    """Raise a ConfigError unless `trainer.init_from` names a folder in which `find` may find a checkpoint."""
     folder = Path(source)
     if not (folder / "manifest.json").exists() and not any((folder / "checkpoints").glob("step_*/manifest.json")):
         raise ConfigError(NO_SOURCE.format(source))
 
 
 def find(source: str, warn: Callable[[str], None]) -> Path:
-    """The checkpoint that `trainer.init_from` names: a checkpoint folder, or the newest of a run folder.
+    """Return the checkpoint that `trainer.init_from` names: a checkpoint folder, or the last one of a run folder.
 
-    ConfigError where there is none, or where the one named is not whole.
+    ConfigError if there is none, or if the one named is incomplete.
     """
     folder = Path(source)
     is_checkpoint = (folder / "manifest.json").exists()
@@ -155,13 +150,14 @@ def read_manifest(folder: Path) -> dict:
 
 
 def differing(there: dict, ours: dict) -> str:
-    """The keys in which two runs' identities differ, a line each; empty where they are the same."""
+    """Return the keys in which two runs' identities differ, a line each; empty if they are the same."""
+    there = upgrade_identity(there)
     keys = [key for key in sorted(there.keys() | ours.keys()) if there.get(key) != ours.get(key)]
     return "".join(f"\n    {key}: {there.get(key)!r} there, {ours.get(key)!r} here" for key in keys)
 
 
 def check_same_run(folder: Path, identity: dict, data_fingerprint: str) -> None:
-    """ConfigError unless a checkpoint is of the run with this identity, on this data."""
+    """Raise a ConfigError unless a checkpoint is of the run with this identity, on this data."""
     manifest = read_manifest(folder)
     if keys := differing(manifest["identity"], identity):
         raise ConfigError(f"{folder}: is a checkpoint of another run; move it away, or choose another run.name:{keys}")
@@ -174,7 +170,7 @@ def check_same_run(folder: Path, identity: dict, data_fingerprint: str) -> None:
 
 
 def check_same_architecture(folder: Path, identity: dict, tokenizer_fingerprint: str) -> None:
-    """ConfigError unless a checkpoint's weights mean the same in a run with this identity and tokenizer."""
+    """Raise a ConfigError unless a checkpoint's weights mean the same in a run with this identity and tokenizer."""
 
     def architecture(identity: dict, fingerprint: str) -> dict:
         kept = {key: value for key, value in identity.items() if key.startswith(ARCHITECTURE)}
@@ -187,7 +183,7 @@ def check_same_architecture(folder: Path, identity: dict, tokenizer_fingerprint:
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Fill the model (before the engine wraps it) from a checkpoint. ConfigError names the tensors that don't fit."""
+    """Fill the model, before the engine wraps it, from a checkpoint. ConfigError names the tensors that do not fit."""
     weights = load_file(folder / "model.safetensors")
     own = dict(model.named_parameters())  # names a tied weight once
     wrong = [f"{name}: the checkpoint has none" for name in own.keys() - weights.keys()]
@@ -195,7 +191,9 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     wrong += [f"{name}: {list(weights[name].shape)} in the checkpoint, {list(own[name].shape)} in the model"
               for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]  # fmt: skip
     if wrong:
-        raise ConfigError(f"{folder}: the weights don't fit this model:" + "".join(f"\n    {w}" for w in sorted(wrong)))
+        raise ConfigError(
+            f"{folder}: the weights do not fit this model:" + "".join(f"\n    {w}" for w in sorted(wrong))
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])

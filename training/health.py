@@ -1,9 +1,9 @@
 """What a run does about losses and gradients that go wrong.
 
 A step whose loss or gradient is not finite leaves the weights as they are (training.optim). After too many of them in a
-row, or after a spike of the loss, the run goes back to its last checkpoint and passes over the data of the steps since,
-as PaLM's did (Chowdhery et al. 2022, section 5.1). What it went through is in the run folder's events.jsonl, so that a
-run that is started again knows.
+row, or after a spike of the loss, the run goes back to its last checkpoint and skips the data of the steps since, as
+PaLM did (Chowdhery et al. 2022, section 5.1). The rollbacks are in the run folder's events.jsonl, so that a run that is
+started again knows of them.
 """
 
 import math
@@ -11,36 +11,39 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from configs.schema import TrainerConfig
-from training.run_folder import read_events
+from training.config import TrainerConfig
+from training.metrics import read_events
 
 WINDOW = 32  # steps whose mean loss a spike is measured from
 
 
 class Health:
-    """The state of a run's health; the same on every rank, as long as every rank observes the same numbers."""
+    """The state of a run's health, the same on every rank as long as every rank observes the same numbers."""
 
     def __init__(self, trainer: TrainerConfig, saved: dict | None = None):
         self.trainer = trainer
-        self.skipped_steps = self.skipped_in_a_row = 0
-        self.losses = deque(maxlen=WINDOW)
-        if saved:
-            self.skipped_steps, self.skipped_in_a_row = saved["skipped_steps"], saved["skipped_in_a_row"]
-            self.losses.extend(saved["losses"])
+        saved = saved or {"skipped_steps": 0, "skipped_in_a_row": 0, "losses": []}
+        self.skipped_steps = saved["skipped_steps"]
+        self.skipped_in_a_row = saved["skipped_in_a_row"]
+        self.losses = deque(saved["losses"], maxlen=WINDOW)
 
     def state(self) -> dict:
-        """What a checkpoint keeps of it."""
-        keys = {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
-        return keys | {"losses": list(self.losses)}
+        """Return what a checkpoint keeps."""
+        return {
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "losses": list(self.losses),
+        }
 
     def observe(self, loss: float, grad_norm: float) -> str | None:
-        """Take note of a step; why the run should go back, if it should."""
+        """Take note of a step; return why the run should go back, if it should."""
         limit, spike = self.trainer.max_bad_steps, self.trainer.max_loss_spike
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= limit:
-                return f"the loss or the gradient was not finite {limit} step{'s in a row' * (limit > 1)}"
+                steps = "1 step" if limit == 1 else f"{limit} steps in a row"
+                return f"the loss or the gradient was not finite for {steps}"
             return None
         self.skipped_in_a_row = 0
         usual = statistics.fmean(self.losses) if len(self.losses) == WINDOW else math.inf
@@ -51,19 +54,19 @@ class Health:
 
 
 class Rollbacks:
-    """How often a run went back, and the data it passed over since: read from its events.jsonl.
+    """How often a run went back, and the data it has skipped since, as its events.jsonl has it.
 
-    Going back from step s to the checkpoint of step c passes over the batches of the s - c steps in between.
+    Going back from step s to the checkpoint of step c skips the batches of the s - c steps in between.
     """
 
     def __init__(self, run_dir: Path):
         events = [event for event in read_events(run_dir) if event["event"] == "rollback"]
         self.done = [(event["to_step"], event["step"] - event["to_step"]) for event in events]
 
-    def passed_over(self, step: int) -> int:
-        """Global batches by which the data of the step after `step` lies further on than without any rollback."""
+    def skipped_batches(self, step: int) -> int:
+        """Return the global batches skipped before the step after `step`."""
         return sum(batches for to_step, batches in self.done if to_step <= step)
 
     def since(self, step: int) -> int:
-        """How often the run has gone back to the checkpoint of `step`, or to a later one."""
+        """Return how often the run has gone back to the checkpoint of `step`, or to a later one."""
         return sum(to_step >= step for to_step, _ in self.done)

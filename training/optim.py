@@ -1,42 +1,109 @@
-"""Parameter groups, the optimizer, the learning-rate schedules, and one clipped step."""
+"""Optimizers, learning-rate schedules, and one clipped step.
 
+Any optimizer of `torch.optim` can be had by its name. A schedule is a function in `SCHEDULES`.
+"""
+
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from pydantic import Field, field_validator
 
-from configs.schema import OptimConfig, ScheduleConfig
+from configs.errors import did_you_mean
+from configs.load import Block
+
+OPTIMIZERS = {
+    name.lower(): cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+}
+UNUSABLE = ("lbfgs", "sparseadam")  # the first needs a closure, the second sparse gradients
+WHOLE_MATRICES = ("adafactor", "muon")  # not elementwise: a flat share of the parameters would be updated wrongly
+
+
+class OptimConfig(Block):
+    """`args` are further arguments of the optimizer's constructor, as in `++optim.args.momentum=0.9`."""
+
+    name: str = "adamw"  # of a class in torch.optim, in any case
+    lr: float = Field(gt=0)  # the peak of the schedule
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, ge=0)  # on the norm of the mean gradient; 0 turns clipping off
+    decay_all: bool = False  # decay 1-D parameters too, as the TPA authors' code does
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name.lower() not in OPTIMIZERS.keys() - set(UNUSABLE):
+            raise ValueError(f"no such optimizer; {did_you_mean(name.lower(), OPTIMIZERS.keys() - set(UNUSABLE))}")
+        return name.lower()
+
+
+class ScheduleConfig(Block):
+    """The learning rate over a run: a linear warm-up, then the schedule called `name`."""
+
+    name: str
+    warmup_steps: int = Field(20, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # the last learning rate over the peak
+    decay_fraction: float = Field(0.2, ge=0, le=1)  # wsd: the share of the run that decays
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in SCHEDULES:
+            raise ValueError(f"must be {' or '.join(SCHEDULES)}")
+        return name
+
+
+def cosine(step: int, schedule: ScheduleConfig, horizon: int) -> float:
+    """Return the share of the way from the lowest to the peak learning rate, falling as half a cosine."""
+    progress = (step - schedule.warmup_steps) / max(1, horizon - schedule.warmup_steps)
+    return (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def wsd(step: int, schedule: ScheduleConfig, horizon: int) -> float:
+    """Return the same share for warm-up, stable, decay (arXiv 2404.06395): 1, then falling linearly to the end."""
+    decay_steps = schedule.decay_fraction * horizon
+    return min(1.0, (horizon - step) / decay_steps) if decay_steps else 1.0
+
+
+SCHEDULES: dict[str, Callable[[int, ScheduleConfig, int], float]] = {"cosine": cosine, "wsd": wsd}
+
+
+def learning_rate(step: int, peak: float, schedule: ScheduleConfig, horizon: int) -> float:
+    """Return the learning rate of step number `step`, counted from 1, of a run of `horizon` steps."""
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    low = schedule.min_lr_ratio
+    return peak * (low + (1 - low) * SCHEDULES[schedule.name](step, schedule, horizon))
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, 1-D parameters (norm weights) don't unless `decay_all`."""
+    """Return the optimizer; matrices decay, 1-D parameters (norm weights) do not unless `decay_all`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if config.decay_all or p.ndim >= 2]
     others = [p for p in parameters if not (config.decay_all or p.ndim >= 2)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    cls = OPTIMIZERS[config.name]
+    return cls([group for group in groups if group["params"]], lr=config.lr, **arguments(cls, config))
 
 
-def learning_rate(step: int, peak: float, schedule: ScheduleConfig, horizon: int) -> float:
-    """The learning rate of step number `step`, counted from 1, of a run of `horizon` steps."""
-    if step <= schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    low = schedule.min_lr_ratio
-    if schedule.name == "cosine":
-        progress = (step - schedule.warmup_steps) / max(1, horizon - schedule.warmup_steps)
-        return peak * (low + (1 - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
-    decay_steps = schedule.decay_fraction * horizon
-    left = (horizon - step) / decay_steps if decay_steps else math.inf
-    return peak * (low + (1 - low) * min(1.0, left))
+def arguments(cls: type, config: OptimConfig) -> dict[str, Any]:
+    """Return what of the configuration the optimizer's constructor takes; `config.args` come last."""
+    known = inspect.signature(cls).parameters
+    found: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps} if "betas" in known else {}
+    if "fused" in known:
+        found["fused"] = True
+    return found | config.args
 
 
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
-    """The loss; one that is not finite makes every gradient NaN, so that `optimizer_step` skips the step on all ranks.
+    """Return the loss; one that is not finite makes every gradient NaN, so that all ranks skip the step.
 
     An infinite loss may have finite gradients, and this asks no rank to wait for another.
     """
@@ -44,13 +111,13 @@ def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
 
 
 def optimizer_step(engine, lr: float, grad_clip: float) -> float:
-    """Clip the accumulated gradient, step, and clear it; the gradient's norm before clipping.
+    """Clip the accumulated gradient, step, and clear it; return the gradient's norm before clipping.
 
-    Where the norm is not finite the weights stay as they are. Call in place of the last micro-batch's `engine.step()`.
+    If the norm is not finite the weights stay as they are. Call it in place of the last micro-batch's `engine.step()`.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    if engine.zero_optimization_stage() > 0:  # DeepSpeed clips, and skips the step where the norm is not finite
+    if engine.zero_optimization_stage() > 0:  # DeepSpeed clips, and skips the step if the norm is not finite
         engine.step()
         return float(engine.get_global_grad_norm())
     parameters = [p for p in engine.module.parameters() if p.grad is not None]

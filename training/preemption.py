@@ -3,13 +3,13 @@
 import signal
 from contextlib import contextmanager
 
-PREEMPTED = 75  # exit code: saved, start me again
+PREEMPTED = 75  # the exit code after saving: the same command resumes
 
 
 class Preemption:
-    """A context in which a signal sets `requested`, for the training loop to see after its step.
+    """A context in which a signal sets `requested`, which the training loop reads after each step.
 
-    Ctrl-C interrupts at once where there is nothing to save yet, and the second time, but never inside of `saving`.
+    Ctrl-C interrupts at once while there is nothing to save yet, and the second time, but never inside of `saving`.
     """
 
     signals = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

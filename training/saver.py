@@ -1,5 +1,6 @@
-"""Saving beside training: the state is copied between two steps, and written while the next ones run."""
+"""Saving during training: the state is copied between two steps, and written while the next ones run."""
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Callable
@@ -8,26 +9,32 @@ from pathlib import Path
 import torch
 
 from training.checkpoint import checkpoint_dir, prune, write
-from training.engine_state import gather
+from training.engine_state import gather_state
+from training.metrics import log_event
+from training.ranks import from_main
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run, one at a time; every rank calls every method, rank 0 writes.
+    """Write the checkpoints of a run, one at a time; every rank calls every method, rank 0 writes.
 
-    Of all whole checkpoints, given by their manifests, the steps that `keep` returns stay. A checkpoint that cannot be
-    written (a full disk, say) is told to `failed`, and those before it are untouched. `background` False makes `save`
-    wait until its checkpoint is there.
+    Of all complete checkpoints, given by their manifests, those whose steps `keep` returns stay. A checkpoint that
+    cannot be written (on a full disk, say) is reported to `say` and in events.jsonl, and earlier ones are untouched.
+    Without `background`, `save` waits until its checkpoint is written. `alive` is called while waiting.
     """
 
     def __init__(
         self,
         run_dir: Path,
         keep: Callable[[list[dict]], set[int]],
-        failed: Callable[[int, str], None],
+        say: Callable[[str], None],
         background: bool = True,
         alive: Callable[[str], None] = lambda doing: None,
     ):
-        self.run_dir, self.keep, self.failed, self.background, self.alive = run_dir, keep, failed, background, alive
+        self.run_dir = run_dir
+        self.keep = keep
+        self.say = say
+        self.background = background
+        self.alive = alive
         self.thread: threading.Thread | None = None
         self.step: int | None = None
         self.failure: str | None = None
@@ -39,24 +46,22 @@ class CheckpointSaver:
         self._wait()
 
     def save(self, engine, step: int, facts: dict) -> None:
-        """Save the engine's state as the checkpoint of `step`; `facts` join its manifest."""
+        """Save the engine's state as the checkpoint of `step`; `facts` are added to its manifest."""
         self._wait()  # so that no more than one copy of the state is in memory
         self.step = step
-        weights, moments, updates = gather(engine, lambda: self.alive(f"saving step {step}"))
+        state = gather_state(engine, lambda: self.alive(f"saving step {step}"))
         if torch.distributed.get_rank() == 0:
-            manifest = {"step": step, "optimizer_updates": updates, **facts}
-            tensors = {"model": weights, "optimizer": moments}
+            manifest = {"step": step, "optimizer_scalars": state.scalars, **facts}
+            tensors = {"model": state.weights, "optimizer": state.moments}
             self.thread = threading.Thread(target=self._write, args=(manifest, tensors), name="checkpoint")
             self.thread.start()
         if not self.background:
             self._wait()
 
     def finish(self) -> bool:
-        """Wait for the checkpoint that is being written; whether it is there, on every rank."""
+        """Wait for the checkpoint that is being written; return whether it is there, on every rank."""
         self._wait()
-        failure = [self.failure]
-        torch.distributed.broadcast_object_list(failure)
-        return failure[0] is None
+        return from_main(lambda: self.failure is None)
 
     def _wait(self) -> None:
         if self.thread is not None:
@@ -65,13 +70,18 @@ class CheckpointSaver:
                 self.thread.join(timeout=1)
             self.thread = None
             if self.failure:
-                self.failed(self.step, self.failure)
+                self._report_failure()
+
+    def _report_failure(self) -> None:
+        self.say(f"The checkpoint of step {self.step} could not be saved, training continues: {self.failure}")
+        with contextlib.suppress(OSError):  # the disk may have no room for that either
+            log_event(self.run_dir, "save_failed", self.step, reason=self.failure)
 
     def _write(self, manifest: dict, tensors: dict) -> None:
         self.failure = None
         try:
             write(self.run_dir, manifest, tensors)
-        except Exception as error:  # training goes on whatever it is
+        except Exception as error:  # training continues whatever it is
             folder = checkpoint_dir(self.run_dir, manifest["step"])
             self.failure = f"{folder}: {error}"
             if not (folder / "manifest.json").exists():
@@ -80,4 +90,4 @@ class CheckpointSaver:
         try:
             prune(self.run_dir, self.keep, manifest["step"])
         except Exception as error:
-            print(f"old checkpoints of {self.run_dir} could not be deleted, training goes on: {error}")
+            print(f"old checkpoints of {self.run_dir} could not be deleted, training continues: {error}")

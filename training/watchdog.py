@@ -1,8 +1,8 @@
 """A dead or hung rank ends the job, and is named.
 
-Collectives by themselves wait for a lost rank for as long as their backend's time-out, and then say that a connection
-closed. So every rank also tells the others once a second, over a connection of its own to the rendezvous store, that
-it lives and how far it is, and ends the process when one has not been heard of, or none has moved, for too long.
+Collectives alone wait for a lost rank as long as their backend's time-out, and then report a closed connection. So
+every rank also tells the others once a second, over its own connection to the rendezvous store, that it is alive and
+how far it has come, and ends the process if one has not been heard of, or none has moved, for too long.
 """
 
 import json
@@ -30,7 +30,7 @@ class Peer:
 
     rank: int
     beat: int = 0
-    marks: int = 0  # how often it has said that it moves
+    marks: int = 0  # how often it has reported progress
     doing: str = "starting"
     where: str = "?"
     error: str | None = None
@@ -50,10 +50,10 @@ class Peer:
 
 
 class Watchdog:
-    """A context around everything that ranks do together; a lone process needs none, and it does nothing there.
+    """A context around everything that ranks do together; it does nothing in a process that is alone.
 
-    `mark` says that this rank moves, and what it is at. After `timeout` seconds without a word from a rank, or without
-    any rank moving once all have begun to, the process prints which and ends with exit code 1.
+    `mark` reports that this rank moves, and what it is doing. After `timeout` seconds without a message from a rank, or
+    without any rank moving once all have started, the process prints which one and ends with exit code 1.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float):
@@ -87,21 +87,24 @@ class Watchdog:
         self.me.doing = doing
 
     def watched(self, items: Iterable[T], doing: str) -> Iterator[T]:
-        """The items, each of them a sign that this rank moves."""
+        """Yield the items, each of them a sign that this rank moves."""
         for item in items:
             self.mark(doing)
             yield item
 
     def judge(self) -> str | None:
-        """What is wrong with the ranks, if something is."""
-        now, limit = time.monotonic(), self.timeout
+        """Return what is wrong with the ranks, if anything."""
+        now = time.monotonic()
+        limit = self.timeout
         working = [peer for peer in self.peers.values() if peer.doing != DONE]
         if now - self.contact > limit:
-            return (f"{self.me} has had no contact with the rendezvous at {self.address[0]}:{self.address[1]} "
-                    f"for {now - self.contact:.0f} s: its host, rank 0's, is down or cut off")  # fmt: skip
+            return (
+                f"{self.me} has had no contact with the rendezvous at {self.address[0]}:{self.address[1]} "
+                f"for {now - self.contact:.0f} s: its host, rank 0's, is down or cut off"
+            )
         silent = [peer for peer in working if peer is not self.me and now - peer.heard > limit]
         if silent:
-            return "; ".join(f"{p} has not been heard of for {now - p.heard:.0f} s (last: {p.doing})" for p in silent)
+            return "; ".join(f"{p} has been silent for {now - p.heard:.0f} s (last: {p.doing})" for p in silent)
         begun = len(working) > 1 and all(peer.marks for peer in working)  # starting up may take its time
         if begun and all(now - peer.moved > limit for peer in working):
             behind = [peer for peer in working if peer.marks == min(p.marks for p in working)]
@@ -110,7 +113,7 @@ class Watchdog:
         return None
 
     def explain(self, error: BaseException) -> str | None:
-        """Which rank's end made a collective fail with `error`; None where the error is this rank's own."""
+        """Return which rank's end made a collective fail with `error`; None if the error is this rank's own."""
         if not (self.threads and in_collective(error)):
             return None
         deadline = time.monotonic() + 6 * BEAT_SECONDS
@@ -138,7 +141,7 @@ class Watchdog:
                     if peer is not me and store.check([str(peer.rank)]):
                         peer.update(store.get(str(peer.rank)).decode())
                 self.contact = time.monotonic()
-            except RuntimeError:  # the store's errors; how long this goes on is the judge's to say
+            except RuntimeError:  # the store's errors; _judge decides how long they may last
                 store = None
             if last:
                 return
@@ -158,10 +161,10 @@ class Watchdog:
                 os._exit(1)
 
 
-ENDING = "THE JOB ENDS: {}. The same command goes on from the last checkpoint."
+ENDING = "The job ends: {}. The same command resumes from the last checkpoint."
 
 
 def in_collective(error: BaseException) -> bool:
-    """Whether an error was raised inside of torch.distributed."""
+    """Return whether an error was raised inside torch.distributed."""
     frames = traceback.extract_tb(error.__traceback__)
     return any("torch/distributed/" in frame.filename for frame in frames[-3:])

@@ -7,23 +7,25 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from configs.errors import ConfigError
 
 
 class RunLock:
-    """A lock on `<run folder>/.lock`, of the process that made it; the system lets go of it however the process ends.
+    """A lock on `<run folder>/.lock`; the system releases it however the process that holds it ends.
 
-    Orphans are what it is for: workers whose launcher was killed go on, and the run is started again.
+    It is there for orphans: workers whose launcher was killed keep training while the run is started again.
     """
 
     def __init__(self, run_dir: Path):
-        self.path, self.file = Path(run_dir) / ".lock", None
+        self.path = Path(run_dir) / ".lock"
+        self.file: TextIO | None = None
 
     def acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
-        """Wait `patience` seconds at most; None, or who has it. A file system without locks has nothing to say.
+        """Wait at most `patience` seconds; return None, or who has the lock. Without file locks nobody has it.
 
-        ConfigError where the folder cannot be written.
+        ConfigError if the folder cannot be written.
         """
         try:
             return self._acquire(patience, say)
@@ -34,11 +36,12 @@ class RunLock:
             ) from None
 
     def _acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
-        deadline, told = time.monotonic() + patience, False
+        deadline = time.monotonic() + patience
+        told = False
         while not self._locked():
             holder = f"{self.path.parent} is being trained by {self._holder()}"
             if time.monotonic() > deadline:
-                return f"{holder}; end that one first, or choose another run.name"
+                return f"{holder}; end it first, or choose another run.name"
             if not told:
                 say(f"{holder}; waiting for {patience:.0f} s")
             told = True
@@ -52,19 +55,19 @@ class RunLock:
         try:
             file = open(self.path, "a", encoding="utf-8")
         except FileNotFoundError:
-            return False  # its holder has removed the folder in between
+            return False  # its holder has just removed the folder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return False
         except OSError:
-            pass  # a file system that knows no locks
+            pass  # a file system without locks
         try:
             current = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         except FileNotFoundError:
             current = False
-        if not current:  # its holder has removed it in between
+        if not current:  # its holder has just removed it
             file.close()
             return self._locked()
         self.file = file
@@ -77,7 +80,7 @@ class RunLock:
             return "another process"
 
     def release(self) -> None:
-        """Leaves nothing behind, not even a run folder that nothing else came into."""
+        """Release the lock and remove its file, and the run folder too if nothing else is in it."""
         if self.file:
             self.path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):

@@ -1,0 +1,286 @@
+"""The configuration of a training run: its own blocks, the whole, and what of it makes a run that run."""
+
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from configs.app import choices
+from configs.errors import ConfigError, Mistakes, did_you_mean
+from configs.load import Block, Command, flatten, to_dict
+from data.config import DataConfig, TokenizerConfig, check_vocabulary, fill_data_dir
+from model.attention.base import AttentionConfig, AttentionCore
+from model.counting.match import decide
+from model.transformer import SizeConfig, TransformerConfig
+from training.device import Device, Dtype
+from training.optim import WHOLE_MATRICES, OptimConfig, ScheduleConfig
+
+# DeepSpeed's keys that would contradict a key of ours, and ours.
+REFUSED_DEEPSPEED_KEYS = {
+    "train_batch_size": "trainer.global_batch_size",
+    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
+    "gradient_accumulation_steps": "trainer.global_batch_size (the accumulation steps follow from the batch sizes)",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "fp16": "trainer.dtype",
+    "amp": "trainer.dtype",
+    "bfloat16": "deepspeed.config.bf16, its present name, or trainer.dtype",
+    "torch_autocast": "trainer.dtype",
+}
+
+# DeepSpeed ignores a key that it does not know, so `zero_optimisation` would train at stage 0.
+DEEPSPEED_KEYS = (
+    "activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type", "compression_training",
+    "curriculum_learning", "data_efficiency", "data_types", "dump_state", "elasticity", "flops_profiler",
+    "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sparse_gradients", "steps_per_print",
+    "tensorboard", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)  # fmt: skip
+
+ROPE_SCALING = ("rope_scaling", "rope_factor", "rope_original_length")
+DATA_IDENTITY = (
+    "name", "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
+    "document_mask",
+)  # fmt: skip
+# Cores by the names of older run folders: how full attention was computed is now its kernel.
+OLD_CORES = {
+    "model.cores.sdpa.SDPA": {"_target_": "model.cores.full.Full", "name": "full"},
+    "model.cores.flash_tpa.FlashTPA": {"_target_": "model.cores.full.Full", "name": "full", "kernel": "factors"},
+}
+
+
+class RunConfig(Block):
+    name: str | None = None  # default: {model}_{size}_{8 hex digits of the identity}
+    dir: str | None = None  # default: runs/<run.name>
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str | None) -> str | None:
+        if name is not None and (not name or "/" in name):
+            raise ValueError("must be a plain folder name (use run.dir for a path)")
+        return name
+
+
+class DeepSpeedConfig(Block):
+    """`config` is DeepSpeed's own; any key of it can be set with `++deepspeed.config.KEY=`."""
+
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        return self.config.get("zero_optimization", {})
+
+    @property
+    def stage(self) -> int:
+        return self.zero.get("stage", 0)
+
+    @property
+    def bf16_engine(self) -> bool:
+        """Whether DeepSpeed keeps the parameters in bf16 (next to fp32 master weights), and not only computes in it."""
+        return bool((self.config.get("bf16") or {}).get("enabled"))
+
+    @model_validator(mode="after")
+    def _check_keys(self):
+        lines = []
+        for key in self.config:
+            if key in REFUSED_DEEPSPEED_KEYS:
+                lines.append(f"config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead")
+            elif key not in DEEPSPEED_KEYS and (near := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.85)):
+                lines.append(f"config.{key}: unknown key; did you mean {near[0]}?")
+        if not isinstance(self.zero, dict):
+            raise Mistakes(f"config.zero_optimization={self.zero}: must be a mapping", *lines)
+        if self.stage not in (0, 1, 2, 3):
+            lines.append(f"config.zero_optimization.stage={self.stage}: must be 0, 1, 2 or 3")
+        if self.bf16_engine and self.stage == 0:
+            lines.append(
+                "config.bf16.enabled=true: DeepSpeed's bf16 engine is wrong at ZeRO stage 0, where it steps "
+                "once before the first step; use deepspeed=zero1 or higher, or trainer.dtype=bf16 alone"
+            )
+        if lines:
+            raise Mistakes(*lines)
+        return self
+
+
+class WandbConfig(Block):
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if somebody is logged in
+    project: str = "t6"
+    group: str | None = None  # default: the folder of the sweep
+    tags: list[str] = Field(default_factory=list)
+
+
+class TrainerConfig(Block):
+    """Batch sizes count sequences; `*_every` count steps, and null or 0 means never (the last step always counts)."""
+
+    max_steps: int | None = Field(500, ge=1)
+    max_tokens: int | None = Field(None, ge=1)  # whichever of max_steps and max_tokens comes first ends the run
+    seq_len: int = Field(256, ge=1)
+    micro_batch_size: int = Field(4, ge=1)
+    global_batch_size: int = Field(8, ge=1)
+    eval_every: int | None = Field(50, ge=0)
+    eval_batches: int | None = Field(8, ge=1)  # global batches of validation data; null: all of it
+    checkpoint_every: int | None = Field(100, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)  # the most recent ones that stay
+    keep_every: int | None = Field(None, ge=0)  # and those whose step is a multiple of this
+    keep_best: bool = False  # and the one with the lowest validation loss
+    background_saving: bool = True  # write checkpoints while the next steps run
+    log_every: int = Field(10, ge=1)
+    max_bad_steps: int = Field(10, ge=1)  # steps in a row with a non-finite loss or gradient before the run goes back
+    max_loss_spike: float | None = Field(3.0, gt=0)  # nats over the mean of the last 32 steps that send it back
+    max_rollbacks: int = Field(3, ge=0)  # times in a row that it goes back to the same checkpoint before it gives up
+    rank_timeout: float = Field(600.0, ge=5)  # seconds without a sign of life of a rank, or progress of any
+    resume: Literal["auto", "never"] = "auto"  # auto: resume what the run folder holds; never: refuse to
+    init_from: str | None = None  # a run folder or a checkpoint whose weights this run starts from
+    compile: bool = False
+    dtype: Dtype = "auto"
+    activation_checkpointing: bool = False
+    samples: int = Field(3, ge=0)  # texts sampled at the end of the run
+    benchmark_every: int | None = Field(None, ge=0)  # steps between runs of each of `benchmarks`
+    benchmarks: list[str] = Field(default_factory=lambda: ["builtin_cloze"])  # suites: names in configs/suite
+    benchmark_limit: int | None = Field(None, ge=1)  # questions of each task, or windows
+    benchmark_overrides: list[str] = Field(default_factory=list)  # of `python -m eval.run`, as suite.data_dir=...
+    benchmark_job: bool = False  # as a Slurm job of its own, which reads the checkpoint; false: in the training job
+    benchmark_sbatch: list[str] = Field(default_factory=list)  # options of sbatch for it, as --time=1:00:00
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        suites = choices("suite")
+        for name in names:
+            if name not in suites:
+                raise ValueError(f"there is no configs/suite/{name}.yaml; {did_you_mean(name, suites)}")
+        return names
+
+    @model_validator(mode="after")
+    def _ends(self):
+        if self.max_steps is None and self.max_tokens is None:
+            raise Mistakes("max_steps=null and trainer.max_tokens=null: set one, it ends the run")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+    @property
+    def horizon(self) -> int:
+        """The run's last step, and the schedule's."""
+        by_tokens = None if self.max_tokens is None else -(-self.max_tokens // self.tokens_per_step)
+        return min(steps for steps in (self.max_steps, by_tokens) if steps is not None)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Return the micro-batches that a rank adds up for one step. ConfigError if the batch sizes do not fit."""
+        micro, total = self.micro_batch_size, self.global_batch_size
+        if total % (micro * world_size) == 0:
+            return total // (micro * world_size)
+        fits = [n for n in range(1, micro + 1) if total % (n * world_size) == 0]
+        remedy = f"trainer.global_batch_size must be a multiple of the {world_size} processes"
+        if fits:
+            remedy = f"trainer.micro_batch_size={fits[-1]} fits"
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        raise ConfigError(
+            f"trainer.global_batch_size={total}: is not a multiple of trainer.micro_batch_size={micro} x "
+            f"{processes}; {remedy}"
+        )
+
+
+class Config(Command):
+    """A run. Validation decides what is left open: widths, head counts, the fold, folders and the run's name.
+
+    `world_size` in the context of validation is the number of processes (default: torchrun's).
+    """
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: AttentionConfig
+    size: SizeConfig
+    core: AttentionCore
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    deepspeed: DeepSpeedConfig
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    device: Device = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("core"), dict):
+            tree = tree | {"core": upgrade_core(tree["core"])}
+        return tree
+
+    @model_validator(mode="after")
+    def _decide(self, info: ValidationInfo):
+        lines: list[str] = []
+        self.core = self.core.resolved(self.trainer.seq_len)
+        self.data = fill_data_dir(self.data, self.tokenizer)
+        for check in (self._fill_model, lambda: check_vocabulary(self.data, self.tokenizer)):
+            try:
+                check()
+            except Mistakes as error:
+                lines += error.lines
+        if self.data.document_mask and not self.core.masks_documents:
+            why = f", {self.core.why_no_documents}" if self.core.why_no_documents else ""
+            lines.append(f"data.document_mask=true: core={self.core.name} cannot mask documents{why}; use core=full")
+        if self.deepspeed.bf16_engine and self.trainer.dtype == "fp32":
+            lines.append("trainer.dtype=fp32: deepspeed.config.bf16.enabled=true keeps the parameters in bf16")
+        if self.optim.name in WHOLE_MATRICES and self.deepspeed.stage:
+            lines.append(
+                f"optim.name={self.optim.name}: updates whole matrices, and deepspeed={self.deepspeed.name} gives each "
+                "process a flat share of them; use deepspeed=zero0"
+            )
+        try:
+            context = info.context or {}
+            self.trainer.accumulation_steps(context.get("world_size") or int(os.environ.get("WORLD_SIZE", 1)))
+        except ConfigError as error:
+            lines += error.errors
+        if lines:
+            raise Mistakes(*lines)
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        self.run.name = self.run.name or f"{self.model.name}_{self.size.name}_{digest[:8]}"
+        self.run.dir = self.run.dir or str(Path("runs") / self.run.name)
+        return self
+
+    def _fill_model(self) -> None:
+        self.model = decide(self.model, self.core, self.size, self.trainer.seq_len)
+
+    def network(self, end_of_text: int | None = None) -> TransformerConfig:
+        """Return what defines the network; `end_of_text` is the tokenizer's, for `data.document_mask`."""
+        document_end = end_of_text if self.data.document_mask else None
+        return TransformerConfig.of(
+            self.model, self.core, self.size, self.tokenizer.padded_vocab_size, document_end=document_end
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes a run that run, as flat `key: value` pairs: the rest may change between starts."""
+        tree = to_dict(self)
+        tree["data"] = {key: tree["data"][key] for key in DATA_IDENTITY}
+        tree["model"].pop("by_size")  # what it gave is in the other keys
+        if tree["model"]["rope_scaling"] == "none":
+            tree["model"] = {key: value for key, value in tree["model"].items() if key not in ROPE_SCALING}
+        tree["core"].pop("kernel", None)  # how, and not what
+        blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
+        trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
+        trainer["horizon"] = self.trainer.horizon
+        return flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
+
+
+def upgrade_core(core: dict[str, Any]) -> dict[str, Any]:
+    """Return the core of an older run folder under today's names."""
+    kept = {key: value for key, value in core.items() if key not in ("training", "scores")}
+    return kept | OLD_CORES.get(core.get("_target_", ""), {})
+
+
+def upgrade_identity(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored identity under today's names."""
+    core = {key.removeprefix("core."): value for key, value in identity.items() if key.startswith("core.")}
+    rest = {key: value for key, value in identity.items() if not key.startswith("core.")}
+    core = upgrade_core(core)
+    core.pop("kernel", None)
+    return rest | {f"core.{key}": value for key, value in core.items()}

@@ -1,0 +1,102 @@
+"""Where a run starts, what a checkpoint says of it, and how it goes back or ends early."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data.shards import Manifest
+from model.transformer import Transformer
+from training import checkpoint
+from training.config import Config, TrainerConfig
+from training.engine_state import restore
+from training.health import Health, Rollbacks
+from training.metrics import Metrics, log_event
+from training.preemption import PREEMPTED
+from training.ranks import from_main, world_size
+from training.report import Report
+from training.run_folder import create_run_folder
+from training.saver import CheckpointSaver
+from training.session import Session
+
+GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint
+
+
+def load_start(config: Config, model: Transformer, data: Manifest, report: Report) -> Path | None:
+    """Load the weights the run starts from, if not its own; return the checkpoint from which it resumes, if any."""
+    own = from_main(lambda: checkpoint.newest(Path(config.run.dir), report.say))
+    if own:
+        checkpoint.check_same_run(own, config.identity(), data.fingerprint)
+        checkpoint.load_weights(model, own)
+    elif init_from := config.trainer.init_from:
+        other = from_main(lambda: checkpoint.find(init_from, report.say))
+        checkpoint.check_same_architecture(other, config.identity(), data.tokenizer["fingerprint"])
+        checkpoint.load_weights(model, other)
+    return own
+
+
+def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[int, Health]:
+    """Give the engine the rest of a checkpoint, if there is one; return its step and the run's health at that step."""
+    if folder is None:
+        return 0, Health(trainer)
+    restore(engine, folder)
+    facts = checkpoint.read_manifest(folder)
+    return facts["step"], Health(trainer, facts["health"])
+
+
+def open_record(config: Config, run: Session, start_step: int, preflight: dict[str, float]) -> Metrics:
+    """Make the run folder and open its record; a start is an event, a return from a rollback is not."""
+    create_run_folder(config)
+    metrics = Metrics(config, start_step)
+    metrics.note("preflight", preflight)
+    if not run.preemption.training:
+        facts = {"world_size": world_size(), "deepspeed": config.deepspeed.name}
+        log_event(Path(config.run.dir), "start", start_step, **facts)
+    return metrics
+
+
+def checkpoint_facts(config: Config, data: Manifest, health: Health, step: int, val_loss: float | None) -> dict:
+    """Return what a checkpoint's manifest says of the run at `step`."""
+    return {
+        "val_loss": val_loss,
+        "tokens": step * config.trainer.tokens_per_step,
+        "health": health.state(),
+        "identity": config.identity(),
+        "data_fingerprint": data.fingerprint,
+        "tokenizer_fingerprint": data.tokenizer["fingerprint"],
+    }
+
+
+def end_preempted(step: int, run: Session, saver: CheckpointSaver, metrics: Metrics | None, report: Report) -> int:
+    """Wait for the checkpoint of `step`, and report that the run was asked to end."""
+    with run.preemption.saving():
+        outcome = f"saved step {step}" if saver.finish() else "not saved"
+    signal = run.preemption.requested
+    report.say(f"{signal or 'signal'}: {outcome}; the same command resumes from here")
+    if metrics:
+        with suppress(OSError):
+            log_event(metrics.run_dir, "preempted", step, signal=signal)
+        metrics.close(PREEMPTED)
+    return PREEMPTED
+
+
+def go_back(
+    config: Config, step: int, reason: str, rollbacks: Rollbacks, metrics: Metrics | None, report: Report
+) -> int:
+    """Return GO_BACK after noting a rollback to the last checkpoint, or 1 if going back there has not helped."""
+    run_dir, limit = Path(config.run.dir), config.trainer.max_rollbacks
+    last = from_main(lambda: checkpoint.newest(run_dir, report.say))
+    to_step = checkpoint.read_manifest(last)["step"] if last else 0
+    given_up = rollbacks.since(to_step) >= limit
+    if metrics:
+        log_event(run_dir, "gave_up" if given_up else "rollback", step, to_step=to_step, reason=reason)
+        metrics.close(exit_code=1)
+    torch.distributed.barrier()
+    if given_up:
+        report.say(
+            f"Giving up at step {step}: {reason}, and going back to step {to_step} has not helped {limit} times "
+            "(trainer.max_rollbacks); lower optim.lr, raise schedule.warmup_steps, or look at the data"
+        )
+        return 1
+    report.say(f"Going back from step {step} to step {to_step}: {reason}; the data in between is skipped")
+    return GO_BACK
