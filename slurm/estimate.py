@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from model import counting
 from model.counting.memory import training_bytes
+from slurm.options import Options
 from training.config import Config
+from training.device import PEAK_BF16_FLOPS
 
 GIB = 2**30
 CUDA_BYTES = 1 * GIB  # CUDA's context and the workspaces of its libraries
@@ -27,26 +29,26 @@ class Estimate:
         return self.tokens / self.tokens_per_second / 3600
 
 
-def estimate(
-    config: Config, gpus: int, gpu: str, peak: float, mfu: float, tokens_per_second: float | None = None
-) -> Estimate:
-    """Return what a run needs on `gpus` GPUs, at a measured rate or at the share `mfu` of their `peak` FLOP/s."""
+def estimate(config: Config, options: Options) -> Estimate:
+    """Return what a run needs at the measured rate of `options`, or at their share of their GPUs' peak FLOP/s."""
     trainer, deepspeed, network = config.trainer, config.deepspeed, config.network()
     memory = training_bytes(
         network,
         tokens=trainer.micro_batch_size * trainer.seq_len,
         recompute=trainer.activation_checkpointing,
         stage=deepspeed.stage,
-        zero=deepspeed.config.get("zero_optimization", {}),
-        world_size=gpus,
+        zero=deepspeed.zero,
+        world_size=options.tasks,
         stored_bytes=2 if deepspeed.bf16_engine else 4,
         bytes_per_number=4 if trainer.dtype == "fp32" or config.device == "cpu" else 2,
     )
     memory["rest"] = FRAGMENTATION * sum(memory.values()) + CUDA_BYTES
-    if tokens_per_second is None:
-        tokens_per_second = gpus * peak * mfu / counting.training_flops_per_token(network, trainer.seq_len)
-        rate = f"{mfu:.0%} MFU of {gpus} x {gpu} ({peak / 1e12:,.0f} TFLOP/s each)"
-    else:
-        rate = f"{tokens_per_second:,.0f} tokens/s, as given"
+    rate, source = options.tokens_per_second, "as given"
+    if rate is None:
+        peak = PEAK_BF16_FLOPS[options.gpu] / (2 if trainer.dtype == "fp32" else 1)
+        rate = options.tasks * peak * options.mfu / counting.training_flops_per_token(network, trainer.seq_len)
+        source = f"{options.mfu:.0%} MFU of {options.tasks} x {options.gpu} ({peak / 1e12:,.0f} TFLOP/s each)"
     overhead = f"{FRAGMENTATION:.0%} fragmentation, {CUDA_BYTES / GIB:.0f} GiB for CUDA"
-    return Estimate(memory, trainer.horizon * trainer.tokens_per_step, tokens_per_second, [rate, overhead])
+    return Estimate(
+        memory, trainer.horizon * trainer.tokens_per_step, rate, [f"{rate:,.0f} tokens/s, {source}", overhead]
+    )

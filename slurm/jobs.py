@@ -23,7 +23,7 @@ FOR_ALL_JOBS = ("account", "clusters", "constraint", "partition", "qos", "reserv
 class Run:
     overrides: list[str]
     config: Config
-    estimate: Estimate | None = None
+    needs: Estimate
 
     @property
     def dir(self) -> str:
@@ -53,22 +53,23 @@ class Job:
     kind: str
     name: str
     folder: Path  # of its script, and of its log until a task knows its run folder
-    log: str  # its file name; `%` stands for the numbers of the job
+    log: str  # its file name, where % begins a number of the job
     tasks: list[Task]
     options: list[str]  # for sbatch
+    after: str = ""  # how it waits for the job before it
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.kind}.sbatch"
 
-    def command(self, dependency: str | None = None) -> list[str]:
-        """Return the arguments of sbatch, except the script."""
+    def command(self, previous: str | None = None) -> list[str]:
+        """Return the arguments of sbatch, except the script; `previous` is the id of the job to wait for."""
         folder = str(self.folder).replace("%", "%%")  # a single % begins one of Slurm's patterns
         options = [f"--job-name={self.name}", f"--output={folder}/{self.log}", *self.options]
         if len(self.tasks) > 1:
             options.append(f"--array=0-{len(self.tasks) - 1}")
-        if dependency:
-            options += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
+        if previous:
+            options += [f"--dependency={self.after}:{previous}", "--kill-on-invalid-dep=yes"]
         return options
 
     def script(self) -> str:
@@ -102,39 +103,36 @@ def quoted(value: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
-def plan(runs: list[Run], nodes: int, tasks_per_node: int, suites: list[str], sbatch_options: list[str]) -> list[Job]:
-    """Return the jobs of the unfinished `runs`: training, the evaluation of each and, if it is a sweep, a comparison."""
-    sweep, waiting = len(runs) > 1, [run for run in runs if not run.finished]
-    if sweep:
-        name = sweep_name(runs)
-        folder = Path("runs/.slurm", name).absolute()
-    else:
-        name = runs[0].config.run.name
-        folder = Path(runs[0].dir).absolute()
-    number = "%A_%a" if len(waiting) > 1 else "%j"
+def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_options: list[str]) -> list[Job]:
+    """Return the jobs of `runs`: training, evaluation and, of a sweep, the comparison."""
+    unfinished = [run for run in runs if not run.finished]
+    in_array, in_sweep = len(unfinished) > 1, len(runs) > 1
+    name = sweep_name(runs) if in_sweep else runs[0].config.run.name
+    folder = Path("runs/.slurm", name).absolute() if in_sweep else Path(runs[0].dir).absolute()
+    number = "%A_%a" if in_array else "%j"
     shared = [option for option in sbatch_options if option.split("=")[0].removeprefix("--") in FOR_ALL_JOBS]
-    no_gpu = [option for option in sbatch_options if option == "--gpus-per-task=0"]
-
-    def code(run: Run) -> dict[str, str]:
-        return {"T6_CODE": str(snapshot_dir(run.dir))}
-
     jobs = []
-    if waiting:
-        tasks = [Task(code(run), run.overrides) for run in waiting]
-        options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks_per_node}", *sbatch_options]
-        jobs.append(Job("train", name, folder, f"slurm-{number}.log", tasks, options))
-    if waiting and suites:
+    if unfinished:
+        tasks = [Task(code_of(run), run.overrides) for run in unfinished]
+        jobs.append(Job("train", name, folder, f"slurm-{number}.log", tasks, [*train_options, *sbatch_options]))
+    if unfinished and suites:
         suite = [f"suite={suites[0]}"] if len(suites) == 1 else ["-m", f"suite={','.join(suites)}"]
         tasks = [
-            Task(code(run) | {"T6_RUN": str(Path(run.dir).absolute())}, [f"run={quoted(run.dir)}", *suite])
-            for run in waiting
+            Task(code_of(run) | {"T6_RUN": str(Path(run.dir).absolute())}, [f"run={quoted(run.dir)}", *suite])
+            for run in unfinished
         ]
-        jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, shared + no_gpu))
-    if sweep and suites:
-        compared = [*(run.dir for run in runs), f"out={Path('runs', name, 'compare')}"]
-        task = Task(code(runs[0]), compared)
-        jobs.append(Job("compare", f"compare-{name}", folder, "slurm-compare-%j.log", [task], shared))
+        options = shared + [option for option in sbatch_options if option == "--gpus-per-task=0"]
+        after = "aftercorr" if in_array else "afterok"  # the training of the same run has succeeded
+        jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, options, after))
+    if in_sweep and suites:
+        task = Task(code_of(runs[0]), [*(run.dir for run in runs), f"out={Path('runs', name, 'compare')}"])
+        # Runs that failed are left out of the comparison, so it does not depend on their success.
+        jobs.append(Job("compare", f"compare-{name}", folder, "slurm-compare-%j.log", [task], shared, "afterany"))
     return jobs
+
+
+def code_of(run: Run) -> dict[str, str]:
+    return {"T6_CODE": str(snapshot_dir(run.dir))}
 
 
 def sweep_name(runs: list[Run]) -> str:
@@ -143,34 +141,23 @@ def sweep_name(runs: list[Run]) -> str:
 
 
 def submit(jobs: list[Job], runs: list[Run], environment: dict[str, str], command: str) -> dict[str, str]:
-    """Copy the code, write the scripts, submit the jobs one after the other, and return their ids by kind."""
+    """Copy the code, write the scripts, submit each job after the one before, and return their ids by kind."""
     for run in runs:
         snapshot(run.dir)
     ids: dict[str, str] = {}
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(job.path, job.script())
-        arguments = ["--parsable", *job.command(dependency(job, ids)), str(job.path)]
+        arguments = ["--parsable", *job.command(next(reversed(ids.values()), None)), str(job.path)]
         ids[job.kind] = scheduler.sbatch(arguments, environment).split(";")[0]
-        record(jobs, runs, ids, command)
+        record([run for run in runs if not run.finished], ids, command)
     return ids
 
 
-def dependency(job: Job, ids: dict[str, str]) -> str | None:
-    """Return what a job waits for, given the ids of the jobs submitted before it."""
-    if job.kind == "eval" and "train" in ids:  # the evaluation of a run waits for the training of that run alone
-        return f"{'aftercorr' if len(job.tasks) > 1 else 'afterok'}:{ids['train']}"
-    if ids:  # a comparison leaves out the runs that failed
-        return f"afterany:{list(ids.values())[-1]}"
-    return None
-
-
-def record(jobs: list[Job], runs: list[Run], ids: dict[str, str], command: str) -> None:
-    """Write job.json, which `read_jobs` reads, into the folder of every run that is not finished."""
-    for number, run in enumerate(run for run in runs if not run.finished):
-        of_run = {}
-        for job in jobs:
-            if job.kind in ids and job.kind != "compare":
-                of_run[job.kind] = f"{ids[job.kind]}_{number}" if len(job.tasks) > 1 else ids[job.kind]
-        facts = {"jobs": of_run, "command": command, "submitted": time.strftime("%F %T")}
+def record(runs: list[Run], ids: dict[str, str], command: str) -> None:
+    """Write job.json, which `read_jobs` reads, into the folder of each run; several runs are an array."""
+    for number, run in enumerate(runs):
+        task = f"_{number}" if len(runs) > 1 else ""
+        own = {kind: f"{job}{task}" for kind, job in ids.items() if kind != "compare"}
+        facts = {"jobs": own, "command": command, "submitted": time.strftime("%F %T")}
         write_atomic(Path(run.dir) / "job.json", json.dumps(facts, indent=2) + "\n")

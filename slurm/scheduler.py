@@ -46,7 +46,7 @@ def sbatch(arguments: list[str], environment: dict[str, str], script: str | None
 
 
 def queued(jobs: list[str]) -> dict[str, tuple[str, str]]:
-    """Return (state, reason for waiting) of those `jobs` that are in the queue: `12`, or `12_3` for a task of an array."""
+    """Return (state, reason for waiting) of the `jobs` that are in the queue; a task of an array is called `12_3`."""
     if not jobs or not shutil.which("squeue"):
         return {}
     found = {}

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from configs.app import command, configured

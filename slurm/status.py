@@ -1,7 +1,7 @@
-"""Show the runs of a project: `python -m slurm.status [FOLDER ...]` of run folders, or of folders that hold some (runs).
+"""Show the runs of a project: `python -m slurm.status [FOLDER ...]` of run folders, or of folders of them (runs).
 
-Everything is read from the run folders, so it works without Slurm. If Slurm is here, it tells whether a job waits, runs,
-or how it ended.
+Everything is read from the run folders, so it works without Slurm; if Slurm is here, it tells whether a job waits or
+runs, or how it ended.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from slurm import scheduler
 from slurm.jobs import read_jobs
 from training.checkpoint import problems, read_manifest
 from training.metrics import read_events, read_lines
+from training.report import duration
 from training.run_folder import is_finished, read_config
 
 QUIET_AFTER = 600  # seconds in which a running job should have written something
 FAULTS = re.compile(
-    r"^(?P<python>[\w.]*(Error|Exception|Interrupt)\b.*)|^(?P<training>(GIVING UP|THE JOB ENDS|TRAINING CANNOT)\b.*)|"
+    r"^(?P<python>[\w.]*(Error|Exception|Interrupt)\b.*)|"
+    r"^(?P<training>(Giving up at step|The job ends:|Training cannot work here:).*)|"
     r"^(slurmstepd|srun)[^:]*: error: (?P<slurm>.*(CANCELLED|[Kk]illed|oom|Out Of Memory|Node failure|Segmentation).*)"
 )
 
@@ -34,14 +36,9 @@ class Status:
     run: str
     state: str  # finished, running, pending, requeued, stopped or failed
     problem: str | None
-    step: int
+    metrics: dict[str, float]  # the last number of each
     horizon: int | None
-    tokens: int
-    train_loss: float | None
-    val_loss: float | None
-    tokens_per_second: float | None
-    checkpoint: int | None  # the step of the most recent complete checkpoint
-    checkpoint_age: float | None  # seconds
+    checkpoint: tuple[int, float] | None  # the step of the most recent complete one, and its age in seconds
     restarts: int
 
 
@@ -69,41 +66,27 @@ def job_logs(folder: Path) -> list[Path]:
 
 def read_status(folder: Path, queue: dict[str, tuple[str, str]]) -> Status:
     """Return the status of a run, given the jobs in Slurm's queue (`scheduler.queued`)."""
-    lines = read_lines(folder / "metrics.jsonl")
-    state, problem = find_state(folder, queue)
-    checkpoint, age = newest_checkpoint(folder)
+    metrics = {"step": 0, "tokens": 0}
+    for line in read_lines(folder / "metrics.jsonl"):
+        metrics |= {key: value for key, value in line.items() if value is not None}
     try:
         horizon = read_config(folder).trainer.horizon
     except ConfigError:
         horizon = None
-
-    def last(key: str, default=None):
-        return next((line[key] for line in reversed(lines) if line.get(key) is not None), default)
-
+    starts = [event["event"] for event in read_events(folder)].count("start")
     return Status(
-        run=str(folder),
-        state=state,
-        problem=problem,
-        step=last("step", 0),
-        horizon=horizon,
-        tokens=last("tokens", 0),
-        train_loss=last("train/loss"),
-        val_loss=last("val/loss"),
-        tokens_per_second=last("perf/tokens_per_second"),
-        checkpoint=checkpoint,
-        checkpoint_age=age,
-        restarts=max(0, [event["event"] for event in read_events(folder)].count("start") - 1),
+        str(folder), *find_state(folder, queue), metrics, horizon, newest_checkpoint(folder), max(0, starts - 1)
     )
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, float] | tuple[None, None]:
-    """Return the step of the most recent complete checkpoint and its age in seconds, without reading its tensors."""
+def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
+    """Return the step of the most recent complete checkpoint and its age in seconds; its tensors are not read."""
     for path in sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True):
         try:
             return read_manifest(path.parent)["step"], time.time() - path.stat().st_mtime
         except (OSError, ValueError):
             continue
-    return None, None
+    return None
 
 
 def find_state(folder: Path, queue: dict[str, tuple[str, str]]) -> tuple[str, str | None]:
@@ -134,8 +117,7 @@ def find_state(folder: Path, queue: dict[str, tuple[str, str]]) -> tuple[str, st
     if quiet < QUIET_AFTER and not ended and not (found and re.search(r"\bJOB\b", found)):
         return "running", None
     end = f"job {jobs[0]} ended as {ended}" if ended else silence
-    found = found or last_trouble(folder) or bad_loss(folder) or broken_checkpoint(folder)
-    return "stopped", "; ".join(filter(None, [end, found]))
+    return "stopped", "; ".join(filter(None, [end, found or trouble(folder)]))
 
 
 def fault(log: str) -> str | None:
@@ -152,42 +134,30 @@ def fault(log: str) -> str | None:
     return None
 
 
-def last_trouble(folder: Path) -> str | None:
-    """Return the most recent event of a run if it is trouble: a rollback, giving up, a failed checkpoint."""
+def trouble(folder: Path) -> str | None:
+    """Return what is wrong by the run's own files: its last event, its last loss, its most recent checkpoint."""
     event = next(reversed(read_events(folder)), {})
-    return f"{event['event']} at step {event['step']}: {event['reason']}" if "reason" in event else None
-
-
-def bad_loss(folder: Path) -> str | None:
-    lines = [line for line in read_lines(folder / "metrics.jsonl") if "train/loss" in line]
-    return f"the loss of step {lines[-1]['step']} is not finite" if lines and lines[-1]["train/loss"] is None else None
-
-
-def broken_checkpoint(folder: Path) -> str | None:
+    if "reason" in event:  # a rollback, giving up, a checkpoint that was not saved
+        return f"{event['event']} at step {event['step']}: {event['reason']}"
+    losses = [line for line in read_lines(folder / "metrics.jsonl") if "train/loss" in line]
+    if losses and losses[-1]["train/loss"] is None:
+        return f"the loss of step {losses[-1]['step']} is not finite"
     newest = max(folder.glob("checkpoints/step_*"), default=None)
     return next(iter(problems(newest)), None) if newest else None
 
 
-def duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def show(statuses: list[Status], console: Console) -> None:
-    def text(value: float | None, spec: str) -> str:
-        return "" if value is None else format(value, spec)
-
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("run", "state", "step", "tokens", "loss", "val loss", "tokens/s", "last checkpoint", "restarts"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
     for status in statuses:
-        horizon = f" / {status.horizon:,}" if status.horizon else ""
-        saved = "" if status.checkpoint is None else f"{status.checkpoint:,}, {duration(status.checkpoint_age)} ago"
-        losses = [text(loss, ".4f") for loss in (status.train_loss, status.val_loss)]
-        cells = [f"{status.step:,}{horizon}", f"{status.tokens:,}", *losses, text(status.tokens_per_second, ",.0f")]
-        table.add_row(status.run, status.state, *cells, saved, str(status.restarts))
+        cells = []
+        for key, spec in (("train/loss", ".4f"), ("val/loss", ".4f"), ("perf/tokens_per_second", ",.0f")):
+            cells.append(format(status.metrics[key], spec) if key in status.metrics else "")
+        step, tokens = status.metrics["step"], status.metrics["tokens"]
+        steps = f"{step:,} / {status.horizon:,}" if status.horizon else f"{step:,}"
+        saved = f"{status.checkpoint[0]:,}, {duration(status.checkpoint[1])} ago" if status.checkpoint else ""
+        table.add_row(status.run, status.state, steps, f"{tokens:,}", *cells, saved, str(status.restarts))
     console.width = max(console.width, 200)  # a line that is too long is better than one cut off
     console.print(table)
     for status in statuses:

@@ -6,109 +6,39 @@ python -m slurm.submit -m model=t6,mha,gqa optim.lr=3e-4,6e-4      every combina
 Everything is checked before anything is created or queued; mistakes exit with 2.
 """
 
-import argparse
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
 from rich.console import Console
 
-from configs.app import choices, combinations, command, compose
+from configs.app import combinations, command, compose
 from configs.errors import ConfigError, each
-from configs.load import Block, load
-from data.prepare import ON_FIRST_USE, check_before_work, prepared
+from configs.load import load
+from data.prepare import check_before_work, prepared_on_first_use
 from slurm import scheduler
-from slurm.estimate import GIB, Estimate, estimate
+from slurm.estimate import GIB, estimate
 from slurm.jobs import Run, plan, read_jobs, submit, sweep_name
+from slurm.options import Options, parse
 from training.checks import check_before_start, check_folders
 from training.config import Config
-from training.device import PEAK_BF16_FLOPS, Runtime, format_bytes, parse_bytes
+from training.device import Runtime, format_bytes
 
 console = Console(highlight=False, soft_wrap=True)
-SITE = {"ntasks_per_node": "T6_GPUS_PER_NODE", "gpu": "T6_GPU", "gpu_memory": "T6_GPU_MEMORY", "mfu": "T6_MFU"}
-
-
-def split_suites(names: str) -> list[str]:
-    suites = [] if names in ("none", "") else names.split(",")
-    if not set(suites) <= set(choices("suite")):
-        raise ValueError(f"must be none or some of {', '.join(choices('suite'))}")
-    return suites
-
-
-class Options(Block):
-    """What the command line says; else the site's settings (`SITE`); else the default."""
-
-    nodes: int = Field(1, ge=1)
-    ntasks_per_node: int = Field(8, ge=1, description="one task for each GPU (default: T6_GPUS_PER_NODE or 8)")
-    multirun: bool = Field(False, description="a run for every combination, as one job array")
-    eval: Annotated[list[str], BeforeValidator(split_suites)] = Field(
-        ["perplexity"], description="the suites to run afterwards, A,B or none (default: perplexity)"
-    )
-    dry_run: bool = Field(False, description="print the exact scripts, create and submit nothing")
-    gpu: Literal[*PEAK_BF16_FLOPS] = Field(
-        "A100", description=f"for the estimate (default: T6_GPU or A100): {', '.join(PEAK_BF16_FLOPS)}"
-    )
-    gpu_memory: Annotated[float, BeforeValidator(parse_bytes)] | None = Field(
-        None, description="such as 80GiB: warn if a run needs more (default: T6_GPU_MEMORY)"
-    )
-    mfu: float = Field(0.35, gt=0, description="the assumed share of the GPU's peak (default: T6_MFU or 0.35)")
-    tokens_per_second: float | None = Field(None, gt=0, description="a measured rate of the whole run, instead of mfu")
-
-    @property
-    def tasks(self) -> int:
-        return self.nodes * self.ntasks_per_node
-
-
-def parse(arguments: list[str], environment: dict[str, str]) -> tuple[Options, list[str], list[str]]:
-    """Return (our options, those of sbatch, the overrides). ConfigError for all that are wrong."""
-    parser = argparse.ArgumentParser(
-        "python -m slurm.submit", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    flags = {key: f"--{key.replace('_', '-')}" for key in Options.model_fields}
-    for key, field in Options.model_fields.items():
-        if field.annotation is bool:
-            names = ["-m", flags[key]] if key == "multirun" else [flags[key]]
-            parser.add_argument(*names, action="store_true", help=field.description)
-        else:
-            site = environment.get(SITE.get(key)) or None
-            parser.add_argument(flags[key], metavar="VALUE", default=site, help=field.description)
-    given, rest = parser.parse_known_args(arguments)
-    overrides = [word for word in rest if not word.startswith("-")]
-    errors = [
-        f"{word}: is not an override (KEY=VALUE); give options of sbatch as --OPTION=VALUE"
-        for word in overrides
-        if "=" not in word and not word.startswith("~")
-    ]
-    options = Options()
-    try:
-        options = load({key: value for key, value in vars(given).items() if value is not None}, Options)
-    except ConfigError as error:
-        for key, _, message in (line.partition("=") for line in error.errors):
-            errors.append(f"{flags[key]}={message}" + (f" (or {SITE[key]})" if key in SITE else ""))
-    if errors:
-        raise ConfigError(*errors)
-    return options, [word for word in rest if word.startswith("-")], overrides
 
 
 def check(overrides: list[str], tasks: int) -> Config:
     """Return the configuration of a job of `tasks` processes. ConfigError has every mistake the job would find."""
     tree = compose(Config, overrides)
-    device = tree.get("device", "auto")
-    if device == "cuda":  # the login node may have no GPU, the job has
+    if tree.get("device") == "cuda":  # the login node may have no GPU, the job has
         tree.device = "auto"
     config = load(tree, Config, world_size=tasks)
-    config.device = device
-    if config.data.source in ON_FIRST_USE and not prepared(config.data, config.tokenizer):
+    if prepared_on_first_use(config.data, config.tokenizer):
         check_before_work(config.data, config.tokenizer)
-    on_gpu, dtype = device != "cpu", config.trainer.dtype
+    on_gpu, dtype = config.device != "cpu", config.trainer.dtype
     in_fp32 = dtype == "fp32" or (dtype == "auto" and not on_gpu)
-    runtime = Runtime(
-        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-        dtype=torch.float32 if in_fp32 else torch.bfloat16,
-        world_size=tasks,
-    )
+    device = torch.device("cuda" if on_gpu else "cpu")
+    runtime = Runtime(device, torch.float32 if in_fp32 else torch.bfloat16, world_size=tasks)
     check_before_start(config, runtime)
     return config
 
@@ -118,12 +48,10 @@ def check_all(combined: list[list[str]], options: Options) -> list[Run]:
 
     def new_run(overrides: list[str]) -> Run:
         config = check(overrides, options.tasks)
-        peak = PEAK_BF16_FLOPS[options.gpu] / (2 if config.trainer.dtype == "fp32" else 1)
-        needs = estimate(config, options.tasks, options.gpu, peak, options.mfu, options.tokens_per_second)
-        return Run(overrides, config, needs)
+        return Run(overrides, config, estimate(config, options))
 
     runs = each(new_run, combined)
-    check_folders([run.config for run in runs])
+    check_folders(run.dir for run in runs)
     jobs = {job: run for run in runs for job in read_jobs(run.dir).values()}
     waiting = scheduler.queued(list(jobs))
     if waiting:
@@ -131,9 +59,10 @@ def check_all(combined: list[list[str]], options: Options) -> list[Run]:
     return runs
 
 
-def show(run: Run, needs: Estimate, options: Options) -> None:
+def show(run: Run, options: Options) -> None:
     """Print what will run, what it needs, and what that assumes."""
-    config, shares = run.config, sorted(needs.memory.items(), key=lambda item: item[1], reverse=True)
+    config, needs = run.config, run.needs
+    shares = sorted(needs.memory.items(), key=lambda item: item[1], reverse=True)
     tokens = f"{needs.tokens / 1e9:.3g} B" if needs.tokens >= 1e8 else f"{needs.tokens / 1e6:.3g} M"
     machine = f"{options.nodes} x {options.ntasks_per_node} = {options.tasks} tasks"
     time = f"about {needs.hours:.2g} hours at {needs.tokens_per_second:,.0f} tokens/s"
@@ -159,17 +88,18 @@ def show(run: Run, needs: Estimate, options: Options) -> None:
 
 def main(arguments: list[str]) -> int:
     environment = scheduler.site_environment()
-    options, sbatch_options, overrides = parse(arguments, environment)
+    options, sbatch_options, overrides = parse(arguments, environment, __doc__)
     runs = check_all(combinations(overrides) if options.multirun else [overrides], options)
     if len(runs) > 1 and not any(word.lstrip("+").startswith("wandb.group=") for word in overrides):
         for run in runs:
             run.overrides.append(f"wandb.group={sweep_name(runs)}")
     for run in runs:
-        show(run, run.estimate, options)
+        show(run, options)
     if all(run.finished for run in runs):
         console.print("finished already; choose another run.name to train again")
         return 0
-    jobs = plan(runs, options.nodes, options.ntasks_per_node, options.eval, sbatch_options)
+    train_options = [f"--nodes={options.nodes}", f"--ntasks-per-node={options.ntasks_per_node}"]
+    jobs = plan(runs, train_options, options.eval, sbatch_options)
     if scheduler.available(environment):
         for job in jobs:
             answer = scheduler.sbatch(["--test-only", *job.command()], environment, job.script()).splitlines()[-1]
