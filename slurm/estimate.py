@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from model import counting
-from model.counting.memory import training_bytes
 from slurm.options import Options
 from training.config import Config
-from training.device import PEAK_BF16_FLOPS
+from training.device import PEAK_BF16_FLOPS, Runtime
+from training.preflight import needed_memory
 
 GIB = 2**30
 CUDA_BYTES = 1 * GIB  # CUDA's context and the workspaces of its libraries
@@ -29,19 +29,10 @@ class Estimate:
         return self.tokens / self.tokens_per_second / 3600
 
 
-def estimate(config: Config, options: Options) -> Estimate:
+def estimate(config: Config, runtime: Runtime, options: Options) -> Estimate:
     """Return what a run needs at the measured rate of `options`, or at their share of their GPUs' peak FLOP/s."""
-    trainer, deepspeed, network = config.trainer, config.deepspeed, config.network()
-    memory = training_bytes(
-        network,
-        tokens=trainer.micro_batch_size * trainer.seq_len,
-        recompute=trainer.activation_checkpointing,
-        stage=deepspeed.stage,
-        zero=deepspeed.zero,
-        world_size=options.tasks,
-        stored_bytes=2 if deepspeed.bf16_engine else 4,
-        bytes_per_number=4 if trainer.dtype == "fp32" or config.device == "cpu" else 2,
-    )
+    trainer, network = config.trainer, config.network()
+    memory = needed_memory(config, runtime, network)
     memory["rest"] = FRAGMENTATION * sum(memory.values()) + CUDA_BYTES
     rate, source = options.tokens_per_second, "as given"
     if rate is None:

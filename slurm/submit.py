@@ -27,30 +27,25 @@ from training.device import Runtime, format_bytes
 console = Console(highlight=False, soft_wrap=True)
 
 
-def check(overrides: list[str], tasks: int) -> Config:
-    """Return the configuration of a job of `tasks` processes. ConfigError has every mistake the job would find."""
+def check(overrides: list[str], options: Options) -> Run:
+    """Return one run of a submission. ConfigError has every mistake that its job would find."""
     tree = compose(Config, overrides)
     if tree.get("device") == "cuda":  # the login node may have no GPU, the job has
         tree.device = "auto"
-    config = load(tree, Config, world_size=tasks)
+    config = load(tree, Config, world_size=options.tasks)
     if prepared_on_first_use(config.data, config.tokenizer):
         check_before_work(config.data, config.tokenizer)
     on_gpu, dtype = config.device != "cpu", config.trainer.dtype
-    in_fp32 = dtype == "fp32" or (dtype == "auto" and not on_gpu)
+    in_bf16 = dtype == "bf16" or (dtype == "auto" and (on_gpu or config.deepspeed.bf16_engine))
     device = torch.device("cuda" if on_gpu else "cpu")
-    runtime = Runtime(device, torch.float32 if in_fp32 else torch.bfloat16, world_size=tasks)
+    runtime = Runtime(device, torch.bfloat16 if in_bf16 else torch.float32, world_size=options.tasks)
     check_before_start(config, runtime)
-    return config
+    return Run(overrides, config, estimate(config, runtime, options))
 
 
 def check_all(combined: list[list[str]], options: Options) -> list[Run]:
     """Return the runs of a submission. ConfigError with the mistakes of all of them, each once."""
-
-    def new_run(overrides: list[str]) -> Run:
-        config = check(overrides, options.tasks)
-        return Run(overrides, config, estimate(config, options))
-
-    runs = each(new_run, combined)
+    runs = each(lambda overrides: check(overrides, options), combined)
     check_folders(run.dir for run in runs)
     jobs = {job: run for run in runs for job in read_jobs(run.dir).values()}
     waiting = scheduler.queued(list(jobs))
@@ -62,7 +57,7 @@ def check_all(combined: list[list[str]], options: Options) -> list[Run]:
 def show(run: Run, options: Options) -> None:
     """Print what will run, what it needs, and what that assumes."""
     config, needs = run.config, run.needs
-    shares = sorted(needs.memory.items(), key=lambda item: item[1], reverse=True)
+    parts = sorted(needs.memory.items(), key=lambda item: item[1], reverse=True)
     tokens = f"{needs.tokens / 1e9:.3g} B" if needs.tokens >= 1e8 else f"{needs.tokens / 1e6:.3g} M"
     machine = f"{options.nodes} x {options.ntasks_per_node} = {options.tasks} tasks"
     time = f"about {needs.hours:.2g} hours at {needs.tokens_per_second:,.0f} tokens/s"
@@ -72,7 +67,7 @@ def show(run: Run, options: Options) -> None:
         "what": f"{config.model.name} {config.size.name}, {config.data.name}, {tokens} tokens, "
         f"{config.deepspeed.name} on {machine}",
         "memory": f"about {needs.gib:.1f} GiB for each GPU: "
-        + ", ".join(f"{part} {count / GIB:.2g}" for part, count in shares if count),
+        + ", ".join(f"{part} {count / GIB:.2g}" for part, count in parts if count),
         "time": time,
         "assumed": "; ".join(needs.assumptions),
     }
