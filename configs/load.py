@@ -5,7 +5,6 @@ else. A block whose YAML picks one of several classes (`_target_`) derives from 
 command from `Command`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -187,11 +186,11 @@ def remedy(error: dict[str, Any]) -> str:
     if kind == "value_error":
         return str(limits["error"])
     if kind == "greater_than":
-        return "must be a positive number" if limits["gt"] == 0 else f"must be greater than {limits['gt']:g}"
+        return "must be a positive number" if limits["gt"] == 0 else f"must be greater than {limits['gt']}"
     if kind in ("greater_than_equal", "less_than", "less_than_equal"):
         words = {"greater_than_equal": ("at least", "ge"), "less_than": ("less than", "lt")}
         word, limit = words.get(kind, ("at most", "le"))
-        return f"must be {word} {limits[limit]:g}"
+        return f"must be {word} {limits[limit]}"
     if kind == "literal_error":
         return f"must be {limits['expected']}".replace("'", "")
     if kind == "finite_number":
@@ -205,4 +204,4 @@ def shown(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
-    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+    return str(value)

@@ -1,29 +1,24 @@
 """The paper's experiments compose, build and have its hyper-parameters and head counts."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from configs.app import CONFIGS, compose
-from configs.load import load
+from configs.app import choices, configured
 from model import counting
-from model.transformer import Transformer, TransformerConfig
+from model.transformer import Transformer
 from tests.model.test_counting import PAPER_HEADS
+from training.config import Config
 
 SIZES = ("small", "medium", "large", "xl")
-PRESETS = sorted(
-    p.stem for p in Path(CONFIGS, "experiment/paper").glob("*.yaml") if not p.stem.startswith(("size_", "common"))
-)
+ABLATIONS = sorted(set(choices("experiment")) - {f"paper/{size}" for size in SIZES} - {"paper/common"})
+PRESETS = {f"{model}_{size}": (f"paper/{size}", f"model={model}") for model in PAPER_HEADS for size in SIZES}
+PRESETS |= {name.removeprefix("paper/"): (name,) for name in ABLATIONS if name.startswith("paper/")}
 PEAK_LR = {"small": (6e-4, 3e-5), "medium": (6e-4, 3e-5), "large": (2e-4, 1e-5), "xl": (1e-4, 1e-5)}
 
 
 def preset(name: str, *overrides: str):
-    return load(compose("train", [f"experiment=paper/{name}", *overrides]), world_size=8)
-
-
-def test_every_mechanism_of_the_paper_has_every_size():
-    assert set(PRESETS) >= {f"{model}_{size}" for model in PAPER_HEADS for size in SIZES}
+    experiment, *model = PRESETS[name]
+    return configured(Config, [f"experiment={experiment}", *model, *overrides], world_size=8)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -40,7 +35,7 @@ def test_a_preset_has_the_papers_settings_and_builds(name):
     assert config.tokenizer.name == "gpt2" and config.tokenizer.padded_vocab_size == 50304
     if model in PAPER_HEADS:
         assert config.model.n_heads == PAPER_HEADS[model][SIZES.index(size)]
-    network = TransformerConfig.from_config(config)
+    network = config.network()
     with torch.device("meta"):
         built = Transformer(network)
     assert sum(p.numel() for p in built.parameters()) == counting.num_params(network)

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 import train
-from configs.app import compose
-from configs.load import load
-from configs.schema import ConfigError
+from configs.app import configured
+from configs.errors import ConfigError
 from data.prepare import prepare
-from model.transformer import Transformer, TransformerConfig
+from model.transformer import Transformer
 from tests.conftest import ROOT, SMALL_RUN
 from training import checkpoint, saver
-from training.metrics import read_metrics
+from training.config import Config
+from training.metrics import read_lines
 
 
 @pytest.fixture(scope="module")
 def finished(small_data, tmp_path_factory):
     """A run with checkpoints of steps 4 and 8."""
     folder = tmp_path_factory.mktemp("checkpoints") / "run"
-    assert train.main(load(compose("train", [*SMALL_RUN, *small_data, f"run.dir={folder}"]))) == 0
+    assert train.main(configured(Config, [*SMALL_RUN, *small_data, f"run.dir={folder}"])) == 0
     return folder
 
 
@@ -75,7 +75,7 @@ def test_any_damage_to_any_byte_is_noticed(finished, tmp_path):
     def noticed(path) -> None:
         said = []
         assert checkpoint.newest(tmp_path / "run", said.append) == before
-        assert len(said) == 1 and str(path.parent) in said[0] and "taking the checkpoint before" in said[0]
+        assert len(said) == 1 and str(path.parent) in said[0] and "taking the checkpoint before it" in said[0]
 
     for path in sorted(newest.iterdir()):
         whole = path.read_bytes()
@@ -94,12 +94,12 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differing_keys(finished
     shutil.copytree(finished, tmp_path / "other")
     (tmp_path / "other/summary.json").unlink()
     overrides = [*SMALL_RUN, *small_data, f"run.dir={tmp_path}/mine", "model.q_rank=3", "size.d_model=32"]
-    assert train.main(load(compose("train", overrides))) == 0
+    assert train.main(configured(Config, overrides)) == 0
     shutil.rmtree(tmp_path / "mine/checkpoints")
     shutil.copytree(finished / "checkpoints", tmp_path / "mine/checkpoints")
     (tmp_path / "mine/summary.json").unlink()
     with pytest.raises(ConfigError, match="is a checkpoint of another run") as caught:
-        train.main(load(compose("train", overrides)))
+        train.main(configured(Config, overrides))
     assert "model.q_rank: 6 there, 3 here" in str(caught.value) and "size.d_model: 64 there, 32 here" in str(
         caught.value
     )
@@ -112,10 +112,11 @@ def test_weights_are_not_taken_over_from_another_tokenizer(finished, tmp_path):
         (folder / f"{number}.txt").write_text(f"other words make other pieces\nthan those of number {number}\n" * 600)
     data = [f"data.files=['{folder}/*.txt']", f"data.dir={tmp_path}/shards", "data.val_fraction=0.2"]
     overrides = [*SMALL_RUN, *data, "tokenizer.vocab_size=300", f"run.dir={tmp_path}/run"]
-    prepare(load(compose("train", overrides)), progress=False)
+    config = configured(Config, overrides)
+    prepare(config.data, config.tokenizer, progress=False)
     overrides.append(f"trainer.init_from={finished}")
     with pytest.raises(ConfigError, match="another architecture or tokenizer") as caught:
-        train.main(load(compose("train", overrides)))
+        train.main(configured(Config, overrides))
     assert "tokenizer.fingerprint: " in str(caught.value) and "tokenizer.vocab_size: 512 there" in str(caught.value)
 
 
@@ -127,7 +128,7 @@ def test_only_the_newest_checkpoints_are_kept(small_data, tmp_path):
         "trainer.keep_checkpoints=3",
         f"run.dir={tmp_path}/run",
     ]
-    assert train.main(load(compose("train", overrides))) == 0
+    assert train.main(configured(Config, overrides)) == 0
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == [f"step_0000000{n}" for n in (6, 7, 8)]
 
 
@@ -142,7 +143,7 @@ def test_every_nth_and_the_best_are_kept_too():
 
 
 def test_a_disk_that_is_full_does_not_end_a_run(small_data, tmp_path):
-    """Files past 200 kB cannot be written, as on a full disk: training goes on, says so, and ends as an error."""
+    """Files past 200 kB cannot be written, as on a full disk: training continues, reports it, and ends as an error."""
     overrides = [*SMALL_RUN, *small_data, f"run.dir={tmp_path}/run"]
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     limited = f"import resource, runpy; {limit}; runpy.run_path('train.py', run_name='__main__')"
@@ -150,10 +151,10 @@ def test_a_disk_that_is_full_does_not_end_a_run(small_data, tmp_path):
         [sys.executable, "-c", limited, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1, done.stderr
-    assert done.stdout.count("COULD NOT BE SAVED, training goes on") == 2 and "File too large" in done.stdout
+    assert done.stdout.count("could not be saved, training continues") == 2 and "File too large" in done.stdout
     assert not list((tmp_path / "run/checkpoints").glob("step_*"))
-    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
-    assert train.main(load(compose("train", overrides))) == 0  # with room again the same command ends well
+    assert [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
+    assert train.main(configured(Config, overrides)) == 0  # with room again the same command ends well
 
 
 def test_a_disk_without_room_for_a_byte_costs_nothing_once_there_is_room(small_run, tmp_path, monkeypatch, capsys):
@@ -168,13 +169,13 @@ def test_a_disk_without_room_for_a_byte_costs_nothing_once_there_is_room(small_r
 
     monkeypatch.setattr(train, "seed_step", fill)
     try:
-        assert train.main(load(compose("train", small_run))) == 0
+        assert train.main(configured(Config, small_run)) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     out = capsys.readouterr().out
-    assert out.count("CANNOT BE WRITTEN, training goes on") == 1
-    assert "THE CHECKPOINT OF STEP 4 COULD NOT BE SAVED" in out
-    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
+    assert out.count("cannot be written, lines wait") == 1
+    assert "The checkpoint of step 4 could not be saved" in out
+    assert [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl")] == list(range(1, 9))
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000008"]
 
 
@@ -190,9 +191,9 @@ def test_a_broken_checkpoint_takes_no_whole_ones_place(finished, small_data, tmp
     with pytest.MonkeyPatch.context() as patch:
         prune = saver.prune
         patch.setattr(saver, "prune", lambda *args: (prune(*args), there.append(sorted(checkpoints.iterdir()))))
-        assert train.main(load(compose("train", overrides))) == 0
+        assert train.main(configured(Config, overrides)) == 0
     assert [[path.name[-1] for path in paths] for paths in there] == [["4", "6"], ["6", "8"]]
-    assert "COULD NOT BE SAVED" not in capsys.readouterr().out
+    assert "could not be saved" not in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run", print) == checkpoints / "step_00000008"
 
 
@@ -201,29 +202,27 @@ def test_weights_are_not_taken_over_from_a_broken_checkpoint(finished, small_run
     named = tmp_path / "other/checkpoints/step_00000008"
     flip(named / "model.safetensors")
     with pytest.raises(ConfigError, match=r"trainer.init_from: .*model.safetensors: does not have the checksum"):
-        train.main(load(compose("train", [*small_run, f"trainer.init_from={named}"])))
+        train.main(configured(Config, [*small_run, f"trainer.init_from={named}"]))
 
 
 def test_the_manifest_says_what_the_checkpoint_is(finished):
     manifest = json.loads((finished / "checkpoints/step_00000008/manifest.json").read_text())
-    assert (manifest["step"], manifest["tokens"], manifest["optimizer_updates"]) == (8, 8 * 512, 8)
+    assert (manifest["step"], manifest["tokens"], manifest["optimizer_scalars"]) == (8, 8 * 512, {"step": 8.0})
     assert manifest["identity"]["model.name"] == "t6" and manifest["versions"]["torch"].startswith("2.")
     assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors"}
 
 
 def test_weights_that_do_not_fit_are_named(finished):
-    config = load(compose("train", [*SMALL_RUN, "model=mha"]))
+    config = configured(Config, [*SMALL_RUN, "model=mha"])
     with pytest.raises(ConfigError) as caught:
-        checkpoint.load_weights(
-            Transformer(TransformerConfig.from_config(config)), finished / "checkpoints/step_00000008"
-        )
+        checkpoint.load_weights(Transformer(config.network()), finished / "checkpoints/step_00000008")
     assert "blocks.0.attention.qkv_proj.weight: the checkpoint has none" in str(caught.value)
     assert "blocks.1.attention.factor_proj.weight: the model has none" in str(caught.value)
 
 
 def test_loaded_weights_are_those_saved_and_the_head_stays_tied(finished):
-    config = load(compose("train", SMALL_RUN))
-    model = Transformer(TransformerConfig.from_config(config))
+    config = configured(Config, SMALL_RUN)
+    model = Transformer(config.network())
     checkpoint.load_weights(model, checkpoint.find(str(finished), print))
     weights = checkpoint.load_file(finished / "checkpoints/step_00000008/model.safetensors")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import train
-from configs.app import compose
-from configs.load import load
+from configs.app import configured
 from training import health
-from training.metrics import read_metrics
+from training.config import Config
+from training.metrics import read_lines
 
 
 def run(overrides: list[str]) -> int:
-    return train.main(load(compose("train", [*overrides, "trainer.samples=0"])))
+    return train.main(configured(Config, [*overrides, "trainer.samples=0"]))
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def infinite_loss_with_finite_gradients(loss):
 def test_a_step_that_is_not_finite_leaves_no_trace_in_the_weights(small_run, tmp_path, poison, stage, how):
     poison({2, 3}, how)
     assert run([*small_run, f"deepspeed=zero{stage}"]) == 0
-    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
     assert [line["optim/skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2, 2, 2]
     assert lines[2]["train/loss"] is None and all(line["train/loss"] > 0 for line in lines[4:])
     manifest = json.loads((tmp_path / "run/checkpoints/step_00000008/manifest.json").read_text())
-    assert manifest["optimizer_updates"] == 6
+    assert manifest["optimizer_scalars"] == {"step": 6.0}
 
 
 def test_after_too_many_it_goes_back_and_passes_over_the_data(small_run, tmp_path, poison, capsys):
@@ -73,17 +73,17 @@ def test_after_too_many_it_goes_back_and_passes_over_the_data(small_run, tmp_pat
     after = read[read.index(5) + 1 :]
     assert [batch for batch in after if batch >= 6][-4:] == [6, 7, 8, 9]
     assert [(e["event"], e["step"]) for e in events(tmp_path / "run")] == [("start", 0), ("rollback", 6)]
-    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["optim/skipped_steps"] for line in lines] == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert "GOING BACK from step 6 to step 4" in capsys.readouterr().out
+    assert "Going back from step 6 to step 4" in capsys.readouterr().out
 
 
 def test_a_rollback_is_remembered_by_the_next_start(small_run, tmp_path, poison, monkeypatch):
     overrides = [*small_run, "trainer.max_bad_steps=2"]
     poison({4, 5})
     assert run(overrides) == 0
-    whole = read_metrics(tmp_path / "run/metrics.jsonl")
+    whole = read_lines(tmp_path / "run/metrics.jsonl")
     other = [*overrides, f"run.dir={tmp_path}/other"]
     poison({4, 5})
     original = train.seed_step
@@ -99,7 +99,7 @@ def test_a_rollback_is_remembered_by_the_next_start(small_run, tmp_path, poison,
     monkeypatch.setattr(train, "seed_step", original)
     assert run(other) == 0
     keys = ("step", "train/loss", "optim/grad_norm")
-    theirs = read_metrics(tmp_path / "other/metrics.jsonl")
+    theirs = read_lines(tmp_path / "other/metrics.jsonl")
     assert [[line[k] for k in keys] for line in theirs] == [[line[k] for k in keys] for line in whole]
     assert [e["event"] for e in events(tmp_path / "other")] == ["start", "rollback", "start"]
 
@@ -122,13 +122,13 @@ def test_it_gives_up_where_going_back_does_not_help(small_run, tmp_path, poison,
     assert run([*small_run, "trainer.max_bad_steps=3", "trainer.max_rollbacks=2", "deepspeed=zero1"]) == 1
     assert [e["event"] for e in events(tmp_path / "run")] == ["start", "rollback", "rollback", "gave_up"]
     out = capsys.readouterr().out
-    assert "GIVING UP at step 3: the loss or the gradient was not finite 3 steps in a row" in out
+    assert "Giving up at step 3: the loss or the gradient was not finite for 3 steps in a row" in out
     assert not (tmp_path / "run/summary.json").exists()
-    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 3
+    assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 3
 
 
 def test_the_window_of_losses_goes_on_from_a_checkpoint():
-    config = load(compose("train", [])).trainer
+    config = configured(Config, []).trainer
     watched = health.Health(config)
     for _ in range(health.WINDOW):
         assert watched.observe(2.0, 1.0) is None

@@ -4,28 +4,29 @@ import json
 
 import pytest
 
-from configs.app import compose
-from configs.load import load
-from training import metrics
-from training.metrics import Metrics, drop_lines_after, plot_loss, read_metrics
+from configs.app import configured
+from training.config import Config
+from training.device import known_peak
+from training.metrics import Metrics, drop_lines_after, read_lines
+from training.plots import plot_loss
 
 
 @pytest.fixture
 def config(small_run):
-    return load(compose("train", [*small_run, "wandb.mode=offline"]))
+    return configured(Config, [*small_run, "wandb.mode=offline"])
 
 
 def test_a_torn_line_is_left_out_and_lines_past_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "tokens": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "tok')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
     drop_lines_after(path, 2)
     assert path.read_text() == '{"step": 1, "tokens": 1}\n{"step": 2, "tokens": 2}\n'
 
 
 def test_numbers_that_json_cannot_hold_become_null(config, tmp_path):
     config.wandb.mode, config.run.dir = "disabled", str(tmp_path)
-    record = Metrics(config, {}, 0)
+    record = Metrics(config, 0)
     record.log(1, 10, {"train/loss": float("nan"), "optim/grad_norm": float("inf"), "optim/lr": 0.5})
     record.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -33,13 +34,17 @@ def test_numbers_that_json_cannot_hold_become_null(config, tmp_path):
     plot_loss(tmp_path, "a plot of nothing but gaps")
 
 
-def test_the_longest_matching_device_name_wins(monkeypatch):
-    import torch
-
-    for name, peak in (
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert metrics.peak_flops(torch.device("cuda", 0), torch.bfloat16) == peak
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),  # another GPU than the A10
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),  # a seventh of one
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_peak_is_that_of_the_whole_name(name, peak):
+    assert known_peak(name) == peak

@@ -5,15 +5,14 @@ import math
 import pytest
 import torch
 
-from configs.schema import OptimConfig, ScheduleConfig
 from model.transformer import Transformer
 from tests.model.helpers import small_network
-from training.metrics import peak_flops
-from training.optim import build_optimizer, learning_rate
+from training.device import peak_flops
+from training.optim import OptimConfig, ScheduleConfig, build_optimizer, learning_rate
 
 
 def test_cosine_rises_falls_and_ends_at_its_minimum():
-    schedule = ScheduleConfig("cosine", warmup_steps=10, min_lr_ratio=0.05)
+    schedule = ScheduleConfig(name="cosine", warmup_steps=10, min_lr_ratio=0.05)
     rates = [learning_rate(step, 2.0, schedule, 110) for step in range(1, 111)]
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     assert rates[59] == pytest.approx(2.0 * (0.05 + 0.95 / 2))  # half-way down
@@ -21,7 +20,7 @@ def test_cosine_rises_falls_and_ends_at_its_minimum():
 
 
 def test_wsd_is_flat_then_linear():
-    schedule = ScheduleConfig("wsd", warmup_steps=5, min_lr_ratio=0.1, decay_fraction=0.2)
+    schedule = ScheduleConfig(name="wsd", warmup_steps=5, min_lr_ratio=0.1, decay_fraction=0.2)
     rates = [learning_rate(step, 1.0, schedule, 100) for step in range(1, 101)]
     assert rates[4:80] == [1.0] * 76
     assert rates[89] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)
@@ -29,14 +28,14 @@ def test_wsd_is_flat_then_linear():
 
 @pytest.mark.parametrize("name", ["cosine", "wsd"])
 def test_a_run_shorter_than_its_warm_up_only_rises(name):
-    schedule = ScheduleConfig(name, warmup_steps=100)
+    schedule = ScheduleConfig(name=name, warmup_steps=100)
     assert [learning_rate(step, 1.0, schedule, 3) for step in (1, 2, 3)] == [0.01, 0.02, 0.03]
 
 
 @pytest.mark.parametrize(("decay_all", "undecayed"), [(False, 4), (True, 0)])
 def test_one_dimensional_parameters_do_not_decay_unless_asked(decay_all, undecayed):
     net = Transformer(small_network("mla"))  # the one with norm weights: two a layer
-    optimizer = build_optimizer(net, OptimConfig("adamw", lr=1e-3, weight_decay=0.1, decay_all=decay_all))
+    optimizer = build_optimizer(net, OptimConfig(name="adamw", lr=1e-3, weight_decay=0.1, decay_all=decay_all))
     groups = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
     assert len(groups.get(0.0, [])) == undecayed
     assert sum(map(len, groups.values())) == len(list(net.parameters()))

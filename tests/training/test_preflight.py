@@ -4,16 +4,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
-from configs.app import compose
-from configs.load import load
-from model.counting.memory import training_bytes
+from configs.app import configured
 from training import preflight
+from training.config import Config
+from training.device import Runtime
 
 
 def run(overrides: list[str]) -> int:
-    return train.main(load(compose("train", [*overrides, "trainer.samples=0"])))
+    return train.main(configured(Config, [*overrides, "trainer.samples=0"]))
+
+
+def estimate(overrides: list[str], world_size: int) -> dict[str, float]:
+    config = configured(Config, overrides)
+    runtime = Runtime(torch.device("cpu"), torch.float32, world_size=world_size)
+    return preflight.needed_memory(config, runtime, config.network())
 
 
 def test_the_table_of_one_process(small_run, capsys):
@@ -25,28 +32,28 @@ def test_the_table_of_one_process(small_run, capsys):
 
 
 def test_too_little_memory_is_fatal_only_for_what_must_be_there(small_run, tmp_path, monkeypatch, capsys):
-    needs = training_bytes(load(compose("train", small_run)), 1, 4)
+    needs = estimate(small_run, 1)
     states = needs["weights"] + needs["gradients"] + needs["optimizer"]
     monkeypatch.setattr(preflight, "available_memory", lambda device: int(0.9 * states))
     assert run(small_run) == 1
     out = capsys.readouterr().out
     assert (
-        "TRAINING CANNOT WORK HERE: weights, gradients and optimizer take" in out and "deepspeed=zero3_offload" in out
+        "Training cannot work here: weights, gradients and optimizer take" in out and "deepspeed=zero3_offload" in out
     )
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(preflight, "available_memory", lambda device: int(1.1 * states))
     assert run(small_run) == 0
-    assert "LIKELY TOO LITTLE; a smaller trainer.micro_batch_size" in capsys.readouterr().out
+    assert "probably too little; use a smaller micro_batch_size" in capsys.readouterr().out
 
 
 def test_too_little_disk_is_fatal_where_no_checkpoint_fits(small_run, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert run(small_run) == 1
-    assert "TRAINING CANNOT WORK HERE: a checkpoint takes" in capsys.readouterr().out
+    assert "Training cannot work here: a checkpoint takes" in capsys.readouterr().out
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
     assert run(small_run) == 0
-    assert "TOO LITTLE FOR THE 3 THAT ARE THERE AT A TIME" in capsys.readouterr().out
+    assert "too little for the 3 that exist at a time" in capsys.readouterr().out
 
 
 def test_data_that_has_changed_is_fatal(small_run, small_data, tmp_path, capsys):
@@ -63,6 +70,6 @@ def test_data_that_has_changed_is_fatal(small_run, small_data, tmp_path, capsys)
 @pytest.mark.parametrize(("stage", "numbers"), [(0, 16), (1, 4 + 4 + 12 / 4), (2, 4 + 16 / 4), (3, 20 / 4)])
 def test_the_memory_of_the_stages(small_run, stage, numbers):
     """Bytes a parameter on 4 processes, by the ZeRO paper's table, and DeepSpeed's fp32 copy from stage 1 on."""
-    needs = training_bytes(load(compose("train", [*small_run, f"deepspeed=zero{stage}"])), 4, 4)
-    params = training_bytes(load(compose("train", small_run)), 1, 4)["weights"] / 4
+    needs = estimate([*small_run, f"deepspeed=zero{stage}"], 4)
+    params = estimate(small_run, 1)["weights"] / 4
     assert needs["weights"] + needs["gradients"] + needs["optimizer"] == pytest.approx(numbers * params)

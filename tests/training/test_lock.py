@@ -7,15 +7,16 @@ import sys
 import pytest
 
 import train
-from configs.app import compose
+from configs.app import configured
 from configs.errors import ConfigError
-from configs.load import load
 from tests.conftest import ROOT
-from training.run_lock import RunLock
+from training.config import Config
+from training.lock import RunLock
 
 HOLD = """
 import sys, time
-from training.run_lock import RunLock
+from training.lock import RunLock
+from training.config import Config
 lock = RunLock(sys.argv[1])
 print(lock.acquire(0, print), flush=True)
 time.sleep(60)
@@ -56,7 +57,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_second_start_leaves_everything_as_it_is(small_run, tmp_path, capsys):
     lock = RunLock(tmp_path / "run")
     assert lock.acquire(0, print) is None
-    config = load(compose("train", [*small_run, "trainer.rank_timeout=5"]))
+    config = configured(Config, [*small_run, "trainer.rank_timeout=5"])
     assert train.main(config) == 1
     assert "is being trained by process" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
@@ -65,6 +66,12 @@ def test_a_second_start_leaves_everything_as_it_is(small_run, tmp_path, capsys):
 
 
 def test_ctrl_c_while_a_command_starts_is_no_traceback():
-    code = "import configs.app as a\ndef main(config): raise KeyboardInterrupt\na.app(main)"
+    lines = (
+        "from configs.app import app",
+        "from training.config import Config",
+        "def main(config): raise KeyboardInterrupt",
+        "app(main, Config)",
+    )
+    code = "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -1,6 +1,6 @@
-"""What a run stands on."""
+"""The engine's device."""
 
-from training.setup import import_deepspeed
+from training.engine import import_deepspeed
 
 
 def test_a_process_may_run_on_one_device_after_another():

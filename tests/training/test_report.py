@@ -4,11 +4,11 @@ import io
 
 from rich.console import Console
 
-from training.console import TrainingConsole
+from training.report import Report
 
 
 def test_the_bar_fits_into_80_columns_and_the_line_of_a_validation_has_everything():
-    shown = TrainingConsole(enabled=True)
+    shown = Report(enabled=True)
     shown.console = Console(file=io.StringIO(), width=80, force_terminal=True, highlight=False)
     shown.live = True
     shown.start(0, 100_000)
