@@ -72,9 +72,9 @@ def kill(rank: int, step: int) -> None:
     at_each_step(rank, act)
 
 
-def slow_steps(rank: int, after: int, seconds: float, until: str) -> None:
-    """The rank takes longer for the steps past `after`, until the file `until` exists."""
-    at_each_step(rank, lambda current: time.sleep(0 if current <= after or os.path.exists(until) else seconds))
+def slow_steps(rank: int, past: int, seconds: float, until: str) -> None:
+    """The rank takes longer for the steps past step `past`, until the file `until` exists."""
+    at_each_step(rank, lambda current: time.sleep(0 if current <= past or os.path.exists(until) else seconds))
 
 
 def infinite_loss(rank: int, step: int) -> None:

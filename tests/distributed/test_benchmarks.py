@@ -8,7 +8,6 @@ from eval import run as eval_run
 from tests.distributed.helpers import run
 from tests.eval.helpers import evaluation
 
-pytestmark = pytest.mark.distributed
 SUITE = ["suite.tasks=[cloze]", "suite.samples=true"]
 
 

@@ -1,22 +1,21 @@
-"""ZeRO stages and world sizes agree, and a run saved under one goes on under another. Real processes over gloo."""
+"""ZeRO stages and world sizes agree, and a run saved under one resumes under another. Real processes over gloo."""
 
 import shutil
 
 import pytest
 
-from configs.app import compose
-from configs.load import load
-from configs.schema import ConfigError
+from configs.app import configured
+from configs.errors import ConfigError
 from tests.conftest import SMALL_MLA, SMALL_RUN
 from tests.distributed.helpers import curve, deviation, run
+from training.config import Config
 
-pytestmark = pytest.mark.distributed
 FP32, BF16 = 1e-4, 0.02  # the largest differences in loss and gradient norm that rounding explains
 
 
 @pytest.fixture(scope="module")
 def reference(small_data, tmp_path_factory):
-    """Overrides, and the curve of one process at stage 0. Ranks that no number of processes divides."""
+    """Return overrides, and the curve of one process at stage 0. The ranks are divisible by no number of processes."""
     extra = ["model.k_rank=3", "trainer.samples=1", "optim.lr=1e-2", "trainer.micro_batch_size=2"]
     overrides = [*SMALL_RUN, *small_data, *extra]
     folder = tmp_path_factory.mktemp("reference") / "run"
@@ -46,7 +45,7 @@ HPZ = ["deepspeed=zero3_hpz", "++deepspeed.config.zero_optimization.zero_hpz_par
 
 
 @pytest.mark.parametrize(("stage", "next_stage"), [(["deepspeed=zero0"], 3), (HPZ, 2)])
-def test_two_processes_agree_and_one_goes_on_from_them(reference, tmp_path, stage, next_stage):
+def test_two_processes_agree_and_one_resumes_from_them(reference, tmp_path, stage, next_stage):
     overrides, expected, _ = reference
     mine = [*overrides, f"run.dir={tmp_path}/run"]
     run([*mine, *stage, "trainer.micro_batch_size=1"], processes=2)
@@ -57,7 +56,7 @@ def test_two_processes_agree_and_one_goes_on_from_them(reference, tmp_path, stag
 
 
 def test_one_loss_curve_from_one_to_two_to_four_processes_and_back(reference, tmp_path):
-    """And from stage 1 to 3 to 2 on the way, each start going on from the one before."""
+    """And from stage 1 to 3 to 2 on the way; each start resumes from the one before."""
     overrides, expected, _ = reference
     mine = [*overrides, f"run.dir={tmp_path}/run", "trainer.checkpoint_every=2", "trainer.keep_checkpoints=9"]
     way = [(1, "1", 2), (2, "3", 4), (4, "2", 6), (1, "1", 8)]
@@ -102,13 +101,13 @@ def test_deepspeeds_own_bf16_engine_trains_and_resumes_bit_for_bit(reference, tm
     assert curve(tmp_path / "run") == whole
 
 
-def test_deepspeeds_own_bf16_engine_is_refused_where_it_is_wrong(reference):
+def test_deepspeeds_own_bf16_engine_is_refused_if_it_is_wrong(reference):
     overrides, _, _ = reference
     with pytest.raises(ConfigError, match="bf16 engine is wrong at ZeRO stage 0"):
-        load(compose("train", [*overrides, "deepspeed=zero0", "++deepspeed.config.bf16.enabled=true"]))
+        configured(Config, [*overrides, "deepspeed=zero0", "++deepspeed.config.bf16.enabled=true"])
     with pytest.raises(ConfigError, match=r"trainer.dtype=fp32: deepspeed.config.bf16.enabled=true"):
-        load(compose("train", [*overrides, "deepspeed=zero1", "++deepspeed.config.bf16.enabled=true",
-                               "trainer.dtype=fp32"]))  # fmt: skip
+        configured(Config, [*overrides, "deepspeed=zero1", "++deepspeed.config.bf16.enabled=true",
+                            "trainer.dtype=fp32"])  # fmt: skip
 
 
 def test_a_node_that_does_not_divide_the_processes_is_refused(reference):
@@ -119,7 +118,7 @@ def test_a_node_that_does_not_divide_the_processes_is_refused(reference):
 
 
 def forget_after(folder, step: int) -> None:
-    """As if the run had been cut off after its checkpoint of `step`."""
+    """Leave a run folder as if the run had been interrupted after its checkpoint of `step`."""
     (folder / "summary.json").unlink(missing_ok=True)
     for checkpoint in (folder / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > step:
