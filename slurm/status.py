@@ -20,7 +20,6 @@ from slurm import scheduler
 from slurm.jobs import read_jobs
 from training.checkpoint import problems, read_manifest
 from training.metrics import read_events, read_lines
-from training.report import duration
 from training.run_folder import is_finished, read_config
 
 QUIET_AFTER = 600  # seconds in which a running job should have written something
@@ -144,6 +143,13 @@ def trouble(folder: Path) -> str | None:
         return f"the loss of step {losses[-1]['step']} is not finite"
     newest = max(folder.glob("checkpoints/step_*"), default=None)
     return next(iter(problems(newest)), None) if newest else None
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def show(statuses: list[Status], console: Console) -> None:

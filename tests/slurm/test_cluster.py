@@ -26,7 +26,6 @@ from tests.slurm.cluster import Cluster, is_pending
 from training.config import Config
 from training.metrics import read_lines
 
-
 SECONDS = 400  # for one scenario on a busy machine
 STEPS, TINY_STEPS = 30, 12
 ODD_NAME = 'it\'s a $HOME "run" {of: 1}'
