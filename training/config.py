@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class RunConfig(Block):
     @field_validator("name")
     @classmethod
     def _plain(cls, name: str | None) -> str | None:
-        if name is not None and (not name or "/" in name):
+        if name is not None and (name in ("", ".", "..") or not re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,200}", name)):
             raise ValueError("must be a plain folder name (use run.dir for a path)")
         return name
 

@@ -96,20 +96,26 @@ class Report:
         samples = run_dir / "samples.txt"
         write_atomic(samples, "\n\n".join(f"--- sample {i}\n{text}" for i, text in enumerate(texts, 1)) + "\n")
         last = [line for line in read_lines(run_dir / "metrics.jsonl") if "val/loss" in line][-1]
-        entropy, loss = manifest.unigram_entropy, last["val/loss"]
+        entropy = manifest.unigram_entropy
         plot = plot_loss(run_dir, config.run.name, entropy)
         metrics.summarize({"run": config.run.name} | counts | last | {"unigram_entropy": entropy}, plot, texts)
         if texts:
             self.say(f"\nA sample:\n\n{texts[0]}")
-        side = "under" if loss < entropy else "over"
-        rows = {
-            "validation loss": f"{loss:.4f} nats a token, "
-            f"{abs(entropy - loss):.4f} {side} the unigram entropy of {entropy:.4f}",
-            "perplexity": f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte",
-            "loss plot": str(plot),
-            "samples": str(samples),
-        }
+        rows = validation_rows(last, entropy) | {"loss plot": str(plot), "samples": str(samples)}
         self.table("Done", rows)
+
+
+def validation_rows(last: dict, entropy: float) -> dict[str, str]:
+    """Return what the last line of metrics.jsonl with a validation says, next to the data's unigram entropy."""
+    loss = last["val/loss"]
+    if loss is None:
+        return {"validation loss": "not finite"}
+    side = "under" if loss < entropy else "over"
+    return {
+        "validation loss": f"{loss:.4f} nats a token, {abs(entropy - loss):.4f} {side} the unigram entropy of "
+        f"{entropy:.4f}",
+        "perplexity": f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte",
+    }
 
 
 def budget(counts: dict, match: str, tolerance: float) -> str:
