@@ -44,14 +44,9 @@ class Options(Block):
         return self.nodes * self.ntasks_per_node
 
 
-def parse(arguments: list[str], environment: dict[str, str], description: str) -> tuple[Options, list[str], list[str]]:
+def parse(arguments: list[str], environment: dict[str, str], usage: str) -> tuple[Options, list[str], list[str]]:
     """Return (our options, those of sbatch, the overrides). ConfigError for all that are wrong."""
-    parser = argparse.ArgumentParser(
-        "python -m slurm.submit",
-        description=description,
-        formatter_class=argparse.RawTextHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
     flags = {key: f"--{key.replace('_', '-')}" for key in Options.model_fields}
     for key, field in Options.model_fields.items():
         if field.annotation is bool:
