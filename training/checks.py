@@ -7,8 +7,9 @@ from pathlib import Path
 
 from configs.errors import ConfigError, each
 from data.loader import EvalLoader, TrainLoader
-from data.prepare import ensure_prepared, prepared_on_first_use
+from data.prepare import ensure_prepared, prepared
 from data.shards import TokenShards
+from data.sources.base import source_of
 from model.attention.base import AttentionConfig, AttentionCore
 from training.checkpoint import check_source, differing
 from training.config import Config, TrainerConfig
@@ -70,8 +71,8 @@ def check_core(core: AttentionCore, attention: AttentionConfig, runtime: Runtime
 
 
 def check_data(config: Config, trainer: TrainerConfig) -> None:
-    if prepared_on_first_use(config.data, config.tokenizer):
-        return
+    if source_of(config.data).on_first_use and not prepared(config.data, config.tokenizer):
+        return  # rank 0 prepares it
     ensure_prepared(config.data, config.tokenizer)
     batch = (trainer.seq_len, 0, trainer.micro_batch_size, trainer.global_batch_size, 0, 1)
     TrainLoader(TokenShards(config.data.dir, "train"), *batch)

@@ -14,6 +14,7 @@ from configs.app import choices
 from configs.errors import ConfigError, Mistakes, did_you_mean
 from configs.load import Block, Command, flatten, to_dict
 from data.config import DataConfig, TokenizerConfig, check_vocabulary, fill_data_dir
+from data.sources.base import source_of
 from model.attention.base import AttentionConfig, AttentionCore
 from model.counting.match import decide
 from model.transformer import SizeConfig, TransformerConfig
@@ -44,10 +45,6 @@ DEEPSPEED_KEYS = (
 )  # fmt: skip
 
 ROPE_SCALING = ("rope_scaling", "rope_factor", "rope_original_length")
-DATA_IDENTITY = (
-    "name", "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
-    "document_mask",
-)  # fmt: skip
 # Cores by the names of older run folders: how full attention was computed is now its kernel.
 OLD_CORES = {
     "model.cores.sdpa.SDPA": {"_target_": "model.cores.full.Full", "name": "full"},
@@ -261,7 +258,7 @@ class Config(Command):
     def identity(self) -> dict[str, Any]:
         """Return what makes a run that run, as flat `key: value` pairs: the rest may change between starts."""
         tree = to_dict(self)
-        tree["data"] = {key: tree["data"][key] for key in DATA_IDENTITY}
+        tree["data"] = {key: tree["data"][key] for key in source_of(self.data).identity_keys}
         tree["model"].pop("by_size")  # what it gave is in the other keys
         if tree["model"]["rope_scaling"] == "none":
             tree["model"] = {key: value for key, value in tree["model"].items() if key not in ROPE_SCALING}
