@@ -1,5 +1,6 @@
 """Runs of train.py on several processes, started as their users start them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from tests.conftest import ROOT
 from training.config import Config
 from training.metrics import read_events, read_lines
 
-TRAIN, LAUNCH = ROOT / "train.py", Path(__file__).with_name("launch.py")
+TRAIN, LAUNCH, SEVERAL = (
+    ROOT / "train.py",
+    Path(__file__).with_name("launch.py"),
+    Path(__file__).with_name("several.py"),
+)
 
 
 def torchrun(processes: int, *options: str) -> list[str]:
@@ -29,15 +34,15 @@ def python() -> list[str]:
 def start(
     launcher: list[str], overrides: list[str], faults: tuple[str, ...] = (), **environment: str
 ) -> subprocess.Popen:
-    """Start a run in the background, with `faults` of launch.py, and return its process; its output is one pipe.
-
-    Its working directory is the folder that its run folder will be in.
-    """
+    """Start a run in the background, with `faults` of launch.py, and return its process; its output is one pipe."""
     script = [str(LAUNCH), *(f"--fault={fault}" for fault in faults)] if faults else [str(TRAIN)]
-    folders = [Path(word.removeprefix("run.dir=")) for word in overrides if word.startswith("run.dir=")]
+    return start_in(folder_of(overrides).parent, [*launcher, *script, *overrides], **environment)
+
+
+def start_in(folder: Path, command: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*launcher, *script, *overrides],
-        cwd=folders[-1].parent,
+        command,
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -45,15 +50,26 @@ def start(
     )
 
 
-def run(overrides: list[str], processes: int = 1, faults: tuple[str, ...] = ()) -> str:
-    """Train to the end, which must be a good one, and return the output; one process without faults is this one."""
+def folder_of(overrides: list[str]) -> Path:
+    return [Path(word.removeprefix("run.dir=")) for word in overrides if word.startswith("run.dir=")][-1]
+
+
+def run(overrides: list[str], processes: int = 1, faults: tuple[str, ...] = ()) -> None:
+    """Train to the end, which must be a good one; one process without faults is this one."""
     if processes == 1 and not faults:
         assert train.main(configured(Config, overrides)) == 0
-        return ""
-    process = start(torchrun(processes), overrides, faults)
+    else:
+        finish(start(torchrun(processes), overrides, faults))
+
+
+def run_several(runs: list[list[str]], processes: int) -> None:
+    """Train runs one after the other in the same processes."""
+    finish(start_in(folder_of(runs[0]).parent, [*torchrun(processes), str(SEVERAL), json.dumps(runs)]))
+
+
+def finish(process: subprocess.Popen) -> None:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-5000:]
-    return output
 
 
 def worker(process: subprocess.Popen, rank: int) -> psutil.Process:

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from tests.distributed import agreement, torture
 from tests.distributed.helpers import run
 

@@ -7,7 +7,7 @@ import pytest
 from configs.app import configured
 from configs.errors import ConfigError
 from tests.conftest import SMALL_MLA, SMALL_RUN
-from tests.distributed.helpers import curve, deviation, run
+from tests.distributed.helpers import curve, deviation, run, run_several
 from training.config import Config
 
 FP32, BF16 = 1e-4, 0.02  # the largest differences in loss and gradient norm that rounding explains
@@ -41,18 +41,29 @@ def test_parameters_outside_of_linear_layers_are_sharded_too(reference, tmp_path
     assert deviation(curve(tmp_path / "3"), curve(tmp_path / "0")) < FP32
 
 
-HPZ = ["deepspeed=zero3_hpz", "++deepspeed.config.zero_optimization.zero_hpz_partition_size=2"]
+ON_TWO = {  # runs on two processes
+    "zero0": ["deepspeed=zero0", "trainer.micro_batch_size=1"],
+    "zero3_hpz": ["deepspeed=zero3_hpz", "++deepspeed.config.zero_optimization.zero_hpz_partition_size=2"],
+    "zero2_bf16": ["deepspeed=zero2", "trainer.dtype=bf16"],
+}
 
 
-@pytest.mark.parametrize(("stage", "next_stage"), [(["deepspeed=zero0"], 3), (HPZ, 2)])
-def test_two_processes_agree_and_one_resumes_from_them(reference, tmp_path, stage, next_stage):
+@pytest.fixture(scope="module")
+def on_two(reference, tmp_path_factory):
+    """Return the folder of the runs of ON_TWO."""
+    overrides, folder = reference[0], tmp_path_factory.mktemp("two")
+    run_several([[*overrides, *own, f"run.dir={folder}/{name}"] for name, own in ON_TWO.items()], 2)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "next_stage"), [("zero0", 3), ("zero3_hpz", 2)])
+def test_two_processes_agree_and_one_resumes_from_them(reference, on_two, name, next_stage):
     overrides, expected, _ = reference
-    mine = [*overrides, f"run.dir={tmp_path}/run"]
-    run([*mine, *stage, "trainer.micro_batch_size=1"], processes=2)
-    assert deviation(curve(tmp_path / "run"), expected) < FP32
-    forget_after(tmp_path / "run", 4)
-    run([*mine, f"deepspeed=zero{next_stage}"])
-    assert deviation(curve(tmp_path / "run"), expected) < FP32
+    folder = on_two / name
+    assert deviation(curve(folder), expected) < FP32
+    forget_after(folder, 4)
+    run([*overrides, f"run.dir={folder}", f"deepspeed=zero{next_stage}"])
+    assert deviation(curve(folder), expected) < FP32
 
 
 def test_one_loss_curve_from_one_to_two_to_four_processes_and_back(reference, tmp_path):
@@ -78,15 +89,14 @@ def test_resuming_at_the_same_stage_is_bit_identical(reference, tmp_path, stage)
     assert curve(tmp_path / "run") == whole
 
 
-def test_bf16_is_the_same_at_every_stage(reference, tmp_path):
+def test_bf16_is_the_same_at_every_stage(reference, on_two, tmp_path):
     overrides, expected, _ = reference
-    curves = {}
-    for stage, processes in ((0, 1), (3, 1), (2, 2)):
-        folder = tmp_path / f"{stage}"
-        run([*overrides, f"run.dir={folder}", f"deepspeed=zero{stage}", "trainer.dtype=bf16"], processes)
-        curves[stage] = curve(folder)
-        assert 0 < deviation(curves[stage], expected) < BF16
-        assert deviation(curves[stage], curves[0]) < BF16 / 2
+    for stage in (0, 3):
+        run([*overrides, f"run.dir={tmp_path}/{stage}", f"deepspeed=zero{stage}", "trainer.dtype=bf16"])
+    curves = [curve(folder) for folder in (tmp_path / "0", tmp_path / "3", on_two / "zero2_bf16")]
+    for found in curves:
+        assert 0 < deviation(found, expected) < BF16
+        assert deviation(found, curves[0]) < BF16 / 2
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -25,7 +25,7 @@ FAULTS = ("slow_files seconds=0.1",)  # so that a kill can meet a checkpoint tha
 
 def main(kills="50", processes="2", stage="2", seed="0") -> int:
     console, chance = Console(highlight=False, soft_wrap=True), random.Random(int(seed))
-    kills, processes, steps = int(kills), int(processes), STEPS_A_LIFE * (int(kills) + 3)
+    kills, processes, steps = int(kills), int(processes), STEPS_A_LIFE * (int(kills) + 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         overrides = [*SMALL_RUN, *prepare_small_data(folder), f"trainer.max_steps={steps}", "trainer.samples=0",
