@@ -1,7 +1,7 @@
 """What an evaluation is asked for: the keys of `python -m eval.run`, and what every suite has."""
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ from configs.errors import Mistakes
 from configs.load import Block, Choice, Command
 from eval.loading import LoadedRun
 from eval.results import Outcome
-from model.rope import SCALINGS
+from model.rope import Scaling
 from training.device import Device, Dtype
 
 
@@ -50,7 +50,7 @@ class EvalConfig(Command):
     step: int | None = None  # of the checkpoint; null: the newest
     limit: int | None = Field(None, ge=1)  # at most this many windows, or questions of each task; null: all
     batch_size: int = Field(16, ge=1)  # sequences of full length in a forward pass; more if they are shorter
-    rope_scaling: Literal[*SCALINGS] = "none"  # linear, ntk or yarn, together with
+    rope_scaling: Scaling = "none"  # linear, ntk or yarn, together with
     rope_factor: float | None = Field(None, ge=1)  # how many times longer than in training
     core: KernelConfig = KernelConfig()
     device: Device = "auto"

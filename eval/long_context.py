@@ -6,7 +6,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from eval.perplexity import bits_per_byte, perplexity
 from eval.results import Outcome, save
 from eval.scoring import head_at
 from eval.texts import Text, TextSource, Window, read_text, share_out, stack
-from model.rope import SCALINGS
+from model.rope import Scaling
 from training import ranks
 from training.device import memory_gb, synchronize
 
@@ -39,7 +39,7 @@ class LongContextSuite(TextSource):
     lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)  # default: 1 to 16 times the run's seq_len
     scored: int | None = Field(None, ge=1)  # tokens at the end of each window that count; null: half the least length
     windows: int = Field(32, ge=1)  # spread over the documents that are long enough
-    scalings: list[Literal[*SCALINGS]] = Field(["none"])  # of RoPE, one after another
+    scalings: list[Scaling] = Field(["none"])  # of RoPE, one after another
     factor: float | None = Field(None, ge=1)  # of the scalings; null: length / the run's seq_len
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])  # of the key: 0 is the start
     trials: int = Field(5, ge=0)  # passkeys a depth and length; 0: no retrieval
