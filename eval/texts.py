@@ -13,7 +13,7 @@ from configs.errors import ConfigError, Mistakes
 from data.config import DataConfig
 from data.loader import EVAL_KEY, IGNORED, permute
 from data.shards import TokenShards
-from data.sources import open_documents
+from data.sources.base import source_of
 from eval.config import SuiteConfig
 from eval.loading import LoadedRun
 from training.ranks import rank, world_size
@@ -101,7 +101,7 @@ def texts_of(source: TextSource) -> Iterator[str]:
         subset=source.subset, split=source.split, column=source.column,
     )  # fmt: skip
     try:
-        yield from (row["text"] for row in open_documents(config) if isinstance(row["text"], str))
+        yield from (row["text"] for row in source_of(config).open() if isinstance(row["text"], str))
     except ConfigError as error:  # which names keys of the data block
         raise ConfigError(*(line.replace("data.", "suite.") for line in error.errors)) from None
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from configs.app import combinations, command, compose
 from configs.errors import ConfigError, each
 from configs.load import load
-from data.prepare import check_before_work, prepared_on_first_use
+from data.prepare import check_before_work, prepared
 from slurm import scheduler
 from slurm.estimate import GIB, estimate
 from slurm.jobs import Run, plan, read_jobs, submit, sweep_name
