@@ -1,31 +1,35 @@
 """What decoding keeps of the tokens so far: one contract for every mechanism.
 
-A mechanism says what a token leaves behind (`AttentionConfig.cache_shapes`), how its keys and values are stored and
-read (`Attention.keep`, `Attention.recall`). Here is the storage: preallocated, growing by blocks, rows of different
-lengths, in any float dtype or as int8. A token of a row lies at the index that is its position in the row; what lies
-beyond a row's length is garbage, which `AttentionMask.starts` hides.
+A mechanism says what a token leaves behind (`AttentionConfig.cache_shapes`) and how its keys and values are stored and
+read (`Attention.keep`, `Attention.recall`). Here is the storage: preallocated, growing by blocks, with rows of
+different lengths, in any float dtype or as int8. A token of a row lies at the index that is its position in the row;
+what lies beyond a row's length is garbage, which `AttentionMask.starts` hides.
 """
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from model.cores.base import AttentionCore, AttentionMask
+from model.mask import AttentionMask
 
 BLOCK = 256  # tokens by which a cache grows
-SCALE_DTYPE = torch.bfloat16  # of int8's scales: one a token and part
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+SCALE_DTYPE = torch.bfloat16  # of int8's scales: one for each token and part
+
+Shapes = dict[str, tuple[int, ...]]  # of one token's numbers in a layer, by the name of the part
 
 
-def bytes_per_token(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Bytes of a token in one layer, with int8's scales."""
+def bytes_per_token(shapes: Shapes, dtype: torch.dtype) -> int:
+    """Return the bytes of a token in one layer, int8's scales included."""
     scales = len(shapes) * SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
     return sum(map(prod, shapes.values())) * dtype.itemsize + scales
 
 
 class Part:
-    """One named tensor of a layer, [B, capacity, *shape], as int8 with a scale [B, capacity] for each token."""
+    """One named tensor of a layer, [B, capacity, *shape]; as int8 with a scale [B, capacity] for each token."""
 
     def __init__(self, batch: int, capacity: int, shape: tuple[int, ...], dtype: torch.dtype, device):
         self.values = torch.zeros(batch, capacity, *shape, dtype=dtype, device=device)
@@ -34,7 +38,7 @@ class Part:
             self.scales = torch.zeros(batch, capacity, dtype=SCALE_DTYPE, device=device)
 
     def write(self, new: Tensor, positions: Tensor) -> None:
-        """`new` [B, T, *shape] to `positions` [B or 1, T]."""
+        """Store `new` [B, T, *shape] at `positions` [B or 1, T]."""
         if self.scales is not None:
             # The scale is rounded before it divides, so its rounding costs no precision.
             scales = (new.flatten(2).abs().amax(-1).float() / 127).to(SCALE_DTYPE)
@@ -44,7 +48,7 @@ class Part:
         store(self.values, new, positions)
 
     def read(self, n_keys: int | None, dtype: torch.dtype) -> Tensor:
-        """The first `n_keys` tokens, or all there is room for, [B, S, *shape]."""
+        """Return the first `n_keys` tokens, or the whole capacity if None: [B, S, *shape]."""
         values = self.values if n_keys is None else self.values[:, :n_keys]
         if self.scales is None:
             return values.to(dtype)
@@ -70,69 +74,61 @@ def store(buffer: Tensor, new: Tensor, positions: Tensor) -> None:
 
 
 def expand_to(scales: Tensor, values: Tensor) -> Tensor:
+    """Return `scales` with as many axes as `values`."""
     return scales.reshape(*scales.shape, *[1] * (values.ndim - scales.ndim))
 
 
 def longer(buffer: Tensor, length: int) -> Tensor:
+    """Return `buffer` [B, S, ...] with zeros up to `length` tokens."""
     grown = buffer.new_zeros(buffer.size(0), length, *buffer.shape[2:])
     grown[:, : buffer.size(1)] = buffer
     return grown
 
 
 class LayerCache:
-    """One layer's parts, by the names of the mechanism's `cache_shapes`."""
+    """One layer's parts, by the names of the mechanism's `cache_shapes`. The `KVCache` it is handed to is its owner."""
 
-    def __init__(self, owner: "KVCache", shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device):
-        self.owner = owner
-        self.parts = {name: Part(owner.batch, owner.capacity, shape, dtype, device) for name, shape in shapes.items()}
+    attends: ClassVar[bool] = False  # true for a layer that attends to its tokens itself, by an `attend` of its own
+    owner: "KVCache"
+
+    def __init__(self, shapes: Shapes, batch: int, capacity: int, dtype: torch.dtype, device):
+        self.parts = {name: Part(batch, capacity, shape, dtype, device) for name, shape in shapes.items()}
 
     def append(self, new: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Store what new tokens leave behind, [B, T, *shape] a part, and return it of all tokens, [B, S, *shape].
+        """Store what new tokens leave behind, [B, T, *shape] a part, and return that of all tokens, [B, S, *shape].
 
-        Copied only where the cache's dtype is not that of `new`.
+        The result is a copy only if the dtype of the cache is not that of `new`.
         """
         for name, part in self.parts.items():
             part.write(new[name], positions)
         return {name: part.read(self.owner.n_keys, new[name].dtype) for name, part in self.parts.items()}
 
-    def fix_shapes(self) -> None:
-        """ValueError where this layer cannot go on with shapes that never change."""
-
     def places(self) -> Tensor:
-        """The positions [1, S] of the tokens that `append` returns."""
+        """Return the positions [1, S] of the tokens that `append` returns."""
         n_keys = self.owner.capacity if self.owner.n_keys is None else self.owner.n_keys
         return torch.arange(n_keys, device=self.owner.lengths.device)[None]
 
+    def fix_shapes(self) -> None:
+        """Prepare for steps that never change a shape. ValueError if this layer cannot."""
+
 
 class KVCache:
-    """The cache of `batch` rows with room for `capacity` tokens each, more where needed.
+    """The cache of `batch` rows with room for `capacity` tokens each, which grows as needed.
 
     `lengths` [B] are the tokens in each row. While `static` is false the host knows them too: what is attended to is
-    cut to the longest row, rows of one length need no mask, and a full cache grows. `static` keeps every shape as it
-    is from one token to the next, for a compiled step or a CUDA graph: attention is over the whole capacity, and
-    whoever decodes calls `reserve` first.
+    cut to the longest row, rows of one length need no mask, and a full cache grows. `static` keeps every shape the same
+    from one token to the next, for a compiled step or a CUDA graph: attention is over the whole capacity, and the
+    caller must `reserve` room first.
     """
 
-    def __init__(
-        self,
-        shapes: dict[str, tuple[int, ...]],
-        n_layers: int,
-        batch: int,
-        capacity: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        documents: bool = False,
-        cores: Sequence[AttentionCore] = (),
-    ):
-        self.batch, self.capacity = batch, capacity
+    def __init__(self, layers: Sequence[LayerCache], batch: int, capacity: int, device, documents: bool = False):
+        self.layers, self.batch, self.capacity = layers, batch, capacity
+        for layer in layers:
+            layer.owner = self
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        if cores:
-            self.layers = [core.layer_cache(self, shapes, dtype, device) for core in cores]
-        else:
-            self.layers = [LayerCache(self, shapes, dtype, device) for _ in range(n_layers)]
         # The number of each token's document and, at a row's length, of its next token's.
         self.documents = torch.zeros(batch, capacity + 1, dtype=torch.int32, device=device) if documents else None
-        self.n_keys: int | None = 0  # what a layer attends to; None: all there is room for
+        self.n_keys: int | None = 0  # how many keys a layer attends to; None: the whole capacity
         self.counts: list[int] | None = None  # how many of the tokens of `begin` are each row's own; None: all
         self._ends = [0] * batch  # `lengths`, on the host
 
@@ -153,7 +149,7 @@ class KVCache:
         return (part for layer in self.layers for part in layer.parts.values())
 
     def tensors(self) -> list[Tensor]:
-        """Everything that a step writes to."""
+        """Return everything that a step writes to."""
         own = [self.lengths] if self.documents is None else [self.lengths, self.documents]
         return own + [tensor for part in self.parts() for tensor in part.tensors()]
 
@@ -163,7 +159,7 @@ class KVCache:
         return sum(tensor.nbytes for part in self.parts() for tensor in part.tensors())
 
     def set_lengths(self, lengths: int | Sequence[int]) -> None:
-        """Forget what lies beyond `lengths`, or take what lies there as tokens."""
+        """Forget what lies beyond `lengths`, or take what lies there as tokens. ValueError beyond the capacity."""
         ends = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
         if len(ends) != self.batch or not 0 <= min(ends) <= max(ends) <= self.capacity:
             raise ValueError(f"lengths {ends}: must be {self.batch} numbers of at most {self.capacity} tokens")
@@ -171,7 +167,7 @@ class KVCache:
         self.lengths.copy_(torch.tensor(ends))
 
     def reserve(self, n_tokens: int) -> None:
-        """Make room for `n_tokens` more in every row, by whole blocks and at least an eighth of what there is."""
+        """Make room for `n_tokens` more in every row, by whole blocks and at least an eighth of the capacity."""
         ends = self.lengths.tolist() if self.static else self._ends
         needed = max(ends) + n_tokens
         if needed > self.capacity:
@@ -185,9 +181,9 @@ class KVCache:
     def begin(
         self, tokens: Tensor, document_end: int | None = None, counts: Tensor | None = None
     ) -> tuple[Tensor, AttentionMask]:
-        """Positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and the mask to attend with.
+        """Return positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and their mask.
 
-        `counts`: as `advance` will be given.
+        `counts`: as it will be given to `advance`.
         """
         batch, n_tokens = tokens.shape
         if batch != self.batch:
@@ -210,7 +206,7 @@ class KVCache:
         return positions, AttentionMask(documents=documents, starts=starts)
 
     def advance(self, n_tokens: int, counts: Tensor | None = None) -> None:
-        """The tokens of `begin` are in every layer; where `counts` [B] says so, the first so many of each row only."""
+        """Count the tokens of `begin` as kept: all of them, or only the first `counts` [B] of each row."""
         self.lengths += n_tokens if counts is None else counts
         if not self.static:
             added = [n_tokens] * self.batch if counts is None else counts.tolist()

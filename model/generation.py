@@ -1,24 +1,20 @@
 """Text from a model: a prompt in chunks, then token by token, for several rows of different lengths at once."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.cache import KVCache
 from model.sampling import GREEDY, Sampling, draws
-
-if TYPE_CHECKING:
-    from model.transformer import Transformer
 
 COMPILED: WeakKeyDictionary = WeakKeyDictionary()  # model -> its compiled step
 
 
 @torch.no_grad()
 def stream(
-    model: "Transformer",
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -30,12 +26,12 @@ def stream(
     compiled: bool = False,
     vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """The next token of each of `prompts`, step by step; None in a row that has ended with one of `stop_tokens`.
+    """Yield the next token of each of `prompts`, step by step; None in a row that has ended with a stop token.
 
-    Row i is drawn by seed + i, whatever the other rows are. Prompts pass through the model in pieces of `chunk` tokens.
-    `compiled` compiles the step of one token (CUDA graphs on a GPU); without `use_cache` each step passes over
-    everything again, which gives the same tokens. There is no longest length: the cache grows. `vocab_size`: tokens
-    from there on are padding of the model's vocabulary, never drawn.
+    `model` is a Transformer. Row i is drawn by seed + i, whatever the other rows are. Prompts pass through the model in
+    pieces of `chunk` tokens. `compiled` compiles the step of one token (CUDA graphs on a GPU); without `use_cache` each
+    step passes over everything again, which gives the same tokens. There is no longest length: the cache grows. Tokens
+    from `vocab_size` on are padding of the model's vocabulary, and never drawn.
 
     ValueError for an empty prompt.
     """
@@ -75,38 +71,38 @@ def stream(
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[B, longest], each row from the left, zeros after it."""
+    """Return `rows` as [B, longest], each from the left with zeros after it."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
-def prefill(model: "Transformer", rows: Sequence[Sequence[int]], cache: KVCache, chunk: int) -> Tensor:
-    """Fill the cache with `rows` in pieces of `chunk` tokens; the logits [B, V] of each row's last token."""
+def prefill(model: nn.Module, rows: Sequence[Sequence[int]], cache: KVCache, chunk: int) -> Tensor:
+    """Fill the cache with `rows` in pieces of `chunk` tokens; return the logits [B, V] of each row's last token."""
     tokens, lengths = padded(rows, cache.lengths.device), torch.tensor([len(row) for row in rows])
     logits = None
     for start in range(0, tokens.size(1), chunk):
         piece = tokens[:, start : start + chunk]
         counts = (lengths - start).clamp(0, piece.size(1)).to(piece.device)
         full = bool((lengths >= start + piece.size(1)).all())
-        new = model(piece, cache=cache, counts=None if full else counts, last=True)
+        new = model.decode(piece, cache, None if full else counts)
         logits = new if logits is None else torch.where(counts[:, None] > 0, new, logits)
     return logits
 
 
-def whole_pass(model: "Transformer", rows: Sequence[Sequence[int]]) -> Tensor:
-    """The logits [B, V] of each row's last token, without a cache."""
-    logits = model(padded(rows, model.embedding.weight.device))
+def whole_pass(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits [B, V] of each row's last token, without a cache."""
+    logits = model.logits(padded(rows, model.embedding.weight.device))
     return torch.stack([row[len(tokens) - 1] for row, tokens in zip(logits, rows, strict=True)])
 
 
-def decode_step(model: "Transformer", tokens: Tensor, cache: KVCache) -> Tensor:
-    """Logits [B, V] after one more token [B, 1] of each row."""
-    return model(tokens, cache=cache, last=True)
+def decode_step(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Return the logits [B, V] after one more token [B, 1] of each row."""
+    return model.decode(tokens, cache)
 
 
-def compile_step(model: "Transformer", cache: KVCache, n_tokens: int) -> Callable:
-    """`decode_step` compiled for `n_tokens` more tokens in `cache`, none of whose shapes changes from now on.
+def compile_step(model: nn.Module, cache: KVCache, n_tokens: int) -> Callable:
+    """Return `decode_step` compiled for `n_tokens` more tokens in `cache`, none of whose shapes changes from now on.
 
-    Compiled once for a model, batch, capacity and dtype; with CUDA graphs on a GPU.
+    It is compiled once for a model, batch, capacity and dtype; with CUDA graphs on a GPU.
     """
     cache.reserve(n_tokens)
     cache.static = True

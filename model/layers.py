@@ -4,10 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.base import Attention
-from model.cache import LayerCache
-from model.cores.base import AttentionMask
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) over the last axis; no learned weight unless `affine`, as in the TPA authors' code."""
@@ -35,18 +31,3 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x))."""
-
-    def __init__(self, attention: Attention, d_model: int, d_ff: int, norm_eps: float):
-        super().__init__()
-        self.attention_norm = RMSNorm(d_model, norm_eps)
-        self.attention = attention
-        self.mlp_norm = RMSNorm(d_model, norm_eps)
-        self.mlp = SwiGLU(d_model, d_ff)
-
-    def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))

@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-SCALINGS = ("none", "linear", "ntk", "yarn")
+Scaling = Literal["none", "linear", "ntk", "yarn"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How a model trained at `original_length` is made to read texts `factor` times as long, without training.
+    """How a model trained at `original_length` reads texts `factor` times as long, without further training.
 
     linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows, so that the
     slowest pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn fewer than `slow` times
@@ -31,7 +32,7 @@ class RopeScaling:
         return (0.1 * math.log(self.factor) + 1) ** 2 if self.kind == "yarn" and self.factor > 1 else 1.0
 
     def frequencies(self, dim: int, base: float, device=None) -> Tensor:
-        """Radians a position [dim/2] for each pair, in fp32."""
+        """Return the radians a position [dim/2] of each pair, in fp32."""
         if self.kind == "ntk" and dim > 2:
             return rope_frequencies(dim, base * self.factor ** (dim / (dim - 2)), device)
         plain = rope_frequencies(dim, base, device)
@@ -41,7 +42,7 @@ class RopeScaling:
         return plain * kept + plain / self.factor * (1 - kept)
 
     def _ramp(self, dim: int, base: float, device) -> Tensor:
-        """0 for the pairs that stay, 1 for those divided by the factor, linear in the pair's number between them."""
+        """Return 0 for pairs that stay, 1 for those divided by the factor, and linear values between them."""
         turns = (self.fast, self.slow)
         pairs = [dim * math.log(self.original_length / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns]
         first, last = max(math.floor(pairs[0]), 0), min(math.ceil(pairs[1]), dim - 1)
@@ -50,19 +51,19 @@ class RopeScaling:
 
 
 def rope_frequencies(dim: int, base: float, device=None) -> Tensor:
-    """Radians a position [dim/2] for each pair of features, in fp32."""
+    """Return the radians a position [dim/2] of each pair of features, in fp32."""
     return base ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
 def rope_tables(positions: Tensor, dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., dim/2] in fp32 for `positions` [...]; computed on use, so no length limit."""
+    """Return cosines and sines [..., dim/2] in fp32 for `positions` [...]; computed on use, so no length limit."""
     frequencies = (scaling.frequencies if scaling else rope_frequencies)(dim, base, device=positions.device)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each vector x [B, T, N, D] by its position's angles, cos and sin [B or 1, T, P/2], in fp32.
+    """Return each vector x [B, T, N, D] turned by its position's angles, cos and sin [B or 1, T, P/2], in fp32.
 
     The first P features turn; those after them, under partial RoPE, stay.
     """

@@ -12,13 +12,13 @@ class Sampling:
     """The filters, in the order in which they are applied; null (or 1) leaves one out."""
 
     repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, multiplies negative ones
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_k: int | None = None  # the so many likeliest
-    top_p: float | None = None  # the likeliest that together have this probability
-    min_p: float | None = None  # those with at least this share of the likeliest's probability
+    temperature: float = 1.0  # 0: always the most likely token
+    top_k: int | None = None  # keep the k most likely tokens
+    top_p: float | None = None  # keep the most likely tokens that together have this probability
+    min_p: float | None = None  # keep tokens with at least this share of the highest probability
 
     def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Logits [B, V] with what is not to be drawn at -inf; `seen` [B, V] is true for a row's tokens so far."""
+        """Return logits [B, V], -inf for what is not to be drawn; `seen` [B, V] is true for a row's tokens so far."""
         if self.repetition_penalty != 1:
             punished = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
             logits = torch.where(seen, punished, logits)
@@ -40,11 +40,11 @@ class Sampling:
         return logits
 
     def choose(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> Tensor:
-        """A token [B] for each row of logits [B, V], drawn by `uniforms` [B] from [0, 1)."""
+        """Return a token [B] for each row of logits [B, V], drawn by `uniforms` [B] from [0, 1)."""
         logits = self.filter(logits.float(), seen)
         if self.temperature == 0:
             return logits.argmax(-1)
-        # fp64, and the first place that lies above the point: a probability of 0 is never drawn
+        # in fp64, the first place that lies above the point: a token of probability 0 is never drawn
         cumulated = logits.double().softmax(-1).cumsum(-1)
         points = uniforms[:, None] * cumulated[:, -1:]
         return torch.searchsorted(cumulated, points, right=True)[:, 0].clamp_max(logits.size(-1) - 1)
@@ -54,6 +54,6 @@ GREEDY = Sampling(temperature=0)
 
 
 def draws(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """Uniform numbers [count, B], a column a seed, made on the CPU: the same on every device and beside any others."""
+    """Return uniform numbers [count, B], a column for each seed, made on the CPU: the same on every device."""
     columns = [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(columns, dim=1).to(device)

@@ -2,25 +2,47 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention.base import AttentionConfig
-from model.cache import KVCache
-from model.cores.base import AttentionCore, AttentionMask
+from configs.load import Block as ConfigBlock
+from model.attention.base import Attention, AttentionConfig, AttentionCore
+from model.cache import KVCache, LayerCache
 from model.generation import stream
-from model.layers import Block, RMSNorm
+from model.layers import RMSNorm, SwiGLU
+from model.mask import AttentionMask
 
-LOSS_CHUNK = 4096  # tokens whose logits are formed at a time, where none are kept
+LOSS_CHUNK = 4096  # tokens whose logits are formed at a time while none are kept
+
+
+class SizeConfig(ConfigBlock):
+    """The transformer around the attention: `n_layers` blocks of width `d_model`, feed-forward width `d_ff`."""
+
+    name: str
+    n_layers: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    head_dim: int = Field(64, ge=1)
+    d_ff: int | None = Field(None, ge=1)  # null: floor(8/3 d_model), as the TPA paper has it
+    norm_eps: float = Field(1e-6, ge=0, lt=1)
+    match: Literal["params", "flops", "kv_bytes"] = "params"  # what an open head count or rank makes equal to MHA's
+    match_tolerance: float = Field(0.05, ge=0)  # beyond it a run reports that it is not matched
+
+    @model_validator(mode="after")
+    def _fill(self):
+        if self.d_ff is None:
+            self.d_ff = 8 * self.d_model // 3
+        return self
 
 
 @dataclass
 class TransformerConfig:
-    """Everything that defines the network. Vocabulary as padded for the model."""
+    """Everything that defines the network. The vocabulary is as padded for the model."""
 
     attention: AttentionConfig
     core: AttentionCore
@@ -29,20 +51,21 @@ class TransformerConfig:
     d_ff: int
     vocab_size: int
     norm_eps: float = 1e-6
-    document_end: int | None = None  # the token that ends a document, where documents do not see each other
+    document_end: int | None = None  # the token that ends a document, if documents do not see each other
 
     @classmethod
-    def from_config(cls, config, end_of_text: int | None = None) -> "TransformerConfig":
-        """From a `configs.schema.Config`, and the tokenizer's end-of-text token for `data.document_mask`."""
-        size = config.size
+    def of(
+        cls, attention: AttentionConfig, core: AttentionCore, size: SizeConfig, vocab_size: int,
+        document_end: int | None = None,
+    ) -> "TransformerConfig":  # fmt: skip
+        """Return the network of a run's blocks, with an `attention` of its own."""
         return cls(
-            replace(config.model), config.core, size.n_layers, size.d_model, size.d_ff,
-            config.tokenizer.padded_vocab_size, size.norm_eps, end_of_text if config.data.document_mask else None,
-        )  # fmt: skip
+            attention.replace(), core, size.n_layers, size.d_model, size.d_ff, vocab_size, size.norm_eps, document_end
+        )
 
 
 def split_documents(tokens: Tensor, document_end: int) -> tuple[Tensor, Tensor]:
-    """(the position of each token in its document, the number of its document), both [B, T], for tokens [B, T].
+    """Return (each token's position in its document, the number of its document), both [B, T], for tokens [B, T].
 
     `document_end` is its document's last token; what a sequence starts with counts as a document's start.
     """
@@ -50,6 +73,21 @@ def split_documents(tokens: Tensor, document_end: int) -> tuple[Tensor, Tensor]:
     places = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     first = torch.where(starts, places, 0).cummax(dim=1).values
     return places - first, starts.cumsum(dim=1)
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, attention: Attention, d_model: int, d_ff: int, norm_eps: float):
+        super().__init__()
+        self.attention_norm = RMSNorm(d_model, norm_eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(d_model, norm_eps)
+        self.mlp = SwiGLU(d_model, d_ff)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
@@ -61,7 +99,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, autocast_dtype: torch.dtype | None = None, recompute: bool = False):
         super().__init__()
         if config.document_end is not None and not config.core.masks_documents:
-            raise ValueError(f"core={config.core.name}: cannot mask documents (data.document_mask); use core=sdpa")
+            raise ValueError(f"data.document_mask=true: {config.core.why_no_documents}")
         self.config = config
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute  # drop each block's activations and compute them again in the backward pass
@@ -73,80 +111,61 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.embedding.weight = self.head.weight  # tied; so the embedding starts as Linear does, U(+-1/sqrt(d_model))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        reduction: str = "sum",
-        cache: KVCache | None = None,
-        counts: Tensor | None = None,
-        last: bool = False,
-    ) -> Tensor:
-        """Logits [B, T, V] for tokens [B, T]; with `targets` [B, T] their cross-entropy in nats, in fp32.
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        """Return the `loss`: what DeepSpeed's engine and torch.compile call."""
+        return self.loss(tokens, targets, reduction)
 
-        The loss is a sum over tokens, since whoever calls knows how many tokens the global batch has, or with
-        reduction="none" each token's.
-
-        With a `cache` the tokens follow what each of its rows holds, and join it; without gradients. `counts` [B] says
-        how many of the T tokens are a row's own, the rest being padding at its end. `last` asks for the logits [B, V]
-        of each row's last token alone.
-        """
-        if cache is not None:
-            return self._continue(tokens, cache, counts, last)
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Return the residual stream [B, T, M] after the last block, before the final norm, for tokens [B, T]."""
         with self._autocast(tokens.device.type):
             positions, documents = torch.arange(tokens.size(1), device=tokens.device)[None], None
             if self.config.document_end is not None:
                 positions, documents = split_documents(tokens, self.config.document_end)
-            mask = AttentionMask(causal=True, documents=documents)
+            mask = AttentionMask(documents=documents)
             x = self.embed(tokens)
             for block in self.blocks:
                 if self.recompute and self.training:
                     x = checkpoint(block, x, positions, mask, use_reentrant=False)
                 else:
                     x = block(x, positions, mask)
-            if targets is None:
-                return self.head(self.final_norm(x))
-            return self._loss(x, targets, reduction)
+            return x
 
-    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """The cross-entropy of `targets` [B, T] after the last block's x [B, T, M].
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, T, V] of what follows each of tokens [B, T]."""
+        with self._autocast(tokens.device.type):
+            return self._unembed(self.hidden(tokens))
 
-        Logits take more memory than anything else that is not kept for the backward pass: where that is recomputed, or
+    def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        """Return the cross-entropy of `targets` [B, T] after tokens [B, T], in nats, in fp32.
+
+        It is a sum over tokens, since the caller knows how many tokens the global batch has, or with reduction="none"
+        each token's, [B, T].
+
+        Logits take more memory than anything else that is not kept for the backward pass: if that is recomputed, or
         there is none, they are formed for LOSS_CHUNK tokens at a time.
         """
 
         def losses(x: Tensor, targets: Tensor) -> Tensor:
-            logits = self.head(self.final_norm(x)).float()
-            return F.cross_entropy(logits, targets, reduction=reduction)
+            return F.cross_entropy(self._unembed(x).float(), targets, reduction=reduction)
 
-        x, flat, recompute = x.flatten(0, 1), targets.flatten(), self.recompute and self.training
-        size = LOSS_CHUNK if recompute or not torch.is_grad_enabled() else len(flat)
-        chunks = list(zip(x.split(size), flat.split(size), strict=True))
-        if recompute and len(chunks) > 1:
-            parts = [checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            parts = [losses(*chunk) for chunk in chunks]
+        recompute = self.recompute and self.training
+        size = LOSS_CHUNK if recompute or not torch.is_grad_enabled() else targets.numel()
+        with self._autocast(tokens.device.type):  # one context, so that the head is cast once for all chunks
+            x = self.hidden(tokens).flatten(0, 1)
+            chunks = list(zip(x.split(size), targets.flatten().split(size), strict=True))
+            if recompute and len(chunks) > 1:
+                parts = [checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks]
+            else:
+                parts = [losses(*chunk) for chunk in chunks]
         return torch.cat(parts).view_as(targets) if reduction == "none" else sum(parts)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The residual stream [B, T, M] to start with: fp32 under autocast, whatever the weights are stored in."""
-        x = self.embedding(tokens)
-        return x if self.autocast_dtype is None else x.float()
-
-    def store_weights_as_computed(self) -> None:
-        """For inference: keep the matrices in the precision that autocast would cast them to at every step."""
-        if self.autocast_dtype is not None:
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight.data = module.weight.data.to(self.autocast_dtype)
-
-    def _autocast(self, device_type: str):
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device_type, self.autocast_dtype)
-
     @torch.no_grad()
-    def _continue(self, tokens: Tensor, cache: KVCache, counts: Tensor | None, last: bool) -> Tensor:
+    def decode(self, tokens: Tensor, cache: KVCache, counts: Tensor | None = None, last: bool = True) -> Tensor:
+        """Return the logits [B, V] of each row's last token, for tokens [B, T] that follow and join what `cache` holds.
+
+        `counts` [B] are how many of the T tokens are a row's own, the rest being padding at its end. With last=False
+        the logits are those of all tokens, [B, T, V].
+        """
         with self._autocast(tokens.device.type):
             positions, mask = cache.begin(tokens, self.config.document_end, counts)
             x = self.embed(tokens)
@@ -157,24 +176,44 @@ class Transformer(nn.Module):
                 x = x[:, -1]
             elif last:
                 x = x[torch.arange(x.size(0), device=x.device), counts.clamp_min(1) - 1]
-            return self.head(self.final_norm(x))
+            return self._unembed(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the residual stream [B, T, M] to start with: fp32 under autocast, however the weights are stored."""
+        x = self.embedding(tokens)
+        return x if self.autocast_dtype is None else x.float()
+
+    def _unembed(self, x: Tensor) -> Tensor:
+        """Return logits [..., V] of the residual stream x [..., M]."""
+        return self.head(self.final_norm(x))
+
+    def _autocast(self, device_type: str):
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, self.autocast_dtype)
+
+    def store_weights_as_computed(self) -> None:
+        """Keep the matrices in the precision that autocast would cast them to at every step: for inference."""
+        if self.autocast_dtype is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data = module.weight.data.to(self.autocast_dtype)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
-        """What follows each of `prompts`, at most `max_new_tokens`, without the stop token that ends it.
+        """Return what follows each of `prompts`, at most `max_new_tokens`, without the stop token that ends it.
 
-        Options, and how: `model.generation.stream`, which yields the same token by token.
+        `model.generation.stream` has the options, and yields the same token by token.
         """
         steps = zip(*stream(self, prompts, max_new_tokens, **options), strict=True)
         return [[token for token in row if token is not None] for row in steps] or [[] for _ in prompts]
 
     def new_cache(self, batch: int, capacity: int = 0, dtype: torch.dtype | None = None) -> KVCache:
-        """A cache for `batch` rows with room for `capacity` tokens each, and more where needed.
+        """Return a cache for `batch` rows with room for `capacity` tokens each, which grows as needed.
 
-        `dtype`: that of the forward pass unless given; torch.int8 quantises each part of a token by a scale of its own.
+        `dtype`: by default that of the forward pass; torch.int8 quantises each part of a token by a scale of its own.
         """
-        weight = self.embedding.weight
-        return KVCache(
-            self.config.attention.cache_shapes(), self.config.n_layers, batch, capacity,
-            dtype or self.autocast_dtype or weight.dtype, weight.device, self.config.document_end is not None,
-            [block.attention.core for block in self.blocks],
-        )  # fmt: skip
+        device = self.embedding.weight.device
+        dtype = dtype or self.autocast_dtype or self.embedding.weight.dtype
+        attentions = [block.attention for block in self.blocks]
+        layers = [a.core.cache(a.config, batch, capacity, dtype, device) for a in attentions]
+        return KVCache(layers, batch, capacity, device, documents=self.config.document_end is not None)

@@ -1,21 +1,24 @@
-"""The contract of an attention mechanism: how queries, keys and values are made, turned by position, and cached.
+"""The two contracts of attention: how queries, keys and values are made, and how the queries then attend.
 
-A mechanism is one file here and one YAML in configs/model/ that names its `AttentionConfig`. How the queries then
-attend is a core's business (model/cores).
+A mechanism (`AttentionConfig`, `Attention`) is one file in this folder and one YAML in configs/model/ that names its
+configuration. A core (`AttentionCore`) is one file in model/cores/ and one YAML in configs/core/.
 """
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from model.cache import LayerCache
-from model.cores.base import AttentionCore, AttentionMask
-from model.rope import SCALINGS, RopeScaling, apply_rope, rope_tables
+from configs.errors import Mistakes
+from configs.load import Choice
+from model.cache import LayerCache, Shapes, bytes_per_token
+from model.mask import AttentionMask
+from model.rope import RopeScaling, Scaling, apply_rope, rope_tables
 
 
 class QKV(ABC):
@@ -23,15 +26,15 @@ class QKV(ABC):
 
     @abstractmethod
     def materialize(self) -> "Dense":
-        """The same as explicit queries, keys and values."""
+        """Return the same as explicit queries, keys and values."""
 
     def keys(self) -> dict[str, Tensor]:
-        """The keys alone, [B, S, ...] by name, in as few numbers as this form has for them."""
+        """Return only the keys, [B, S, ...] by name, in as few numbers as this form has for them."""
         return {"k": self.materialize().k}
 
     @staticmethod
     def make_keys(kept: dict[str, Tensor]) -> Tensor:
-        """Explicit keys [B, S, G, D] from what `keys` gave."""
+        """Return explicit keys [B, S, G, D] of what `keys` gave."""
         return kept["k"]
 
 
@@ -47,24 +50,84 @@ class Dense(QKV):
         return self
 
 
-@dataclass
-class AttentionConfig(ABC):
-    """What every mechanism has.
+class AttentionCore(Choice):
+    """What is attended to: a pattern of queries and keys. `kernel` is how that is computed.
 
-    A key that is null takes `by_size`'s value for the size; an `n_heads` left null is matched to MHA's budget.
+    A core says at which coordinates each of its hops looks; it gets q, k and v rotated by them.
     """
 
     name: str
-    head_dim: int
-    n_heads: int | None = None
-    rope_base: float = 10000.0
-    rope_fraction: float = 1.0  # the share of the features that RoPE turns; 0: no position at all
-    rope_scaling: str = "none"  # linear | ntk | yarn: training goes on at `rope_factor` times the length it began at
-    rope_factor: float = 1.0
-    rope_original_length: int | None = None  # null: trainer.seq_len / rope_factor
+    kernel: Literal["auto"] = "auto"  # no part of a run's identity: it may change between starts
+
+    @property
+    def why_no_documents(self) -> str:
+        """Why this core cannot mask documents, with the remedy; empty if it honours AttentionMask.documents."""
+        return f"core={self.name} cannot mask documents; use core=full"
+
+    @property
+    def masks_documents(self) -> bool:
+        return not self.why_no_documents
+
+    def check(self, attention: "AttentionConfig", device: str, dtype: torch.dtype) -> None:
+        """Raise a ValueError that names the key and the remedy for what this core cannot do; never fall back."""
+
+    def check_decoding(self, dtype: torch.dtype | None, compiled: bool) -> None:
+        """Raise a ValueError for a cache that this core cannot have; `dtype` None: that of the forward pass."""
+
+    def resolved(self, seq_len: int) -> "AttentionCore":
+        """Return the core with what follows from the training length filled in, as a run's configuration keeps it."""
+        return self
+
+    def for_layer(self, layer: int) -> "AttentionCore":
+        """Return what layer number `layer`, counted from 0, attends with."""
+        return self
+
+    def hops(self, positions: Tensor) -> list[Tensor]:
+        """Return the coordinates [B or 1, T] by which RoPE turns queries and keys, for each hop over the sequence."""
+        return [positions]
+
+    @abstractmethod
+    def attend(self, views: list[QKV], mask: AttentionMask, scale: float) -> Tensor:
+        """Return softmax(q k^T scale) v [B, T, H, E]; `views` are the same q, k and v as each hop turns them."""
+
+    def cache_shapes(self, attention: "AttentionConfig") -> Shapes:
+        """Return what a layer's cache keeps for every token: what the mechanism says, unless a core needs more."""
+        return attention.cache_shapes()
+
+    def bytes_per_token(self, attention: "AttentionConfig", dtype: torch.dtype) -> int:
+        """Return the bytes of a token in a layer's cache."""
+        return bytes_per_token(self.cache_shapes(attention), dtype)
+
+    def cache(self, attention: "AttentionConfig", batch: int, capacity: int, dtype: torch.dtype, device) -> LayerCache:
+        """Return a layer's empty cache of `batch` rows with room for `capacity` tokens."""
+        return LayerCache(self.cache_shapes(attention), batch, capacity, dtype, device)
+
+    @abstractmethod
+    def flops_per_token(self, attention: "AttentionConfig", seq_len: int) -> float:
+        """Return the operations of one layer's forward pass for one token of a sequence of `seq_len`."""
+
+
+class AttentionConfig(Choice):
+    """The keys of every mechanism.
+
+    A key that is null takes its value in `by_size` for the size, or for `default`; an `n_heads` that is null is matched
+    to MHA's budget.
+    """
+
+    name: str
+    head_dim: int | None = Field(None, ge=1)  # null: size.head_dim
+    n_heads: int | None = Field(None, ge=1)
+    rope_base: float = Field(10000.0, gt=1)
+    rope_fraction: float = Field(1.0, ge=0, le=1)  # the share of the features that RoPE turns; 0: no position at all
+    rope_scaling: Scaling = "none"  # for sequences `rope_factor` times as long
+    rope_factor: float = Field(1.0, ge=1)
+    rope_original_length: int | None = Field(None, ge=1)  # null: trainer.seq_len / rope_factor
     qk_norm: bool = False  # RMS-normalise each query and key head, without a learned weight
     output_gate: bool = False  # multiply the attended values by sigmoid(W x), arXiv 2505.06708
-    by_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # size name -> values for the keys left null
+    by_size: dict[str, dict[str, Any]] = Field(default_factory=dict)  # size name -> values for the keys left null
+
+    needed: ClassVar[tuple[str, ...]] = ("head_dim",)  # keys that by_size or the size must have filled
+    rope_key: ClassVar[str] = "head_dim"  # what sets `rope_width`, for messages
 
     @property
     def qk_head_dim(self) -> int:
@@ -77,7 +140,7 @@ class AttentionConfig(ABC):
 
     @property
     def rope_width(self) -> int:
-        """Features that may turn; `rope_fraction` of them do."""
+        """Number of features that may turn, of which `rope_fraction` do."""
         return self.head_dim
 
     @property
@@ -102,78 +165,64 @@ class AttentionConfig(ABC):
 
     @property
     def cache_knobs(self) -> tuple[str, ...]:
-        """The keys that set the cache's size beside `n_heads`: what `size.match=kv_bytes` turns, all alike."""
+        """Keys that, next to `n_heads`, set the size of the cache: `size.match=kv_bytes` sets all of them alike."""
         return ()
 
     @abstractmethod
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "Attention":
-        """The attention of layer number `layer`, counted from 0."""
+        """Return the attention of layer number `layer`, counted from 0."""
 
     @abstractmethod
     def projection_params(self, d_model: int) -> int:
-        """Parameters of what makes queries, keys and values."""
+        """Return the number of parameters that make queries, keys and values."""
 
     @abstractmethod
-    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What decoding keeps per token and layer: the shape of each part by its name."""
+    def cache_shapes(self) -> Shapes:
+        """Return what decoding keeps per token and layer: the shape of each part by its name."""
 
     def output_params(self, d_model: int) -> int:
-        """Parameters of the output projection and the gate."""
+        """Return the number of parameters of the output projection and the gate."""
         return d_model * self.n_heads * self.v_head_dim * (2 if self.output_gate else 1)
 
     def num_params(self, d_model: int) -> int:
-        """Parameters of one layer's attention; equals the built module's count."""
+        """Return the number of parameters of one layer's attention, which equals the built module's."""
         return self.projection_params(d_model) + self.output_params(d_model)
 
     def flops_per_token(self, d_model: int) -> float:
-        """Forward operations of the projections for one token; the core counts what comes in between."""
+        """Return the forward operations of the projections for one token; the core counts what is between them."""
         return 2 * self.num_params(d_model)
 
     def activation_numbers(self, d_model: int) -> int:
-        """Numbers a token that the backward pass needs kept of what lies between the block's norm and the core."""
+        """Return how many numbers a token the backward pass keeps between the block's norm and the core."""
         return 2 * self.n_heads * self.qk_head_dim + self.n_heads * self.v_head_dim
 
     def resolved(self, seq_len: int) -> "AttentionConfig":
-        """With everything filled in that the training length decides."""
+        """Return the configuration with what follows from the training length filled in."""
         if self.rope_scaling == "none" or self.rope_original_length:
             return self
-        return replace(self, rope_original_length=round(seq_len / self.rope_factor))
+        return self.replace(rope_original_length=round(seq_len / self.rope_factor))
 
-    def errors(self):
-        """Mistakes in the mechanism's keys, one message each."""
-        for key in ("head_dim", "n_heads"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield f"model.{key}={value}: must be at least 1"
-        if self.n_heads and self.n_heads % self.head_multiple:
-            yield f"model.n_heads={self.n_heads}: must be a multiple of model.n_kv_heads={self.head_multiple}"
-        if not 0 <= self.rope_fraction <= 1:
-            yield f"model.rope_fraction={self.rope_fraction}: must lie in [0, 1]"
-        elif self.rope_dim % 2:
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong between the keys, a line each. Keys in `needed` may still be null."""
+        if (self.rope_scaling == "none") != (self.rope_factor == 1):
+            yield "rope_scaling and model.rope_factor go together, as in rope_scaling=yarn, rope_factor=4"
+        if all(getattr(self, key) for key in self.needed) and self.rope_dim % 2:
             share = f" x model.rope_fraction={self.rope_fraction} = {self.rope_dim}" if self.rope_fraction < 1 else ""
-            yield f"{self._rope_key()}={self.rope_width}{share}: RoPE turns pairs of features, so it must be even"
-        if not self.rope_base > 1:
-            yield f"model.rope_base={self.rope_base}: must be greater than 1"
-        if self.rope_scaling not in SCALINGS:
-            yield f"model.rope_scaling={self.rope_scaling!r}: must be one of {', '.join(SCALINGS)}"
-        if not 1 <= self.rope_factor < math.inf:
-            yield f"model.rope_factor={self.rope_factor}: must be a number of at least 1"
-        elif (self.rope_scaling == "none") != (self.rope_factor == 1):
-            yield "model.rope_scaling and model.rope_factor go together, as in rope_scaling=yarn, rope_factor=4"
-        if self.rope_original_length is not None and self.rope_original_length < 1:
-            default = "trainer.seq_len / model.rope_factor where it is not given"
-            yield f"model.rope_original_length={self.rope_original_length}: must be at least 1; it is {default}"
+            yield f"{self.rope_key}={self.rope_width}{share}: RoPE turns pairs of features, so it must be even"
 
-    def _rope_key(self) -> str:
-        return "model.head_dim"
+    @model_validator(mode="after")
+    def _check(self):
+        if mistakes := list(self.mistakes()):
+            raise Mistakes(*mistakes)
+        return self
 
 
 class Attention(nn.Module, ABC):
-    """One layer's attention: project, attend through the core, project back.
+    """One layer's attention: project, rotate, attend through the core, project back.
 
-    A mechanism defines `project` and `rotate`, and `keep` and `recall` where it caches something else than rotated keys
-    and values. `out_proj` [d_model, H * E] starts at zero, as in the TPA authors' code, so that every block starts as
-    the identity.
+    A mechanism defines `project` and `rotate`, and also `keep` and `recall` if it caches something else than rotated
+    keys and values. `out_proj` [d_model, H * E] starts at zero, as in the TPA authors' code, so that every block starts
+    as the identity.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, core: AttentionCore):
@@ -187,62 +236,64 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def project(self, x: Tensor) -> QKV:
-        """Queries, keys and values of x [B, T, M], not yet rotated."""
+        """Return queries, keys and values of x [B, T, M], not yet rotated."""
 
     @abstractmethod
     def rotate(self, qkv: QKV, positions: Tensor) -> QKV:
-        """Apply RoPE at `positions` [B or 1, T]."""
+        """Return `qkv` with RoPE applied at `positions` [B or 1, T]."""
 
     def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
-        """x [B, T, M] -> [B, T, M]; with a cache the T tokens follow what it holds, and attend to that too."""
+        """Return [B, T, M] for x [B, T, M]; with a cache the T tokens join it and attend to all that it holds."""
         if cache is None:
-            attended = self.core(self.project(x), self.rotate, positions, mask, self.config.scale)
+            attended = self.core.attend(self.views(x, positions), mask, self.config.scale)
+        elif cache.attends:
+            attended = cache.attend(self.views(x, positions), positions, self.config.scale)
         else:
-            attended = self.core.attend_cached(self, x, positions, mask, cache)
+            attended = self.attend_cached(x, positions, mask, cache)
         attended = attended.flatten(-2)
         if self.gate_proj is not None:
             attended = attended * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(attended)
 
+    def views(self, x: Tensor, positions: Tensor) -> list[QKV]:
+        """Return queries, keys and values of x as each hop of the core turns them."""
+        qkv = self.project(x)
+        return [self.rotate(qkv, places) for places in self.core.hops(positions)]
+
     def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
-        """The attended values [B, T, H, E] of x, whose tokens join the cache at `positions`."""
+        """Return the attended values [B, T, H, E] of x, whose tokens join the cache at `positions`."""
         qkv = self.rotate(self.project(x), positions)
         kept = cache.append(self.keep(qkv), positions)
-        return self.core(self.recall(qkv, kept, cache.places()), unturned, positions, mask, self.config.scale)
+        return self.core.attend([self.recall(qkv, kept, cache.places())], mask, self.config.scale)
 
     def keep(self, qkv: QKV) -> dict[str, Tensor]:
-        """What the cache keeps of rotated `qkv`, [B, T, *shape] by the names of `cache_shapes`.
+        """Return what the cache keeps of rotated `qkv`, [B, T, *shape] by the names of `cache_shapes`.
 
-        Here the fields of those names: `k` and `v` of `Dense`.
+        By default these are the fields of the same names, `k` and `v` of `Dense`.
         """
         return {name: getattr(qkv, name) for name in self.config.cache_shapes()}
 
     def recall(self, qkv: QKV, kept: dict[str, Tensor], places: Tensor) -> QKV:
-        """The queries of rotated `qkv` with the rotated keys, and the values, of all S tokens that left `kept`.
+        """Return the queries of rotated `qkv` with the rotated keys and the values of all S tokens that left `kept`.
 
         `kept` has what `keep` gave, [B, S, *shape]; token s has position `places[0, s]`.
         """
         return replace(qkv, **kept)
 
     def turn(self, positions: Tensor, *vectors: Tensor) -> list[Tensor]:
-        """RoPE on each of `vectors` [B, T, N, D] at `positions`."""
+        """Return each of `vectors` [B, T, N, D] with RoPE applied at `positions`."""
         if self.config.rope_dim == 0:
             return list(vectors)
         tables = rope_tables(positions, self.config.rope_dim, self.config.rope_base, self.config.scaling)
         return [apply_rope(x, *tables) for x in vectors]
 
 
-def unturned(qkv: QKV, positions: Tensor) -> QKV:
-    """The `rotate` of what is rotated already."""
-    return qkv
-
-
 def unit_rms(x: Tensor) -> Tensor:
-    """QK-norm: x over its root mean square along the last axis, in fp32."""
+    """Return x over its root mean square along the last axis, computed in fp32: QK-norm."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
 
 
 def split_heads(x: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
-    """Cut the features of x [B, T, F] into pieces [B, T, n, d], one for each (n, d) of `shapes`."""
+    """Return the features of x [B, T, F] cut into pieces [B, T, n, d], one for each (n, d) of `shapes`."""
     pieces = torch.split(x, [n * d for n, d in shapes], dim=-1)
     return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, shapes, strict=True)]

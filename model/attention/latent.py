@@ -1,19 +1,21 @@
 """Multi-head latent attention (MLA) as DeepSeek-V2 has it, arXiv 2405.04434, section 2.1.
 
 Keys and values are up-projected from a small latent c_kv; position enters through a separate rotated part of each query
-and one rotated key that all heads share. Cached: the normalised c_kv and the rotated key, side by side. Decoding
+and one rotated key that all heads share. Cached: the normalised c_kv and the rotated key, next to each other. Decoding
 absorbs the up-projections into the query and the output (section 2.1.2): what is cached is one key for all heads.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from model.attention.base import QKV, Attention, AttentionConfig, Dense, split_heads, unit_rms, unturned
-from model.cache import LayerCache
-from model.cores.base import AttentionCore, AttentionMask
+from model.attention.base import QKV, Attention, AttentionConfig, AttentionCore, Dense, split_heads, unit_rms
+from model.cache import LayerCache, Shapes
 from model.layers import RMSNorm
+from model.mask import AttentionMask
 
 
 @dataclass
@@ -55,23 +57,15 @@ class Absorbed(QKV):
         return Dense(self.q, shared * self.k_norm.unsqueeze(-1), shared.expand(-1, -1, self.q.size(2), -1))
 
 
-@dataclass
 class LatentConfig(AttentionConfig):
     """`head_dim` is DeepSeek's qk_nope_head_dim and v_head_dim."""
 
-    q_lora_rank: int | None = None
-    kv_lora_rank: int | None = None
-    qk_rope_head_dim: int | None = None
+    q_lora_rank: int | None = Field(None, ge=1)
+    kv_lora_rank: int | None = Field(None, ge=1)
+    qk_rope_head_dim: int | None = Field(None, ge=1)
 
-    def errors(self):
-        unset = [key for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim") if getattr(self, key) is None]
-        yield from (f"model.{key} is null, and model.by_size has no value for this size: set it" for key in unset)
-        if unset:
-            return
-        yield from super().errors()
-        for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"):
-            if getattr(self, key) < 1:
-                yield f"model.{key}={getattr(self, key)}: must be at least 1"
+    needed: ClassVar[tuple[str, ...]] = ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim")
+    rope_key: ClassVar[str] = "qk_rope_head_dim"
 
     @property
     def qk_head_dim(self) -> int:
@@ -80,9 +74,6 @@ class LatentConfig(AttentionConfig):
     @property
     def rope_width(self) -> int:
         return self.qk_rope_head_dim
-
-    def _rope_key(self) -> str:
-        return "model.qk_rope_head_dim"
 
     @property
     def cache_knobs(self) -> tuple[str, ...]:
@@ -95,7 +86,7 @@ class LatentConfig(AttentionConfig):
         up_kv = self.kv_lora_rank * self.n_heads * 2 * self.head_dim
         return down + norms + up_q + up_kv
 
-    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+    def cache_shapes(self) -> Shapes:
         shapes = {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,)}
         if self.qk_norm:  # a key's norm differs from head to head, and absorbed decoding never sees the key
             shapes["k_norm"] = (self.n_heads,)
@@ -106,9 +97,9 @@ class LatentConfig(AttentionConfig):
 
 
 class UpProjection(nn.Linear):
-    """c_kv [B, S, L] to k_nope and v, each [B, S, H, D]; and the two ways in which decoding absorbs it.
+    """Turn c_kv [B, S, L] into k_nope and v, each [B, S, H, D], or absorb that into queries and attended values.
 
-    All of them are calls of the module, so that whatever gathers its weight when it is called (ZeRO) does.
+    All of these are calls of the module, so that whatever gathers its weight on a call (ZeRO) does.
     """
 
     def __init__(self, rank: int, n_heads: int, width: int):
@@ -116,7 +107,8 @@ class UpProjection(nn.Linear):
         self.shapes = [(n_heads, width)] * 2
 
     def forward(self, x: Tensor, absorb: str = "") -> Tensor | list[Tensor]:
-        """`absorb="k"`: q_nope [B, T, H, D] to what meets c_kv, [B, T, H, L]; `"v"`: attended c_kv back to values."""
+        """Return k_nope and v; with `absorb="k"` of q_nope [B, T, H, D] what meets c_kv, [B, T, H, L]; with "v" of
+        attended c_kv the values."""
         if not absorb:
             return split_heads(super().forward(x), *self.shapes)
         up_k, up_v = (half.unflatten(0, shape) for half, shape in zip(self.weight.chunk(2), self.shapes, strict=True))
@@ -138,19 +130,20 @@ class LatentAttention(Attention):
 
     def project(self, x: Tensor) -> Latent:
         q_nope, q_rope, c_kv, k_rope = self.compress(x)
-        return Latent(q_nope, q_rope, *self.unpack(c_kv, k_rope), self.config.qk_norm)
+        return self.expanded(q_nope, q_rope, c_kv, k_rope)
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q_nope [B, T, H, D], q_rope [B, T, H, P], the normalised c_kv [B, T, L] and the shared key [B, T, 1, P]."""
+        """Return q_nope [B, T, H, D], q_rope [B, T, H, P], the normalised c_kv [B, T, L] and the shared key
+        [B, T, 1, P]."""
         c_q, c_kv, k_rope = self.down_proj(x).split(self.down_widths, dim=-1)
         heads, width, rope = self.config.n_heads, self.config.head_dim, self.config.qk_rope_head_dim
         q_nope, q_rope = split_heads(self.q_up_proj(self.q_norm(c_q)), (heads, width), (heads, rope))
         return q_nope, q_rope, self.kv_norm(c_kv), k_rope.unsqueeze(2)
 
-    def unpack(self, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """k_nope, k_rope and v of a latent."""
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Latent:
+        """Return `compress`ed queries with the keys and values that c_kv is projected up to."""
         k_nope, v = self.kv_up_proj(c_kv)
-        return k_nope, k_rope, v
+        return Latent(q_nope, q_rope, k_nope, k_rope, v, self.config.qk_norm)
 
     def rotate(self, qkv: Latent, positions: Tensor) -> Latent:
         q_rope, k_rope = self.turn(positions, qkv.q_rope, qkv.k_rope)
@@ -162,21 +155,21 @@ class LatentAttention(Attention):
         kept = cache.append(self.keep_latent(c_kv, k_rope), positions)
         rank, width, rope = self.config.kv_lora_rank, self.config.head_dim, self.config.qk_rope_head_dim
         scale = self.config.scale
-        if x.size(1) * (rank - width) > rank * width:  # a long chunk: scores on expanded keys are the cheaper ones
+        if x.size(1) * (rank - width) > rank * width:  # for a long chunk scores on expanded keys cost less
             c_kv, k_rope = kept["latent"].split((rank, rope), dim=-1)
-            expanded = Latent(q_nope, q_rope, *self.unpack(c_kv, k_rope.unsqueeze(2)), self.config.qk_norm)
-            return self.core(expanded, unturned, positions, mask, scale)
+            return self.core.attend([self.expanded(q_nope, q_rope, c_kv, k_rope.unsqueeze(2))], mask, scale)
         if self.config.qk_norm:
             q_nope, q_rope = unit_rms(torch.cat((q_nope, q_rope), dim=-1)).split((width, rope), dim=-1)
         q = torch.cat((self.kv_up_proj(q_nope, absorb="k"), q_rope), dim=-1)
-        attended = self.core(Absorbed(q, kept["latent"], kept.get("k_norm")), unturned, positions, mask, scale)
+        attended = self.core.attend([Absorbed(q, kept["latent"], kept.get("k_norm"))], mask, scale)
         return self.kv_up_proj(attended[..., :rank], absorb="v")
 
     def keep_latent(self, c_kv: Tensor, k_rope: Tensor) -> dict[str, Tensor]:
+        """Return what the cache keeps of c_kv [B, T, L] and the rotated key [B, T, 1, P]."""
         # Under autocast c_kv comes out of its norm in fp32, and reading would copy the whole cache to that.
         kept = {"latent": torch.cat((c_kv.to(k_rope.dtype), k_rope.squeeze(2)), dim=-1)}
         if self.config.qk_norm:
-            k_nope, k_rope, _ = self.unpack(c_kv, k_rope)
+            k_nope, _ = self.kv_up_proj(c_kv)
             square = k_nope.float().square().sum(-1) + k_rope.float().square().sum(-1)
             kept["k_norm"] = torch.rsqrt(square / self.config.qk_head_dim + 1e-6).to(kept["latent"].dtype)
         return kept

@@ -3,17 +3,15 @@
 Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245; Shazeer, arXiv 1911.02150.
 """
 
-from dataclasses import dataclass
-
+from pydantic import Field
 from torch import Tensor, nn
 
-from model.attention.base import Attention, AttentionConfig, Dense, split_heads, unit_rms
-from model.cores.base import AttentionCore
+from model.attention.base import Attention, AttentionConfig, AttentionCore, Dense, split_heads, unit_rms
+from model.cache import Shapes
 
 
-@dataclass
 class MultiHeadConfig(AttentionConfig):
-    n_kv_heads: int | None = None  # null: one for every query head (MHA); 1: MQA; between: GQA
+    n_kv_heads: int | None = Field(None, ge=1)  # null: one for every query head (MHA); 1: MQA; between: GQA
 
     @property
     def kv_heads(self) -> int:
@@ -27,16 +25,15 @@ class MultiHeadConfig(AttentionConfig):
     def cache_knobs(self) -> tuple[str, ...]:
         return ("n_kv_heads",) if self.n_kv_heads else ()
 
-    def errors(self):
-        if self.n_kv_heads is not None and self.n_kv_heads < 1:
-            yield f"model.n_kv_heads={self.n_kv_heads}: must be at least 1"
-        else:
-            yield from super().errors()
+    def mistakes(self):
+        if self.n_heads and self.n_heads % self.head_multiple:
+            yield f"n_heads={self.n_heads}: must be a multiple of model.n_kv_heads={self.n_kv_heads}"
+        yield from super().mistakes()
 
     def projection_params(self, d_model: int) -> int:
         return d_model * self.head_dim * (self.n_heads + 2 * self.kv_heads)
 
-    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+    def cache_shapes(self) -> Shapes:
         return {"k": (self.kv_heads, self.head_dim), "v": (self.kv_heads, self.head_dim)}
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "MultiHeadAttention":

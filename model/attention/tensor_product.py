@@ -9,16 +9,17 @@ vec(b x c). RoPE turns the rows of B, or b alone: that equals turning Q (Theorem
 on features only. One class has every variant of the paper; `factor_shapes` says which factors a variant has.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from model.attention.base import QKV, Attention, AttentionConfig, Dense, unit_rms
+from model.attention.base import QKV, Attention, AttentionConfig, AttentionCore, Dense, unit_rms
 from model.attention.multi_head import MultiHeadAttention
-from model.cores.base import AttentionCore
-
-ACTIVATIONS = ("none", "sigmoid", "softmax")
+from model.cache import Shapes
 
 
 @dataclass
@@ -34,21 +35,26 @@ class Factors:
     c: Tensor | None = None
 
     def token_factor(self) -> Tensor:
-        """B [B, T, R, D]: in third order vec(b x c), running over b fastest."""
+        """Return B [B, T, R, D]: in third order vec(b x c), running over b fastest."""
         return self.b if self.c is None else (self.c[..., :, None] * self.b[..., None, :]).flatten(-2)
 
     def product(self) -> Tensor:
-        """A B / R, [B, T, H, D]."""
+        """Return A B / R, [B, T, H, D]."""
         b = self.token_factor()
         return b if self.a is None else (self.a / self.a.size(-1)) @ b
 
     def unit_rms(self) -> "Factors":
-        """The same with each head's product at RMS 1: a row of A scales a head, so the factors stay factors."""
+        """Return the same with each head's product at RMS 1: a row of A scales a head, so the factors stay factors."""
         if self.a is None:
             return replace(self, b=unit_rms(self.b))
         b, a = self.token_factor().float(), self.a.float() / self.a.size(-1)
         square = ((a @ (b @ b.mT)) * a).sum(-1, keepdim=True) / b.size(-1)  # |a B|^2 / D through R x R products
         return replace(self, a=(self.a * torch.rsqrt(square + 1e-6)).to(self.a.dtype))
+
+
+def each(factors: Factors, change: Callable[[Tensor], Tensor]) -> Factors:
+    """Return the factors with `change` applied to each that is there."""
+    return Factors(*(None if x is None else change(x) for x in (factors.a, factors.b, factors.c)))
 
 
 @dataclass
@@ -70,34 +76,25 @@ class Factored(QKV):
         return Factors(**kept).product()
 
 
-@dataclass
 class TensorProductConfig(AttentionConfig):
-    q_rank: int = 6
-    k_rank: int = 2
-    v_rank: int = 2
+    q_rank: int = Field(6, ge=1)
+    k_rank: int = Field(2, ge=1)
+    v_rank: int = Field(2, ge=1)
     dense_q: bool = False  # queries by a full projection M -> H D (TPA-KVonly)
     contextual_a: bool = True  # false: the head factors are learned constants
     contextual_b: bool = True  # false: the token factors are; RoPE still turns those of q and k
     shared_b: bool = False  # values use the keys' token factor, before it is turned
-    a_activation: str = "none"  # of the head factors: none, sigmoid, or softmax over heads
-    c_dim: int | None = None  # third order: the width D_c of c; b has head_dim / c_dim features
-    init: str = "reference"  # the authors' code's; `xavier` is the paper's text
+    a_activation: Literal["none", "sigmoid", "softmax"] = "none"  # of the head factors; softmax is over heads
+    c_dim: int | None = Field(None, ge=1)  # third order: the width D_c of c; b has head_dim / c_dim features
+    init: Literal["reference", "xavier"] = "reference"  # the authors' code's; `xavier` is the paper's text
 
-    def errors(self):
-        for key in ("q_rank", "k_rank", "v_rank", "c_dim"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                yield f"model.{key}={value}: must be at least 1"
-        if self.init not in ("xavier", "reference"):
-            yield f"model.init={self.init!r}: must be xavier or reference"
-        if self.a_activation not in ACTIVATIONS:
-            yield f"model.a_activation={self.a_activation!r}: must be none, sigmoid or softmax"
+    def mistakes(self):
         if self.shared_b and self.k_rank != self.v_rank:
-            yield f"model.v_rank={self.v_rank}: must equal model.k_rank={self.k_rank}, since model.shared_b=true"
-        if self.c_dim is not None and self.c_dim >= 1 and self.head_dim % self.c_dim:
-            yield f"model.c_dim={self.c_dim}: must divide model.head_dim={self.head_dim}"
-        elif self.c_dim is None or self.c_dim >= 1:
-            yield from super().errors()
+            yield f"v_rank={self.v_rank}: must equal model.k_rank={self.k_rank}, since model.shared_b=true"
+        if self.c_dim and self.head_dim and self.head_dim % self.c_dim:
+            yield f"c_dim={self.c_dim}: must divide model.head_dim={self.head_dim}"
+        else:
+            yield from super().mistakes()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -107,15 +104,16 @@ class TensorProductConfig(AttentionConfig):
     def rope_width(self) -> int:
         return self.head_dim // (self.c_dim or 1)
 
-    def _rope_key(self) -> str:
-        return "model.head_dim" if self.c_dim is None else "model.head_dim / model.c_dim"
+    @property
+    def rope_key(self) -> str:
+        return "head_dim" if self.c_dim is None else "head_dim / model.c_dim"
 
     @property
     def cache_knobs(self) -> tuple[str, ...]:
         return ("k_rank", "v_rank")
 
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
-        """Every factor of a token by name (a_q, b_q, ..., c_v) and its shape, without those that a variant lacks."""
+        """Return the shape of every factor of a token by name (a_q, b_q, ..., c_v), except those a variant lacks."""
         shapes = {}
         for part, rank in self.ranks.items():
             if part == "q" and self.dense_q:
@@ -138,16 +136,16 @@ class TensorProductConfig(AttentionConfig):
         return sum(m * n * (1 if self.is_constant(f) else d_model) for f, (m, n) in self.factor_shapes().items())
 
     def flops_per_token(self, d_model: int) -> float:
-        """The projections, and making q, k and v of their factors, but for third order's b x c, which is little."""
+        """Return the operations of the projections and of the products of factors, except third order's b x c."""
         projected = sum(m * n for f, (m, n) in self.factor_shapes().items() if not self.is_constant(f))
         factored = [rank for part, rank in self.ranks.items() if not (part == "q" and self.dense_q)]
         products = sum(factored) * self.n_heads * self.head_dim
         return 2 * (d_model * projected + products + self.output_params(d_model))
 
-    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The contextual factors of keys and values: constants need no cache.
+    def cache_shapes(self) -> Shapes:
+        """Return the shapes of the contextual factors of keys and values: constants need no cache.
 
-        Head factors lie with their heads next to each other, [R, H]: so a core reads them side by side, rank by rank.
+        Head factors have their heads next to each other in memory, [R, H], since a core reads them rank by rank.
         """
         shapes = self.factor_shapes().items()
         kept = {f: shape for f, shape in shapes if f[-1] != "q" and not self.is_constant(f)}
@@ -163,14 +161,15 @@ class TensorProductAttention(Attention):
         shapes = config.factor_shapes()
         self.projected = {f: shape for f, shape in shapes.items() if not config.is_constant(f)}
         self.widths = [m * n for m, n in self.projected.values()]
-        self.factor_proj = nn.Linear(d_model, sum(self.widths), bias=False)  # all contextual factors: one product
-        for factor in shapes.keys() - self.projected.keys():
-            self.register_parameter(factor, nn.Parameter(torch.empty(shapes[factor])))
+        self.factor_proj = nn.Linear(d_model, sum(self.widths), bias=False)  # all contextual factors in one product
+        self.constants = {f: shape for f, shape in shapes.items() if config.is_constant(f)}
+        for factor, shape in self.constants.items():
+            self.register_parameter(factor, nn.Parameter(torch.empty(shape)))
         self.reset_factors()
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Xavier-uniform for each factor's weight.
+        """Draw each factor's weight by Xavier's uniform rule.
 
         A constant starts with the spread that its contextual counterpart has on a normalised token.
         """
@@ -178,13 +177,12 @@ class TensorProductAttention(Attention):
         for (factor, shape), weight in zip(self.projected.items(), self.factor_weights(), strict=True):
             bound = self.xavier_bound(factor, shape, d_model)
             weight.uniform_(-bound, bound)
-        for factor, shape in self.config.factor_shapes().items():
-            if factor not in self.projected:
-                bound = self.xavier_bound(factor, shape, d_model) * d_model**0.5
-                getattr(self, factor).uniform_(-bound, bound)
+        for factor, shape in self.constants.items():
+            bound = self.xavier_bound(factor, shape, d_model) * d_model**0.5
+            getattr(self, factor).uniform_(-bound, bound)
 
     def xavier_bound(self, factor: str, shape: tuple[int, int], d_model: int) -> float:
-        """sqrt(6 / (fan_in + fan_out)), with fans d_model and m n for a factor of shape [m, n] (the paper).
+        """Return sqrt(6 / (fan_in + fan_out)), with fans d_model and m n for a factor of shape [m, n] (the paper).
 
         The authors' code applies Xavier to a weight viewed as [d_model, m, n], where PyTorch takes fan_in from the
         second axis and fan_out from the first, each times the last; a dense query is plain in both.
@@ -194,34 +192,38 @@ class TensorProductAttention(Attention):
         return (6 / (d_model + m * n if plain else (d_model + m) * n)) ** 0.5
 
     def factor_weights(self) -> tuple[Tensor, ...]:
-        """The rows of `factor_proj` by factor, each [m n, d_model], in the order of `projected`."""
+        """Return the rows of `factor_proj` by factor, each [m n, d_model], in the order of `projected`."""
         return self.factor_proj.weight.split(self.widths)
 
     def project(self, x: Tensor) -> Factored:
         pieces = self.factor_proj(x).split(self.widths, dim=-1)
         made = {f: piece.unflatten(-1, shape) for (f, shape), piece in zip(self.projected.items(), pieces, strict=True)}
-        for factor, shape in self.config.factor_shapes().items():
-            if factor not in made:
-                made[factor] = getattr(self, factor).to(x.dtype).expand(*x.shape[:-1], *shape)
-        if self.config.shared_b:
-            made |= {f"{letter}_v": made[f"{letter}_k"] for letter in "bc" if f"{letter}_k" in made}
-        q, k, v = (
-            Factors(self.activate(made.get(f"a_{part}")), made[f"b_{part}"], made.get(f"c_{part}")) for part in "qkv"
-        )
+        for factor, shape in self.constants.items():
+            made[factor] = getattr(self, factor).to(x.dtype).expand(*x.shape[:-1], *shape)
+        for part in "qkv":
+            if f"a_{part}" in made:
+                made[f"a_{part}"] = self.activate(made[f"a_{part}"])
+        q, k, v = self.assemble("qkv", made)
         return Factored(q.unit_rms(), k.unit_rms(), v) if self.config.qk_norm else Factored(q, k, v)
 
-    def activate(self, a: Tensor | None) -> Tensor | None:
-        if a is None or self.config.a_activation == "none":
-            return a
-        # A GPU's autocast makes softmax fp32, and a cache would be read as that at every step.
-        return a.sigmoid() if self.config.a_activation == "sigmoid" else a.softmax(dim=-2).to(a.dtype)
+    def assemble(self, parts: str, made: dict[str, Tensor]) -> list[Factors]:
+        """Return the factors of queries, keys or values from those `made`, by name."""
+        if self.config.shared_b:
+            made = made | {f"{letter}_v": made[f"{letter}_k"] for letter in "bc" if f"{letter}_k" in made}
+        return [Factors(made.get(f"a_{part}"), made[f"b_{part}"], made.get(f"c_{part}")) for part in parts]
+
+    def activate(self, a: Tensor) -> Tensor:
+        if self.config.a_activation == "softmax":
+            # A GPU's autocast makes softmax fp32, and a cache would be read as that at every step.
+            return a.softmax(dim=-2).to(a.dtype)
+        return a.sigmoid() if self.config.a_activation == "sigmoid" else a
 
     def rotate(self, qkv: Factored, positions: Tensor) -> Factored:
         b_q, b_k = self.turn(positions, qkv.q.b, qkv.k.b)
         return Factored(replace(qkv.q, b=b_q), replace(qkv.k, b=b_k), qkv.v)
 
     def keep(self, qkv: Factored) -> dict[str, Tensor]:
-        """The factors of keys and values that differ from token to token, b_k turned unless the values share it."""
+        """Return the contextual factors of keys and values; b_k is turned unless the values share it."""
         kept = {f"{letter}_{part}": getattr(getattr(qkv, part), letter) for part in "kv" for letter in "abc"}
         if self.config.shared_b:
             kept["b_k"] = qkv.v.b
@@ -229,17 +231,15 @@ class TensorProductAttention(Attention):
 
     def recall(self, qkv: Factored, kept: dict[str, Tensor], places: Tensor) -> Factored:
         made = {factor: x.mT if factor[0] == "a" else x for factor, x in kept.items()}
-        for factor, shape in self.config.factor_shapes().items():
-            if factor[-1] != "q" and factor not in made:  # constants: [1, S, ...] until they are turned
+        for factor, shape in self.constants.items():  # [1, S, ...] until they are turned
+            if factor[-1] != "q":
                 constant = getattr(self, factor).to(qkv.q.b.dtype).expand(1, places.size(1), *shape)
                 made[factor] = self.activate(constant) if factor[0] == "a" else constant
-        if self.config.shared_b:
-            made |= {f"{letter}_v": made[f"{letter}_k"] for letter in "bc" if f"{letter}_k" in made}
+        k, v = self.assemble("kv", made)
         if self.config.shared_b or "b_k" not in kept:
-            (made["b_k"],) = self.turn(places, made["b_k"])
+            k = replace(k, b=self.turn(places, k.b)[0])
         rows = qkv.q.b.size(0)
-        made = {factor: tensor.expand(rows, *tensor.shape[1:]) for factor, tensor in made.items()}
-        k, v = (Factors(made[f"a_{part}"], made[f"b_{part}"], made.get(f"c_{part}")) for part in "kv")
+        k, v = (each(part, lambda x: x.expand(rows, *x.shape[1:])) for part in (k, v))
         if self.config.qk_norm and "a_k" not in kept:  # the norms, which went into a_k, are those of b_k, turned or not
             k = k.unit_rms()
         return Factored(qkv.q, k, v)
@@ -247,15 +247,13 @@ class TensorProductAttention(Attention):
 
 @torch.no_grad()
 def from_multi_head(attention: MultiHeadAttention) -> TensorProductAttention:
-    """The TPA that equals an MHA, GQA or MQA module: fixed head factors, its weights as token factors (section 3.3).
+    """Return the TPA that equals an MHA, GQA or MQA module: fixed head factors, its weights as token factors.
 
-    A_q = H I with R_q = H. For keys and values R = G: MHA has A = H I (G = H), MQA a column of ones (G = 1), GQA
-    G times the mask of each group's heads.
+    Section 3.3: A_q = H I with R_q = H. For keys and values R = G: MHA has A = H I (G = H), MQA a column of ones
+    (G = 1), GQA G times the mask of each group's heads.
     """
-    given = attention.config
-    heads, groups = given.n_heads, given.kv_heads
-    shared = [field.name for field in fields(AttentionConfig)]
-    options = {key: getattr(given, key) for key in shared}
+    heads, groups = attention.config.n_heads, attention.config.kv_heads
+    options = {key: value for key, value in attention.config if key in AttentionConfig.model_fields}
     config = TensorProductConfig(**options, q_rank=heads, k_rank=groups, v_rank=groups, contextual_a=False)
     d_model = attention.qkv_proj.in_features
     made = TensorProductAttention(config, d_model, attention.core).to(attention.qkv_proj.weight)
@@ -264,10 +262,7 @@ def from_multi_head(attention: MultiHeadAttention) -> TensorProductAttention:
     if made.gate_proj is not None:
         made.gate_proj.weight.copy_(attention.gate_proj.weight)
     groups_of_heads = torch.eye(groups).repeat_interleave(heads // groups, dim=0)  # [H, G]: whose keys a head reads
-    for name, fixed in (
-        ("a_q", heads * torch.eye(heads)),
-        ("a_k", groups * groups_of_heads),
-        ("a_v", groups * groups_of_heads),
-    ):
-        getattr(made, name).copy_(fixed).requires_grad_(False)
+    fixed = {"a_q": heads * torch.eye(heads), "a_k": groups * groups_of_heads, "a_v": groups * groups_of_heads}
+    for name, factor in fixed.items():
+        getattr(made, name).copy_(factor).requires_grad_(False)
     return made

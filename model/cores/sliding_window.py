@@ -3,76 +3,80 @@
 The baseline for cores that reach further.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from model.attention.base import AttentionConfig, Dense, unturned
-from model.cores.base import AttentionMask, PartialCore, share_heads
-from model.cores.sdpa import SDPA, attend_documents, attend_packed, has_flash
+from model.attention.base import QKV, AttentionConfig, Dense
+from model.cores.kernels import sdpa
+from model.cores.partial import PartialCore
+from model.mask import AttentionMask, mean_causal_keys
 
-FULL = SDPA()
 
-
-@dataclass
 class SlidingWindow(PartialCore):
     name: str = "sliding_window"
-    window: int = 128
-    masks_documents: ClassVar[bool] = True
+    kernel: Literal["auto", "sdpa"] = "auto"
+    window: int = Field(128, ge=1)
 
-    def errors(self):
-        yield from super().errors()
-        if self.window < 1:
-            yield f"core.window={self.window}: must be at least 1"
+    @property
+    def why_no_documents(self) -> str:
+        return ""
 
-    def __call__(self, qkv, rotate, positions: Tensor, mask: AttentionMask, scale: float) -> Tensor:
-        dense = rotate(qkv, positions).materialize()
-        n_queries, n_keys, size = dense.q.size(1), dense.k.size(1), self.window
+    def attend(self, views: list[QKV], mask: AttentionMask, scale: float) -> Tensor:
+        dense = views[0].materialize()
+        n_queries, n_keys, window = dense.q.size(1), dense.k.size(1), self.window
         if not mask.causal:
-            raise ValueError(f"core={self.name}: is causal; use core=sdpa")
-        if mask.starts is None and n_queries != n_keys:  # decoding reads no further back than the first window
-            seen = slice(max(0, n_keys - n_queries - size + 1), n_keys)
-            documents = mask.documents if mask.documents is None else mask.documents[:, seen]
-            dense, mask = Dense(dense.q, dense.k[:, seen], dense.v[:, seen]), AttentionMask(documents=documents)
-            n_keys = dense.k.size(1)
-        if mask.starts is not None or n_queries != n_keys:
-            return FULL(dense, unturned, positions, replace(mask, window=size), scale)
-        if has_flash(dense.q, dense.v):
+            raise ValueError(f"core={self.name}: is causal; use core=full")
+        if mask.starts is not None:
+            return sdpa.attend(dense, replace(mask, window=window), scale)
+        if n_queries != n_keys:  # decoding reads no further back than the first query's window
+            seen = slice(max(0, n_keys - n_queries - window + 1), n_keys)
+            documents = None if mask.documents is None else mask.documents[:, seen]
+            dense = Dense(dense.q, dense.k[:, seen], dense.v[:, seen])
+            return sdpa.attend(dense, AttentionMask(documents=documents, window=window), scale)
+        if sdpa.has_flash(dense.q, dense.v):
             if mask.documents is not None:
-                return attend_documents(dense, mask, scale, size)
+                return sdpa.attend_documents(dense, mask, scale, window)
             rows = dense.q.size(0)
             bounds = torch.arange(0, (rows + 1) * n_keys, n_keys, dtype=torch.int32, device=dense.q.device)
-            return attend_packed(dense, [n_keys] * rows, bounds, scale, size)
-        if n_keys <= size:
-            return FULL(dense, unturned, positions, mask, scale)
-        # The first `size` queries see all that is before them; each further block of queries its own keys and the
-        # block's before, under a mask of size x 2 size: time and memory grow with the length alone.
-        first = Dense(*(x[:, :size] for x in (dense.q, dense.k, dense.v)))
-        documents = mask.documents if mask.documents is None else mask.documents[:, :size]
-        start = FULL(first, unturned, None, AttentionMask(documents=documents), scale)
-        q, k, v = (self.blocks(share_heads(x, dense.q.size(2))) for x in (dense.q, dense.k, dense.v))
-        if mask.documents is not None:
-            documents = with_block_before(self.blocks(mask.documents)).flatten(0, 1)
+            return sdpa.attend_packed(dense, [n_keys] * rows, bounds, scale, window)
+        if n_keys <= window:
+            return sdpa.attend(dense, mask, scale)
+        return self.attend_blocks(dense, mask.documents, scale)
+
+    def attend_blocks(self, dense: Dense, documents: Tensor | None, scale: float) -> Tensor:
+        """Return [B, T, H, E] in time and memory that grow with the length alone.
+
+        The first `window` queries see all that is before them; each further block of queries sees its own keys and
+        those of the block before, under a mask of window x 2 window.
+        """
+        window, seq_len, n_heads = self.window, dense.q.size(1), dense.q.size(2)
+        first = Dense(*(x[:, :window] for x in (dense.q, dense.k, dense.v)))
+        first_mask = AttentionMask(documents=None if documents is None else documents[:, :window])
+        start = sdpa.attend(first, first_mask, scale)
+        q, k, v = (self.blocks(sdpa.share_heads(x, n_heads)) for x in (dense.q, dense.k, dense.v))
+        if documents is not None:
+            documents = with_block_before(self.blocks(documents)).flatten(0, 1)
         blocks = Dense(*(x.flatten(0, 1) for x in (q[:, 1:], with_block_before(k), with_block_before(v))))
-        following = FULL(blocks, unturned, None, AttentionMask(documents=documents, window=size), scale)
+        following = sdpa.attend(blocks, AttentionMask(documents=documents, window=window), scale)
         following = following.unflatten(0, (dense.q.size(0), -1)).flatten(1, 2)
-        return torch.cat((start, following[:, : n_keys - size]), dim=1)
+        return torch.cat((start, following[:, : seq_len - window]), dim=1)
 
     def blocks(self, x: Tensor) -> Tensor:
-        """x [B, T, ...] as [B, T / window, window, ...], padded at its end, which is the future."""
+        """Return x [B, T, ...] as [B, T / window, window, ...], padded at its end, which is the future."""
         padding = -x.size(1) % self.window
         return F.pad(x, [0, 0] * (x.ndim - 2) + [0, padding]).unflatten(1, (-1, self.window))
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
-        """Scores and weighted values, 2 operations a multiply-add, over the keys that a query sees on average."""
-        size = min(self.window, seq_len)
-        keys = size - size * (size - 1) / (2 * seq_len)
-        return 2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim) * keys
+        """Return the operations of scores and weighted values, 2 a multiply-add, over the keys a query sees."""
+        width = attention.n_heads * (attention.qk_head_dim + attention.v_head_dim)
+        return 2 * width * mean_causal_keys(seq_len, self.window)
 
 
 def with_block_before(blocks: Tensor) -> Tensor:
-    """Every block but the first, the one before it put in front: [B, N, W, ...] to [B, N - 1, 2 W, ...]."""
+    """Return every block except the first with the one before it in front: [B, N, W, ...] to [B, N - 1, 2 W, ...]."""
     return torch.cat((blocks[:, :-1], blocks[:, 1:]), dim=2)

@@ -7,25 +7,43 @@ kv_bytes   the mechanism's `cache_knobs` (TPA's key and value ranks, GQA's group
            MHA's, with n_heads matched by parameters at each candidate: equal in both
 """
 
-import dataclasses
 from collections.abc import Callable
 
-from model.attention.base import AttentionConfig
-from model.cores.base import AttentionCore
+from configs.errors import ConfigError, Mistakes
+from configs.load import load
+from model.attention.base import AttentionConfig, AttentionCore
 from model.counting import attention_flops_per_token, kv_numbers_per_token, mha_of
+from model.transformer import SizeConfig
 
 PAPER_TOLERANCE = 0.05  # the paper's own head counts lie within 3% of MHA's attention parameters
 
 
-def fill_by_size(attention: AttentionConfig, size_name: str) -> AttentionConfig:
-    """`attention` with the keys that are null, but for `n_heads`, taken from its `by_size` for this size."""
-    values = attention.by_size.get(size_name, attention.by_size.get("default", {}))
-    empty = {f.name for f in dataclasses.fields(attention) if getattr(attention, f.name) is None} - {"n_heads"}
-    return dataclasses.replace(attention, **{key: values[key] for key in empty & values.keys()})
+def decide(attention: AttentionConfig, core: AttentionCore, size: SizeConfig, seq_len: int) -> AttentionConfig:
+    """Return `attention` with every key that is null decided by its size, the training length and `size.match`.
+
+    Mistakes for what is then still missing or wrong, with keys of the whole configuration.
+    """
+    attention = fill_by_size(attention, size)
+    if missing := [key for key in attention.needed if getattr(attention, key) is None]:
+        reason = "is null, and model.by_size has no value for this size: set it"
+        raise Mistakes(*(f"model.{key} {reason}" for key in missing))
+    try:
+        attention = load(dict(attention.resolved(seq_len)), type(attention))
+    except ConfigError as error:
+        raise Mistakes(*(f"model.{line}" for line in error.errors)) from None
+    return fill_heads(attention, core, size, seq_len)
 
 
-def fill_heads(attention: AttentionConfig, core: AttentionCore, size, seq_len: int) -> AttentionConfig:
-    """`attention` with what is open decided as `size.match` (of a SizeConfig) says; an `n_heads` stands."""
+def fill_by_size(attention: AttentionConfig, size: SizeConfig) -> AttentionConfig:
+    """Return `attention` with the keys that are null, except `n_heads`, taken from its `by_size` or from the size."""
+    by_size = attention.by_size
+    values = {"head_dim": size.head_dim} | by_size.get("default", {}) | by_size.get(size.name, {})
+    empty = {key for key, value in attention if value is None} - {"n_heads"}
+    return attention.replace(**{key: values[key] for key in empty & values.keys()})
+
+
+def fill_heads(attention: AttentionConfig, core: AttentionCore, size: SizeConfig, seq_len: int) -> AttentionConfig:
+    """Return `attention` with what is open decided as `size.match` says; an `n_heads` that is set stays."""
     d_model = size.d_model
     if size.match == "kv_bytes":
         return match_cache(attention, d_model)
@@ -36,8 +54,8 @@ def fill_heads(attention: AttentionConfig, core: AttentionCore, size, seq_len: i
         return match_heads(attention, target, lambda a: attention_flops_per_token(a, core, d_model, seq_len))
     # The paper's count, while it is matched: another width, rank or head_dim may undo that.
     paper = attention.by_size.get(size.name, {}).get("n_heads")
-    if paper is not None:
-        chosen = dataclasses.replace(attention, n_heads=paper)
+    if paper is not None and paper % attention.head_multiple == 0:
+        chosen = attention.replace(n_heads=paper)
         if abs(chosen.num_params(d_model) / (4 * d_model**2) - 1) <= PAPER_TOLERANCE:
             return chosen
     return match_params(attention, d_model)
@@ -48,23 +66,21 @@ def match_params(attention: AttentionConfig, d_model: int) -> AttentionConfig:
 
 
 def match_heads(attention: AttentionConfig, target: float, cost: Callable[[AttentionConfig], float]) -> AttentionConfig:
-    """The head count whose cost, which grows with it, comes closest to the target."""
-    heads = best = attention.head_multiple
-    while True:
-        candidate = dataclasses.replace(attention, n_heads=heads)
-        if abs(cost(candidate) - target) <= abs(cost(dataclasses.replace(attention, n_heads=best)) - target):
-            best = heads
-        if cost(candidate) > target:
-            return dataclasses.replace(attention, n_heads=best)
-        heads += attention.head_multiple
+    """Return `attention` with the head count whose cost, which grows with it, comes closest to the target."""
+    candidate = best = attention.replace(n_heads=attention.head_multiple)
+    while cost(candidate) <= target:
+        candidate = attention.replace(n_heads=candidate.n_heads + attention.head_multiple)
+        if abs(cost(candidate) - target) <= abs(cost(best) - target):
+            best = candidate
+    return best
 
 
 def match_cache(attention: AttentionConfig, d_model: int) -> AttentionConfig:
-    """The value of the mechanism's cache knobs whose cache comes closest to MHA's."""
+    """Return `attention` with the value of its cache knobs whose cache comes closest to MHA's."""
     target = kv_numbers_per_token(mha_of(d_model, attention.head_dim))
 
     def with_knobs(value: int) -> AttentionConfig:
-        turned = dataclasses.replace(attention, **dict.fromkeys(attention.cache_knobs, value))
+        turned = attention.replace(**dict.fromkeys(attention.cache_knobs, value))
         return turned if turned.n_heads is not None else match_params(turned, d_model)
 
     if not attention.cache_knobs:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.cores.kernels.common import autotuned, precision
-from model.cores.kernels.two_tracks import KEY, SMALL, find_line, grid, lines, load_tile, strides, widths
+from model.cores.kernels.gpu.common import autotuned, precision
+from model.cores.kernels.gpu.two_tracks import KEY, SMALL, find_line, grid, lines, load_tile, strides, widths
 
 CONFIGS = [
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}

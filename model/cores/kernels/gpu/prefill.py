@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.attention.tensor_product import Factored
-from model.cores.kernels.common import (
+from model.cores.kernels.gpu.common import (
     LAYOUT,
     autotuned,
     head_factor,

@@ -1,0 +1,174 @@
+"""One hop of attention over a folded sequence, both tracks in one pass: `model.cores.two_tracks` says what they are.
+
+A program has a block of queries of one line (an axis at fixed other coordinates) and one head, and reads tokens where
+they lie, so that folding copies nothing. Both tracks have the same scores: the online softmax runs over the keys before
+the block, branches at the diagonal for the open track, which ends there, and goes on over the rest for the closed one.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.cores.kernels.gpu.common import autotuned, precision
+
+CONFIGS = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
+    for m, n, w, s in ((32, 16, 4, 3), (16, 16, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3))
+]
+SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}  # what fits with wide heads
+KEY = ["bucket", "D", "E", "CLOSED"]
+
+
+@triton.jit
+def find_line(n_blocks, n_heads, n_tokens, inner, outer, size):
+    """(block, head, batch row, the line's first token, how many tokens it has), in 64 bits where they are offsets."""
+    program = tl.program_id(0).to(tl.int64)
+    block = (program % n_blocks).to(tl.int32)
+    head = (program // n_blocks % n_heads).to(tl.int32)
+    line = program // n_blocks // n_heads
+    group = line // inner
+    start = group % outer * size * inner + line % inner
+    count = tl.minimum((n_tokens - start + inner - 1) // inner, size).to(tl.int32)
+    return block, head, group // outer, start, count
+
+
+@triton.jit
+def load_tile(base, step, i, there, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows i of a line from `base`, `step` apart, [len(i), BLOCK]; 0 where not `there`."""
+    n = tl.arange(0, BLOCK)
+    rows = base + i[:, None].to(tl.int64) * step
+    return tl.load(rows + n[None, :], mask=there[:, None] & (n < N)[None, :], other=0.0)
+
+
+@triton.jit
+def accumulate(top, norm, sums, logits, v, PRECISION: tl.constexpr):
+    """One step of the online softmax, to base 2."""
+    higher = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2(logits - higher[:, None])
+    correction = tl.exp2(top - higher)
+    norm = norm * correction + tl.sum(weights, 1)
+    sums = sums * correction[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return higher, norm, sums
+
+
+@autotuned([*CONFIGS, SMALL], key=KEY)
+@triton.jit
+def forward_kernel(
+    q, k, values, own, opened, closed, opened_lse, closed_lse,
+    scale, n_heads, n_tokens, inner, outer, size, bucket,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, own_b, own_t, own_h,
+    GROUP_K: tl.constexpr, GROUP_V: tl.constexpr, GROUP_OWN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """opened and closed [B, T, H, E], and the log-sum-exp to base 2 of their scores [B, T, H]."""
+    block, head, row, start, count = find_line(tl.cdiv(size, BLOCK_M), n_heads, n_tokens, inner, outer, size)
+    first = block * BLOCK_M
+    if first >= count:
+        return
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    i = first + m
+    there = i < count
+    at = start + (row * 0 + first) * inner  # the block's first token, in 64 bits
+    q_tile = load_tile(q + row * q_b + at * q_t + head * q_h, inner * q_t, m, there, D, BLOCK_D)
+    k += row * k_b + start * k_t + head // GROUP_K * k_h
+    values += row * v_b + start * v_t + head // GROUP_V * v_h
+
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    norm = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for begin in tl.range(0, first, BLOCK_N):
+        past = (row * 0 + begin) * inner
+        there_j = begin + n < count  # always; keeps the loads alike
+        k_tile = load_tile(k + past * k_t, inner * k_t, n, there_j, D, BLOCK_D)
+        v_tile = load_tile(values + past * v_t, inner * v_t, n, there_j, E, BLOCK_E)
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
+
+    open_top, open_norm, open_sums = top, norm, sums
+    own_weight = tl.zeros((BLOCK_M,), tl.float32)
+    for begin in tl.range(first, first + BLOCK_M, BLOCK_N):
+        here = (row * 0 + begin) * inner
+        j = begin + n
+        k_tile = load_tile(k + here * k_t, inner * k_t, n, j < count, D, BLOCK_D)
+        v_tile = load_tile(values + here * v_t, inner * v_t, n, j < count, E, BLOCK_E)
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        logits = tl.where((j < count)[None, :], logits, float("-inf"))
+        seen = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
+        higher = tl.maximum(open_top, tl.max(seen, 1))
+        weights = tl.exp2(seen - higher[:, None])
+        correction = tl.exp2(open_top - higher)
+        own_weight = own_weight * correction + tl.sum(tl.where(j[None, :] == i[:, None], weights, 0.0), 1)
+        open_norm = open_norm * correction + tl.sum(weights, 1)
+        weights = tl.where(j[None, :] < i[:, None], weights, 0.0)
+        open_sums = open_sums * correction[:, None]
+        open_sums += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+        open_top = higher
+        if CLOSED:
+            top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
+
+    own_base = own + row * own_b + at * own_t + head // GROUP_OWN * own_h
+    own_tile = load_tile(own_base, inner * own_t, m, there, E, BLOCK_E).to(tl.float32)
+    e = tl.arange(0, BLOCK_E)
+    places = (row * n_tokens + at + m * inner) * n_heads + head
+    stored = there[:, None] & (e < E)[None, :]
+    mixed = (open_sums + own_weight[:, None] * own_tile) / open_norm[:, None]
+    tl.store(opened + places[:, None] * E + e[None, :], mixed.to(opened.dtype.element_ty), mask=stored)
+    tl.store(opened_lse + places, open_top + tl.log2(open_norm), mask=there)
+
+    if CLOSED:
+        for begin in tl.range(first + BLOCK_M, count, BLOCK_N):
+            rest = (row * 0 + begin) * inner
+            there_j = begin + n < count
+            k_tile = load_tile(k + rest * k_t, inner * k_t, n, there_j, D, BLOCK_D)
+            v_tile = load_tile(values + rest * v_t, inner * v_t, n, there_j, E, BLOCK_E)
+            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            logits = tl.where(there_j[None, :], logits, float("-inf"))
+            top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
+        mixed = sums / norm[:, None]
+        tl.store(closed + places[:, None] * E + e[None, :], mixed.to(closed.dtype.element_ty), mask=stored)
+        tl.store(closed_lse + places, top + tl.log2(norm), mask=there)
+
+
+def widths(q: Tensor, values: Tensor) -> dict[str, int]:
+    """The compile-time constants of the shapes."""
+    D, E = q.size(-1), values.size(-1)
+    padded = {f"BLOCK_{name}": max(16, triton.next_power_of_2(n)) for name, n in (("D", D), ("E", E))}
+    return {"D": D, "E": E} | padded
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Over batch, tokens and heads; features lie next to each other."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def lines(q: Tensor, axis: list[int]) -> tuple[int, ...]:
+    """heads, tokens, and the axis: `inner` positions inside of a step, the groups around it, its steps."""
+    inner, size = axis
+    return q.size(2), q.size(1), inner, triton.cdiv(q.size(1), inner * size), size
+
+
+def grid(q: Tensor, axis: list[int], block: str):
+    n_heads, _, inner, outer, size = lines(q, axis)
+    return lambda meta: (triton.cdiv(size, meta[block]) * n_heads * inner * outer * q.size(0),)
+
+
+def two_tracks(
+    q: Tensor, k: Tensor, values: Tensor, own: Tensor, scale: float, axis: list[int], closing: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Opened and closed values [B, T, H, E] with their log-sum-exp to base 2 [B, T, H]; empty ones unless `closing`."""
+    q, k, values, own = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values, own))
+    heads = q.size(2)
+    shape = (*q.shape[:3], values.size(-1))
+    opened, opened_lse = q.new_empty(shape), q.new_empty(shape[:3], dtype=torch.float32)
+    closed, closed_lse = (torch.empty_like(x) if closing else x.new_empty(0) for x in (opened, opened_lse))
+    forward_kernel[grid(q, axis, "BLOCK_M")](
+        q, k, values, own, opened, closed, opened_lse, closed_lse,
+        scale * math.log2(math.e), *lines(q, axis), axis[1].bit_length(), *strides(q, k, values, own),
+        GROUP_K=heads // k.size(2), GROUP_V=heads // values.size(2), GROUP_OWN=heads // own.size(2),
+        **widths(q, values), CLOSED=closing, PRECISION=precision(q.dtype),
+    )  # fmt: skip
+    return opened, closed, opened_lse, closed_lse
