@@ -16,7 +16,7 @@ from configs.app import combinations, command, compose
 from configs.errors import ConfigError, each
 from configs.load import load
 from data.prepare import check_before_work, prepared
-from data.sources import source_of
+from data.sources.base import source_of
 from slurm import scheduler
 from slurm.estimate import GIB, estimate
 from slurm.jobs import Run, plan, read_jobs, submit, sweep_name
