@@ -157,6 +157,7 @@ def take_plain(overrides: list[str], schema: type[Command]) -> tuple[list[str], 
 
 
 def merged(tree: DictConfig, overrides: list[str]) -> DictConfig:
+    OmegaConf.set_struct(tree, False)  # Hydra's: the keys of a class need not be in its YAML
     return OmegaConf.merge(tree, OmegaConf.from_dotlist([override.lstrip("+") for override in overrides]))
 
 

@@ -16,6 +16,7 @@ from configs.app import combinations, command, compose
 from configs.errors import ConfigError, each
 from configs.load import load
 from data.prepare import check_before_work, prepared
+from data.sources.base import source_of
 from slurm import scheduler
 from slurm.estimate import GIB, estimate
 from slurm.jobs import Run, plan, read_jobs, submit, sweep_name
@@ -33,7 +34,7 @@ def check(overrides: list[str], options: Options) -> Run:
     if tree.get("device") == "cuda":  # the login node may have no GPU, the job has
         tree.device = "auto"
     config = load(tree, Config, world_size=options.tasks)
-    if prepared_on_first_use(config.data, config.tokenizer):
+    if source_of(config.data).on_first_use and not prepared(config.data, config.tokenizer):
         check_before_work(config.data, config.tokenizer)
     on_gpu, dtype = config.device != "cpu", config.trainer.dtype
     in_bf16 = dtype == "bf16" or (dtype == "auto" and (on_gpu or config.deepspeed.bf16_engine))

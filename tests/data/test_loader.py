@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import ConfigError
+from configs.errors import ConfigError
 from data.loader import IGNORED, EvalLoader, TrainLoader, permute
 from data.shards import TokenShards
 
