@@ -109,19 +109,21 @@ def load(tree: Mapping | DictConfig, schema: type[T], **context: Any) -> T:
     """
     if isinstance(tree, DictConfig):
         tree = resolved(tree, schema)
-    try:
-        return schema.model_validate(tree, context=context)
-    except ValidationError as error:
-        lines = {line: key for detail in error.errors() for key, line in explain(detail, tree, schema)}
-    wrong = set(lines.values())
-    try:  # without the wrong keys, for the mistakes between keys that they hid
-        schema.model_validate(without(tree, wrong), context=context)
-    except ValidationError as error:
-        more = [
-            pair for detail in error.errors() for pair in explain(detail, tree, schema) if detail["type"] != "missing"
-        ]
-        lines |= {line: key for key, line in more if key not in wrong}
-    raise ConfigError(*lines)
+    messages: list[str] = []
+    wrong: set[str] = set()
+    while True:  # again without the keys that are wrong, for the mistakes that they hid
+        found = []
+        try:
+            config = schema.model_validate(without(tree, wrong), context=context)
+        except ValidationError as error:
+            details = [detail for detail in error.errors() if not (wrong and detail["type"] == "missing")]
+            found = [pair for detail in details for pair in explain(detail, tree, schema) if pair[0] not in wrong]
+        if not (messages or found):
+            return config
+        if not found:
+            raise ConfigError(*messages)
+        messages += [message for _, message in found]
+        wrong |= {key for key, _ in found}
 
 
 def resolved(tree: DictConfig, schema: type[Block]) -> dict[str, Any]:
