@@ -36,7 +36,7 @@ class Shards(Source):
         raise ConfigError("data.source=shards: holds tokens and no documents; choose another source")
 
     def fingerprint(self, progress: bool = False) -> str:
-        return ""
+        return ""  # by which a manifest shows that another program wrote the shards
 
     def files(self) -> dict[str, list[Path]]:
         """Return the files of each split, sorted by name. ConfigError if a split has none."""
