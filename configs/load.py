@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, m
 from configs.errors import ConfigError, Mistakes, did_you_mean
 
 RENAMED = {  # what older command lines say, and what to say now
-    "core=sdpa": "core=full",
-    "core=flash_tpa": "core=full core.kernel=factors",
-    "factors": "core.kernel=factors",
+    "core=sdpa": "use core=full",
+    "core=flash_tpa": "use core=full core.kernel=factors",
+    "factors": "use core.kernel=factors",
     "core.training": "leave it out: training always forms keys and values",
     "core.scores": "leave it out: every slice has its own scores",
 } | {
-    f"experiment=paper/{model}_{size}": f"experiment=paper/{size} model={model}"
+    f"experiment=paper/{model}_{size}": f"use experiment=paper/{size} model={model}"
     for model in ("mha", "mqa", "gqa", "mla", "t6", "t6_kvonly")
     for size in ("small", "medium", "large", "xl")
 }
@@ -170,7 +170,7 @@ def explain(error: dict[str, Any], tree: Mapping, schema: type[Block]) -> list[t
         dot = f"{key}." if key else ""
         return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.lines]
     if key in RENAMED:
-        return [(key, f"{key}: is no key any more; use {RENAMED[key]}")]
+        return [(key, f"{key}: is no key any more; {RENAMED[key]}")]
     if error["type"] == "extra_forbidden":
         return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(parents, tree, schema), prefix)}")]
     if error["type"] == "missing" or error["input"] is None:
