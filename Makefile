@@ -1,6 +1,8 @@
-# make train    from nothing to a trained, evaluated T6 in minutes (no GPU, no data download)
-# make test     the tests
-# make setup    only .venv; PYTHON=python3.12 chooses the Python (3.11 to 3.13)
+# make train       from nothing to a trained, evaluated T6 in minutes (no GPU, no data download)
+# make test        the fast tests, for before each commit
+# make test-all    all tests; make test-list shows which tests each of the two runs
+# make setup       only .venv; PYTHON=python3.12 chooses the Python (3.11 to 3.13)
+# make lint        ruff
 
 PYTHON ?= python3
 RUN ?= first
@@ -9,7 +11,9 @@ BIN := .venv/bin
 # For the kernels' tests on a CPU; the CUDA build of torch brings its own.
 TRITON := triton==3.7.1
 
-.PHONY: train test setup lint clean
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
+.PHONY: train test test-all test-list setup lint clean
 
 train: .venv/.installed
 	$(BIN)/python train.py run.name=$(RUN) $(ARGS)
@@ -19,7 +23,16 @@ train: .venv/.installed
 	@echo "The loss plot is runs/$(RUN)/loss.png"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: .venv/.installed-dev
+	$(PYTEST) $(ARGS)
+
+test-list: .venv/.installed-dev
+	@echo "make test:"
+	@$(BIN)/python -m pytest --collect-only --quiet -m "not slow" $(ARGS)
+	@echo "only make test-all:"
+	@$(BIN)/python -m pytest --collect-only --quiet -m slow $(ARGS)
 
 setup: .venv/.installed
 

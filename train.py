@@ -94,7 +94,7 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
     # The run folder, and what is written there and shown.
     counts = counting.summary(network, trainer.seq_len)
     machine_peak = peak_flops(device, runtime.dtype) * runtime.world_size
-    metrics = open_record(config, run, start_step, checked.numbers) if runtime.is_main else None
+    metrics = open_record(config, run, start_step, manifest, counts | checked.numbers) if runtime.is_main else None
     report.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
     keep = benchmarks.keep(checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best))
     saver = CheckpointSaver(run_dir, keep, report.say, trainer.background_saving, run.watchdog.mark)

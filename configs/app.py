@@ -41,7 +41,7 @@ def config_errors() -> Iterator[None]:
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
         if f"{group}={name}" in RENAMED:
-            raise ConfigError(f"{group}={name}: has a new name; use {RENAMED[f'{group}={name}']}") from error
+            raise ConfigError(f"{group}={name}: has a new name; {RENAMED[f'{group}={name}']}") from error
         raise ConfigError(
             f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, choices(group))}"
         ) from error
@@ -157,6 +157,7 @@ def take_plain(overrides: list[str], schema: type[Command]) -> tuple[list[str], 
 
 
 def merged(tree: DictConfig, overrides: list[str]) -> DictConfig:
+    OmegaConf.set_struct(tree, False)  # Hydra's: the keys of a class need not be in its YAML
     return OmegaConf.merge(tree, OmegaConf.from_dotlist([override.lstrip("+") for override in overrides]))
 
 

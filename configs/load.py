@@ -5,10 +5,12 @@ else. A block whose YAML picks one of several classes (`_target_`) derives from 
 command from `Command`.
 """
 
+import importlib
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
@@ -16,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, m
 from configs.errors import ConfigError, Mistakes, did_you_mean
 
 RENAMED = {  # what older command lines say, and what to say now
-    "core=sdpa": "core=full",
-    "core=flash_tpa": "core=full core.kernel=factors",
-    "factors": "core.kernel=factors",
+    "core=sdpa": "use core=full",
+    "core=flash_tpa": "use core=full core.kernel=factors",
+    "factors": "use core.kernel=factors",
     "core.training": "leave it out: training always forms keys and values",
     "core.scores": "leave it out: every slice has its own scores",
 } | {
-    f"experiment=paper/{model}_{size}": f"experiment=paper/{size} model={model}"
+    f"experiment=paper/{model}_{size}": f"use experiment=paper/{size} model={model}"
     for model in ("mha", "mqa", "gqa", "mla", "t6", "t6_kvonly")
     for size in ("small", "medium", "large", "xl")
 }
@@ -33,6 +35,7 @@ KINDS = {
     "string": "text",
     "list": "a list, as in [A,B]",
     "dict": "a mapping",
+    "model": "a group of keys, as in KEY.SUBKEY=VALUE",
 }
 T = TypeVar("T", bound="Block")
 
@@ -54,6 +57,8 @@ class Choice(Block):
     @classmethod
     def _choose(cls, value: Any, handler):
         if not isinstance(value, Mapping) or "_target_" not in value:
+            if inspect.isabstract(cls) and not isinstance(value, cls):
+                raise Mistakes(f"_target_ is not set: it names a class derived from {cls.__name__}")
             return handler(value)
         rest = {key: item for key, item in value.items() if key != "_target_"}
         return target_of(value, cls).model_validate(rest)
@@ -75,10 +80,11 @@ def target_of(node: Mapping, expected: type[T]) -> type[T]:
     if name is None:
         return expected
     try:
-        found = get_class(name)
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever importing a stranger's module raises
         raise Mistakes(f"_target_={name}: cannot be imported ({error})") from error
-    if not issubclass(found, expected):
+    if not (isinstance(found, type) and issubclass(found, expected)):
         raise Mistakes(f"_target_={name}: must be a class derived from {expected.__name__}")
     return found
 
@@ -103,17 +109,21 @@ def load(tree: Mapping | DictConfig, schema: type[T], **context: Any) -> T:
     """
     if isinstance(tree, DictConfig):
         tree = resolved(tree, schema)
-    try:
-        return schema.model_validate(tree, context=context)
-    except ValidationError as error:
-        lines = {line: key for detail in error.errors() for key, line in explain(detail, schema)}
-    wrong = set(lines.values())
-    try:  # without the wrong keys, for the mistakes between keys that they hid
-        schema.model_validate(without(tree, wrong), context=context)
-    except ValidationError as error:
-        more = [pair for detail in error.errors() for pair in explain(detail, schema) if detail["type"] != "missing"]
-        lines |= {line: key for key, line in more if key not in wrong}
-    raise ConfigError(*lines)
+    messages: list[str] = []
+    wrong: set[str] = set()
+    while True:  # again without the keys that are wrong, for the mistakes that they hid
+        found = []
+        try:
+            config = schema.model_validate(without(tree, wrong), context=context)
+        except ValidationError as error:
+            details = [detail for detail in error.errors() if not (wrong and detail["type"] == "missing")]
+            found = [pair for detail in details for pair in explain(detail, tree, schema) if pair[0] not in wrong]
+        if not (messages or found):
+            return config
+        if not found:
+            raise ConfigError(*messages)
+        messages += [message for _, message in found]
+        wrong |= {key for key, _ in found}
 
 
 def resolved(tree: DictConfig, schema: type[Block]) -> dict[str, Any]:
@@ -152,31 +162,29 @@ def without(tree: Mapping, keys: set[str], prefix: str = "") -> dict[str, Any]:
     }
 
 
-def explain(error: dict[str, Any], schema: type[Block]) -> list[tuple[str, str]]:
-    """Return (key, message) of each mistake in one of pydantic's errors."""
+def explain(error: dict[str, Any], tree: Mapping, schema: type[Block]) -> list[tuple[str, str]]:
+    """Return (key, message) of each mistake in one of pydantic's errors about `tree`."""
     *parents, last = error["loc"] or ("",)
     key = ".".join(map(str, error["loc"]))
     prefix = "".join(f"{part}." for part in parents)
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, Mistakes):
         dot = f"{key}." if key else ""
-        return [(f"{dot}{line}".partition("=")[0].partition(":")[0], f"{dot}{line}") for line in cause.lines]
+        return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.lines]
     if key in RENAMED:
-        return [(key, f"{key}: is no key any more; use {RENAMED[key]}")]
+        return [(key, f"{key}: is no key any more; {RENAMED[key]}")]
     if error["type"] == "extra_forbidden":
-        return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(schema, parents), prefix)}")]
+        return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(parents, tree, schema), prefix)}")]
     if error["type"] == "missing" or error["input"] is None:
         return [(key, f"{key} is not set: give it as {key}=...")]
     return [(key, f"{key}={shown(error['input'])}: {remedy(error)}")]
 
 
-def known_at(schema: type[Block], path: list) -> list[str]:
-    """Return the keys of the block at `path`; of a `Choice`, those that all its classes have."""
+def known_at(path: list, tree: Mapping, schema: type[Block]) -> list[str]:
+    """Return the keys of the block at `path`, of the class that `tree` chooses for it."""
     for part in path:
-        field = schema.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Block)):
-            return []
-        schema = field.annotation
+        tree = tree[part]
+        schema = target_of(tree, schema.model_fields[part].annotation)
     return list(schema.model_fields)
 
 

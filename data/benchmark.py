@@ -1,10 +1,10 @@
-"""How fast documents become shards and shards become batches, beside the plain loops that others use, in one run:
+"""How fast documents become shards and shards become batches, next to the plain loops that others use, in one run:
 `python -m data.benchmark [overrides]`, best with tokenizer=gpt2 and documents of your own.
 
 The plain loops are those of nanoGPT and its descendants: a pool of processes that takes documents in chunks of 16 and
-fills a preallocated numpy buffer, and random crops from a memmap. Every side gets the same documents, in memory, and as
-many processes; each is timed several times, in turns, and the median counts. The processor's time tells more than the
-clock's on a machine that others use too.
+fills a preallocated numpy buffer, and random crops from a memmap. Every side gets the same documents, in memory, and
+the same number of processes; each is timed several times, in turns, and the median counts. On a machine that others
+use too, processor time is more reliable than the clock.
 """
 
 import multiprocessing
@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -21,19 +20,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from configs.app import app
-from configs.errors import at_least
-from configs.load import load_extended
-from configs.schema import Config
-from data.build import Preparation, make_tokenizer, tokenise_all, validation_up_to
+from data.build import Job, Preparation, make_tokenizer, tokenise_all, validation_up_to
+from data.config import DataCommand, TokenizerConfig
 from data.documents import encoded
 from data.loader import TrainLoader
 from data.parallel import count_workers
 from data.shards import HEADER_BYTES, map_tokens
-from data.sources import open_documents
 from data.tokenizers import Tokenizer, load_tokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -41,17 +38,13 @@ SEQ_LEN, BATCH = 1024, 16  # of the loaders
 LOADER_BATCHES = 600
 
 
-@dataclass
-class BenchmarkConfig(Config):
-    text_bytes: int = 60_000_000  # the documents are repeated up to about this much
-    rounds: int = 3
-
-    def own_errors(self):
-        yield from at_least(1, "", self, "text_bytes", "rounds")
+class BenchmarkConfig(DataCommand):
+    text_bytes: int = Field(60_000_000, ge=1)  # the documents are repeated up to about this much
+    rounds: int = Field(3, ge=1)
 
 
 class Listed:
-    """Documents in memory as a stream that starts only at its first one."""
+    """Documents in memory as a stream that always starts at the first one."""
 
     def __init__(self, texts: list[str]):
         self.texts = texts
@@ -63,16 +56,18 @@ class Listed:
         return {}
 
 
-def read_texts(config: BenchmarkConfig) -> list[str]:
-    """Good documents of the source, over and over up to `text_bytes`."""
+def read_texts(job: Job, text_bytes: int) -> list[str]:
+    """Return good documents of the source, repeated up to `text_bytes`."""
     found, size = [], 0
-    for document in open_documents(config.data):
-        if isinstance(content := encoded(document["text"], config.data.max_document_bytes), bytes):
+    for document in job.source.open():
+        content = encoded(document["text"], job.data.max_document_bytes)
+        if isinstance(content, bytes):
             found.append(document["text"])
             size += len(content)
-        if size > config.text_bytes:
+        if size > text_bytes:
             return found
-    return [text for text, _ in zip(cycle(found), range(len(found) * round(config.text_bytes / size)), strict=False)]
+    count = len(found) * round(text_bytes / size)
+    return [text for text, _ in zip(cycle(found), range(count), strict=False)]
 
 
 # --- the plain loops
@@ -80,7 +75,7 @@ def read_texts(config: BenchmarkConfig) -> list[str]:
 _plain: Tokenizer | None = None  # of this process
 
 
-def set_plain(config, dir: Path) -> None:
+def set_plain(config: TokenizerConfig, dir: Path) -> None:
     global _plain
     _plain = load_tokenizer(config, dir)
 
@@ -95,11 +90,11 @@ def plain_count(texts: list[str]) -> int:
     return sum(len(_plain.encode(text)) for text in texts)
 
 
-def plain_pool(texts: list[str], config: Config, dir: Path, workers: int) -> int:
-    """Tokenise over a pool of processes into a preallocated buffer, written to a file when it is full."""
-    dtype = np.uint16 if config.tokenizer.vocab_size <= 2**16 else np.uint32
+def plain_pool(texts: list[str], job: Job, dir: Path) -> int:
+    """Tokenise in a pool of processes into a preallocated buffer, written to a file when it is full."""
+    dtype = job.data.dtype_for(job.tokenizer.vocab_size)
     buffer, filled, total = np.empty(SHARD_TOKENS, dtype=dtype), 0, 0
-    with multiprocessing.Pool(workers, set_plain, (config.tokenizer, dir)) as pool:
+    with multiprocessing.Pool(job.data.workers, set_plain, (job.tokenizer, dir)) as pool:
         for tokens in pool.imap(plain_tokens, texts, chunksize=16):
             if filled + len(tokens) > SHARD_TOKENS:
                 buffer[:filled].tofile(dir / "plain.bin")
@@ -111,102 +106,90 @@ def plain_pool(texts: list[str], config: Config, dir: Path, workers: int) -> int
     return total
 
 
-def bare(texts: list[str], config: Config, dir: Path, workers: int) -> int:
-    """The tokenizer alone: nothing but encoding, each process on its share of the documents, nothing sent back."""
-    with multiprocessing.Pool(workers, set_plain, (config.tokenizer, dir)) as pool:
+def tokenizer_alone(texts: list[str], job: Job, dir: Path, workers: int) -> int:
+    """Encode and nothing else: each process has its share of the documents and sends nothing back."""
+    with multiprocessing.Pool(workers, set_plain, (job.tokenizer, dir)) as pool:
         return sum(pool.map(plain_count, [texts[i::workers] for i in range(workers)], chunksize=1))
 
 
-def random_crops(file: Path, dtype: str, offset: int, batches: int) -> int:
-    """nanoGPT's get_batch, over and over."""
-    for _ in range(batches):
-        data = np.memmap(file, dtype=dtype, mode="r", offset=offset)
+def random_crops(file: Path, dtype: str) -> int:
+    """Repeat get_batch of nanoGPT."""
+    for _ in range(LOADER_BATCHES):
+        data = np.memmap(file, dtype=dtype, mode="r", offset=HEADER_BYTES)
         starts = torch.randint(len(data) - SEQ_LEN, (BATCH,))
         torch.stack([torch.from_numpy(data[i : i + SEQ_LEN].astype(np.int64)) for i in starts])
         torch.stack([torch.from_numpy(data[i + 1 : i + 1 + SEQ_LEN].astype(np.int64)) for i in starts])
-    return batches * BATCH * SEQ_LEN
+    return LOADER_BATCHES * BATCH * SEQ_LEN
 
 
 # --- ours
 
 
-def preparation(texts: list[str], config: Config, dir: Path, val_up_to: float) -> tuple[int, Preparation]:
-    tokenizer = load_tokenizer(config.tokenizer, dir)
-    made = Preparation(dir, config.data, tokenizer, {})
-    tokenise_all(Listed(texts), config.data, config.tokenizer, dir, val_up_to, made, progress=False)
-    for writer in made.writers.values():
-        writer.close()
-    made.save()
-    return made.tokens.total(), made
+def prepare(texts: list[str], job: Job, dir: Path, val_up_to: float) -> Preparation:
+    made = Preparation(dir, job, load_tokenizer(job.tokenizer, dir), {})
+    tokenise_all(Listed(texts), made, dir, val_up_to)
+    made.close()
+    return made
 
 
-def rate(function: Callable, *args) -> tuple[float, float]:
-    """Tokens a second, and tokens a second of processor time, of a function that returns how many it has handled."""
+def loaded(loader: TrainLoader) -> int:
+    return sum(tokens.numel() for tokens, _ in loader.batches(0, LOADER_BATCHES))
+
+
+# --- measuring
+
+
+def rate(function: Callable[[], int]) -> tuple[float, float]:
+    """Return tokens a second, and a second of processor time, of a function that returns the number of its tokens."""
     began, used = time.perf_counter(), sum(os.times()[:4])
-    tokens = function(*args)
+    tokens = function()
     return tokens / (time.perf_counter() - began), tokens / max(sum(os.times()[:4]) - used, 1e-9)
 
 
-def measure(sides: dict[str, Callable[[], tuple]], rounds: int) -> dict[str, list[float]]:
-    """The medians of each side's rates over rounds in which every side has its turn."""
+def measure(title: str, sides: dict[str, Callable[[], int]], rounds: int) -> Table:
+    """Return a table of the median rates of each side, and how many times as fast the first is."""
     rates = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            rates[name].append(side())
-    return {name: [statistics.median(each) for each in zip(*values, strict=True)] for name, values in rates.items()}
+            rates[name].append(rate(side))
+    table = Table(title, "tokens/s", "ours is", "tokens/s of processor time", "ours is")
+    medians = {name: [statistics.median(each) for each in zip(*pairs, strict=True)] for name, pairs in rates.items()}
+    ours = next(iter(medians.values()))
+    for name, values in medians.items():
+        cells = [(f"{value:,.0f}", f"{our / value:.2f} x") for our, value in zip(ours, values, strict=True)]
+        table.add_row(name, *cells[0], *cells[1])
+    return table
 
 
 def main(config: BenchmarkConfig) -> None:
-    workers = config.data.workers = count_workers(config.data.workers)
-    config.data.shard_tokens = SHARD_TOKENS
-    texts = read_texts(config)
-    show = Console(soft_wrap=True)
+    workers = count_workers(config.data.workers)
+    job = Job(config.data.replace(workers=workers, shard_tokens=SHARD_TOKENS), config.tokenizer, progress=False)
+    texts = read_texts(job, config.text_bytes)
+    one_share = texts[: max(1, len(texts) // workers)]
+    console, name = Console(soft_wrap=True), config.tokenizer.name
     with tempfile.TemporaryDirectory() as folder:
         dir = Path(folder)
-        val_up_to = validation_up_to(Listed(texts), config.data)
-        make_tokenizer(config.tokenizer, Listed(texts), config.data, val_up_to, dir, progress=True)
-        one = texts[: max(1, len(texts) // workers)]
-        made = measure(
-            {
-                "data.prepare": lambda: rate(lambda: preparation(texts, config, dir, val_up_to)[0]),
-                "process pool, 16 documents at a time": lambda: rate(plain_pool, texts, config, dir, workers),
-                f"{config.tokenizer.name} alone on {workers} processes": lambda: rate(
-                    bare, texts, config, dir, workers
-                ),
-                f"{config.tokenizer.name} alone on 1 process": lambda: rate(bare, one, config, dir, 1),
-            },
-            config.rounds,
-        )
-        show.print(table("Preparation", made), f"{sum(map(len, texts)) / 1e6:.0f} M characters, {workers} processes")
-        loaded = measure(loaders(config, dir, preparation(texts, config, dir, val_up_to)[1]), config.rounds)
-    show.print(table("Loader", loaded), f"{BATCH} sequences of {SEQ_LEN} tokens a batch, one thread")
-
-
-def loaders(config: Config, dir: Path, made: Preparation) -> dict[str, Callable[[], tuple]]:
-    dtype = config.data.dtype_for(config.tokenizer.vocab_size)
-    files = [dir / shard.file for shard in made.writers["train"].shards]
-    shards = SimpleNamespace(arrays=[map_tokens(file, dtype) for file in files], split="train", dir=dir)
-    loader = TrainLoader(shards, SEQ_LEN, 0, BATCH, BATCH)
-
-    def ours() -> int:
-        return sum(tokens.numel() for tokens, _ in loader.batches(0, LOADER_BATCHES))
-
-    return {
-        "data.loader": lambda: rate(ours),
-        "random crops from a memmap": lambda: rate(random_crops, files[0], dtype, HEADER_BYTES, LOADER_BATCHES),
-    }
-
-
-def table(title: str, rates: dict[str, list[float]]) -> Table:
-    """Both rates of each side, and how many times as fast ours, the first, is."""
-    shown = Table(title, "tokens/s", "ours is", "tokens/s of processor time", "ours is")
-    ours = next(iter(rates.values()))
-    for name, values in rates.items():
-        pairs = zip(ours, values, strict=True)
-        shown.add_row(name, *(cell for our, value in pairs for cell in (f"{value:,.0f}", f"{our / value:.2f} x")))
-    return shown
+        val_up_to = validation_up_to(Listed(texts), job.data)
+        make_tokenizer(job, Listed(texts), val_up_to, dir)
+        preparing = {
+            "data.prepare": lambda: prepare(texts, job, dir, val_up_to).tokens.total(),
+            "process pool, 16 documents at a time": partial(plain_pool, texts, job, dir),
+            f"{name} alone on {workers} processes": partial(tokenizer_alone, texts, job, dir, workers),
+            f"{name} alone on 1 process": partial(tokenizer_alone, one_share, job, dir, 1),
+        }
+        console.print(measure("Preparation", preparing, config.rounds))
+        console.print(f"{sum(map(len, texts)) / 1e6:.0f} M characters, {workers} processes")
+        made = prepare(texts, job, dir, val_up_to)
+        files = [dir / shard.file for shard in made.writers["train"].shards]
+        shards = SimpleNamespace(arrays=[map_tokens(file, made.dtype) for file in files], split="train", dir=dir)
+        loading = {
+            "data.loader": partial(loaded, TrainLoader(shards, SEQ_LEN, 0, BATCH, BATCH)),
+            "random crops from a memmap": partial(random_crops, files[0], made.dtype),
+        }
+        console.print(measure("Loader", loading, config.rounds))
+    console.print(f"{BATCH} sequences of {SEQ_LEN} tokens a batch, one thread")
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app(main, load=partial(load_extended, cls=BenchmarkConfig))
+    app(main, BenchmarkConfig)

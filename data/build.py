@@ -1,16 +1,17 @@
-"""From a stream of documents to a folder of shards, in bounded memory, so that a killed build goes on where it was.
+"""From a stream of documents to a folder of shards, in bounded memory, so that a killed build can resume.
 
 Only this process writes. What it has done is in `journal.json`: where the source stands, and how much of each open
-shard belongs to the documents before that. Whatever was written after the journal is cut off when the build goes on,
-and the same documents make the same bytes again.
+shard belongs to the documents before that. What was written after the journal is cut off when the build resumes, and
+the same documents make the same bytes again.
 """
 
-import dataclasses
 import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,76 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError
-from configs.schema_data import DataConfig, TokenizerConfig
-from data import sources
+from data.config import DataConfig, TokenizerConfig
 from data.documents import SPLITS, NotText, Tokenised, encoded, place_of, set_tokeniser, tokenise
-from data.parallel import Rates, ordered_map, say
-from data.shards import MANIFEST_FILE, Manifest, Split, fingerprint_of, read_manifest, write_atomically
+from data.files import remove_partial, write_atomic
+from data.parallel import Rates, ordered_map, report
+from data.shards import MANIFEST_FILE, Manifest, Split, fingerprint_of, read_manifest
+from data.sources.base import Source, Stream, batches, source_of
 from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer, train_sentencepiece
 from data.writer import ShardWriter
 
 JOURNAL_FILE = "journal.json"
 JOURNAL_EVERY = 20  # seconds; and after each finished shard
 TASK_DOCUMENTS, TASK_CHARACTERS = 512, 500_000  # of a work item, whichever comes first
-FEW_DOCUMENTS = 1000  # a smaller source gets a validation document even where the hash gives it none
+FEW_DOCUMENTS = 1000  # a smaller source gets a validation document even if the hash gives it none
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be prepared."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    progress: bool = True  # report it
+
+    @cached_property
+    def source(self) -> Source:
+        return source_of(self.data)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the shards: another identity is another preparation."""
+        return {
+            "settings": self.data.settings(),
+            "tokenizer": self.tokenizer.model_dump(),
+            "source": self.source.fingerprint(self.progress),
+        }
 
 
 class Preparation:
-    """The writers of both splits and everything else that is counted along the way."""
+    """The writers of both splits in `dir`, and everything else that is counted along the way."""
 
-    def __init__(self, dir: Path, data: DataConfig, tokenizer: Tokenizer, identity: dict[str, Any]):
-        dtype = data.dtype_for(tokenizer.vocab_size)
-        options = (data.shard_tokens, tokenizer.vocab_size, tokenizer.end_of_text, dtype)
-        self.dir, self.identity, self.stream_state = dir, identity, None
+    def __init__(self, dir: Path, job: Job, tokenizer: Tokenizer, identity: dict[str, Any]):
+        self.dir, self.job, self.tokenizer, self.identity = dir, job, tokenizer, identity
+        self.dtype = job.data.dtype_for(tokenizer.vocab_size)
+        options = (job.data.shard_tokens, tokenizer.vocab_size, tokenizer.end_of_text, self.dtype)
         self.writers = {split: ShardWriter(dir, split, *options) for split in SPLITS}
         self.documents, self.bytes, self.tokens = Counter(), Counter(), Counter()  # by split
         self.skipped = Counter()  # by reason
         self.token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # of the train split
+        self.stream_state = None
         self._saved = time.monotonic()
+
+    @property
+    def seen(self) -> int:
+        """The number of documents so far, skipped ones included."""
+        return self.documents.total() + self.skipped.total()
+
+    def start(self, journal: dict[str, Any] | None, stream) -> None:
+        """Resume from the journal and move `stream` to where it stands, or begin a journal."""
+        if not journal:
+            self.save()
+            return
+        remove_partial(self.dir)
+        self.stream_state = journal["stream_state"]
+        for split, writer in self.writers.items():
+            writer.restore(journal["writers"][split])
+        self.documents, self.bytes, self.tokens, self.skipped = map(Counter, journal["counters"])
+        self.token_counts[:] = journal["token_counts"]
+        if self.stream_state:
+            stream.load_state_dict(self.stream_state)
+        report(f"{self.dir}: resuming after {self.seen:,} documents", self.job.progress)
 
     def add(self, done: Tokenised, stream_state: dict) -> None:
         """Write the next documents, after which the source stands at `stream_state`; keep the journal up to date."""
@@ -58,6 +103,7 @@ class Preparation:
             self.save()
 
     def save(self) -> None:
+        """Write the journal, then give finished shards their names."""
         fields = {
             "identity": self.identity,
             "stream_state": self.stream_state,
@@ -65,21 +111,52 @@ class Preparation:
             "counters": [dict(self.documents), dict(self.bytes), dict(self.tokens), dict(self.skipped)],
             "token_counts": self.token_counts.tolist(),
         }
-        write_atomically(self.dir / JOURNAL_FILE, [json.dumps(fields).encode()])
+        write_atomic(self.dir / JOURNAL_FILE, json.dumps(fields))
         for writer in self.writers.values():
             writer.publish()
         self._saved = time.monotonic()
 
-    def restore(self, journal: dict[str, Any]) -> None:
-        self.stream_state = journal["stream_state"]
+    def close(self) -> None:
+        """Finish the last shards."""
+        for writer in self.writers.values():
+            writer.close()
+        self.save()
+
+    def finish(self) -> Manifest:
+        """Finish the last shards and write the manifest. ConfigError if a split is empty."""
+        check_splits(self.documents, self.skipped, self.job.data)
+        self.close()
+        splits = {}
         for split, writer in self.writers.items():
-            writer.restore(journal["writers"][split])
-        self.documents, self.bytes, self.tokens, self.skipped = map(Counter, journal["counters"])
-        self.token_counts[:] = journal["token_counts"]
+            tokens, size = self.tokens[split], self.bytes[split]
+            splits[split] = Split(writer.shards, tokens, self.documents[split], size, bytes_per_token=size / tokens)
+        skipped = dict(sorted(self.skipped.items()))
+        manifest = write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, skipped, self.dtype)
+        (self.dir / JOURNAL_FILE).unlink()
+        return manifest
+
+
+def write_manifest(
+    dir: Path, job: Job, tokenizer: Tokenizer, splits: dict[str, Split], counts: np.ndarray, skipped: dict, dtype: str
+) -> Manifest:
+    """Write the manifest of the shards in `dir` and return it; `counts` are of the tokens of the train split."""
+    manifest = Manifest(
+        name=job.data.name,
+        settings=job.identity["settings"],
+        splits=splits,
+        tokenizer=job.identity["tokenizer"] | {"fingerprint": tokenizer.fingerprint},
+        unigram_entropy=entropy(counts),
+        skipped=skipped,
+        fingerprint=fingerprint_of(splits, tokenizer.fingerprint),
+        source=job.identity["source"],
+        token_dtype=dtype,
+    )
+    manifest.save(dir)
+    return manifest
 
 
 def read_journal(dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The journal of an earlier start with the same settings and source; None where there is none."""
+    """Return the journal that an earlier start with the same identity has left, None if there is none."""
     try:
         journal = json.loads((dir / JOURNAL_FILE).read_bytes())
     except (OSError, ValueError):
@@ -88,7 +165,7 @@ def read_journal(dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_finished(dir: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a build that was killed when all was done but its name."""
+    """Return the manifest of a build that was killed when only the name of its folder was missing."""
     if not (dir / MANIFEST_FILE).is_file() or (dir / JOURNAL_FILE).exists():
         return None
     manifest = read_manifest(dir)
@@ -98,95 +175,48 @@ def read_finished(dir: Path, identity: dict[str, Any]) -> Manifest | None:
 
 
 def has_finished_shards(dir: Path) -> bool:
-    """Whether the folder of an unfinished build is worth going on with."""
+    """Return whether the folder of an unfinished build is worth keeping."""
     return any(dir.glob("*.bin"))
 
 
-def build(data: DataConfig, config: TokenizerConfig, dir: Path, settings: dict[str, Any], progress: bool) -> Manifest:
-    """Make shards, tokenizer and manifest in `dir`, going on from what an earlier start has left there."""
-    stream = sources.open_documents(data, progress)
-    identity = {
-        "settings": settings,
-        "tokenizer": dataclasses.asdict(config),
-        "source": sources.fingerprint(data, progress),
-    }
-    if found := read_finished(dir, identity):
+def clear(dir: Path) -> None:
+    """Make `dir` an empty folder."""
+    shutil.rmtree(dir, ignore_errors=True)
+    dir.mkdir()
+
+
+def build(job: Job, dir: Path) -> Manifest:
+    """Make shards, tokenizer and manifest in `dir`, resuming from what an earlier start has left there."""
+    stream = job.source.open(job.progress)
+    if found := read_finished(dir, job.identity):
         return found
-    journal = read_journal(dir, identity)
-    val_up_to = validation_up_to(stream, data)
+    journal = read_journal(dir, job.identity)
+    val_up_to = validation_up_to(stream, job.data)
     if journal:
-        tokenizer = load_tokenizer(config, dir)
+        tokenizer = load_tokenizer(job.tokenizer, dir)
     else:
-        shutil.rmtree(dir, ignore_errors=True)
-        dir.mkdir()
-        tokenizer = make_tokenizer(config, stream, data, val_up_to, dir, progress)
-    made = Preparation(dir, data, tokenizer, identity)
-    start(made, journal, stream, progress)
-    tokenise_all(stream, data, config, dir, val_up_to, made, progress)
-    return finish(made, data, config, tokenizer, settings, identity["source"])
+        clear(dir)
+        tokenizer = make_tokenizer(job, stream, val_up_to, dir)
+    made = Preparation(dir, job, tokenizer, job.identity)
+    made.start(journal, stream)
+    tokenise_all(stream, made, dir, val_up_to)
+    return made.finish()
 
 
-def start(made: Preparation, journal: dict[str, Any] | None, stream: sources.Stream, progress: bool) -> None:
-    """Go on from the journal, or begin one."""
-    if not journal:
-        made.save()
-        return
-    made.restore(journal)
-    if journal["stream_state"]:
-        stream.load_state_dict(journal["stream_state"])
-    say(f"{made.dir}: going on after {made.documents.total() + made.skipped.total():,} documents", progress)
-
-
-def tokenise_all(
-    stream, data: DataConfig, config: TokenizerConfig, dir: Path, val_up_to: float, made: Preparation, progress: bool
-) -> None:
-    """Everything of `stream`, with the tokenizer stored in `dir`."""
-    setup = {"setup": set_tokeniser, "setup_args": (config, dir, val_up_to, data.max_document_bytes)}
-    before = {"documents": made.documents.total() + made.skipped.total(), "tokens": made.tokens.total()}
-    tasks = sources.batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)
-    with Rates("Tokenising", progress, **before) as rates:
-        for done, state in ordered_map(tokenise, tasks, data.workers, **setup):
+def tokenise_all(stream: Stream, made: Preparation, store: Path, val_up_to: float) -> None:
+    """Add the whole of `stream` to `made`, with the tokenizer stored in `store`."""
+    job = made.job
+    tasks = batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)
+    setup_args = (job.tokenizer, store, val_up_to, job.data.max_document_bytes)
+    with Rates("Tokenising", job.progress, documents=made.seen, tokens=made.tokens.total()) as rates:
+        for done, state in ordered_map(tokenise, tasks, job.data.workers, set_tokeniser, setup_args):
             made.add(done, state)
             documents = sum(done.documents.values()) + done.skipped.total()
             rates.advance(documents=documents, tokens=sum(map(len, done.tokens.values())))
 
 
-def finish(
-    made: Preparation, data: DataConfig, config: TokenizerConfig, tokenizer: Tokenizer, settings: dict, source: str
-) -> Manifest:
-    """The last shards and the manifest. ConfigError where a split is empty."""
-    check_splits(made.documents, made.skipped, data)
-    for writer in made.writers.values():
-        writer.close()
-    made.save()
-    splits = {
-        split: Split(
-            made.writers[split].shards,
-            made.tokens[split],
-            made.documents[split],
-            made.bytes[split],
-            bytes_per_token=made.bytes[split] / made.tokens[split],
-        )
-        for split in SPLITS
-    }
-    manifest = Manifest(
-        name=data.name,
-        settings=settings,
-        splits=splits,
-        tokenizer=dataclasses.asdict(config) | {"fingerprint": tokenizer.fingerprint},
-        unigram_entropy=entropy(made.token_counts),
-        skipped=dict(sorted(made.skipped.items())),
-        fingerprint=fingerprint_of(splits, tokenizer.fingerprint),
-        source=source,
-        token_dtype=data.dtype_for(tokenizer.vocab_size),
-    )
-    manifest.save(made.dir)
-    (made.dir / JOURNAL_FILE).unlink()
-    return manifest
-
-
 def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None:
-    """ConfigError where one of the splits has no documents."""
+    """Raise ConfigError if a split has no documents."""
     total = documents.total()
     if not total:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are no documents"
@@ -194,12 +224,12 @@ def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None
     if not all(documents[split] for split in SPLITS):
         raise ConfigError(
             f"data.val_fraction={data.val_fraction}: {total} document(s) cannot be split into train and val: at least "
-            "two different ones are needed (a text file is one document), and a fraction that gives each some"
+            "two different documents are needed (a text file is one), and a fraction that gives each split some"
         )
 
 
-def good_documents(stream: sources.Stream, data: DataConfig, skipped: Counter) -> Iterator[tuple[dict, float]]:
-    """(document, its place) of those that hold text; the others are counted by reason in `skipped`."""
+def good_documents(stream: Stream, data: DataConfig, skipped: Counter) -> Iterator[tuple[dict, float]]:
+    """Yield (document, its place) of those that hold text; count the others by reason in `skipped`."""
     for document in stream:
         content = encoded(document["text"], data.max_document_bytes)
         if isinstance(content, NotText):
@@ -208,8 +238,8 @@ def good_documents(stream: sources.Stream, data: DataConfig, skipped: Counter) -
             yield document, place_of(document, content)
 
 
-def validation_up_to(stream: sources.Stream, data: DataConfig) -> float:
-    """The place up to which documents are validation: `val_fraction`, or more for a small source without any there."""
+def validation_up_to(stream: Stream, data: DataConfig) -> float:
+    """Return the place up to which documents are validation: `val_fraction`, or the lowest place of a small source."""
     skipped = Counter()
     places = [place for _, place in islice(good_documents(stream, data, skipped), FEW_DOCUMENTS)]
     if len(places) == FEW_DOCUMENTS:
@@ -219,20 +249,19 @@ def validation_up_to(stream: sources.Stream, data: DataConfig) -> float:
     return up_to
 
 
-def make_tokenizer(
-    config: TokenizerConfig, stream: sources.Stream, data: DataConfig, val_up_to: float, dir: Path, progress: bool
-) -> Tokenizer:
-    """The tokenizer that `config` names, or one trained on training documents; stored in `dir`."""
-    tokenizer = new_tokenizer(config)
+def make_tokenizer(job: Job, stream: Stream, val_up_to: float, dir: Path) -> Tokenizer:
+    """Store in `dir` the tokenizer that is configured, or one trained on the training documents, and return it."""
+    tokenizer = new_tokenizer(job.tokenizer)
     if tokenizer is None:
-        say(f"Training {config.name} on the train split", progress)
-        train = (document["text"] for document, place in good_documents(stream, data, Counter()) if place > val_up_to)
-        tokenizer = train_sentencepiece(train, config)
+        report(f"Training {job.tokenizer.name} on the train split", job.progress)
+        documents = good_documents(stream, job.data, Counter())
+        texts = (document["text"] for document, place in documents if place > val_up_to)
+        tokenizer = train_sentencepiece(texts, job.tokenizer)
     tokenizer.save(dir)
-    return load_tokenizer(config, dir)
+    return load_tokenizer(job.tokenizer, dir)
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Nats a token of the distribution that `counts` is a sample of."""
+    """Return the entropy of the distribution that `counts` is a sample of, in nats a token."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())

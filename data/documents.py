@@ -1,4 +1,4 @@
-"""What happens to documents in a worker process: bad ones are counted, good ones split and tokenised."""
+"""What happens to documents in a worker process: bad ones are counted, good ones are split and tokenised."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.schema_data import TokenizerConfig
+from data.config import TokenizerConfig
 from data.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
@@ -16,7 +16,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class NotText:
-    """Stands where a source found no document."""
+    """What a source yields in place of a document that it could not read."""
 
     reason: str
 
@@ -25,14 +25,14 @@ class NotText:
 class Tokenised:
     """What has become of some documents, in their order; by split."""
 
-    tokens: dict[str, np.ndarray]  # one row of tokens, end-of-text after each document
+    tokens: dict[str, np.ndarray]  # of all documents in a row, end-of-text after each
     documents: dict[str, int]
     bytes: dict[str, int]  # of the text in UTF-8
     skipped: Counter = field(default_factory=Counter)  # documents by reason
 
 
 def encoded(text, max_bytes: int) -> bytes | NotText:
-    """A document in UTF-8, or why the value of the text column is none."""
+    """Return a value of the text column in UTF-8, or why it is not a document."""
     if text is None:
         return NotText("missing")
     if isinstance(text, NotText):
@@ -45,18 +45,18 @@ def encoded(text, max_bytes: int) -> bytes | NotText:
         return NotText("too long")
     try:
         content = text.encode()
-    except UnicodeEncodeError:  # lone surrogates, which is also how readers pass on bytes that are no UTF-8
+    except UnicodeEncodeError:  # lone surrogates, which is also how readers pass on bytes that are not UTF-8
         return NotText("invalid UTF-8")
     return content if len(content) <= max_bytes else NotText("too long")
 
 
 def place(content: bytes) -> float:
-    """A pseudo-random number in [0, 1) that depends on the content alone."""
+    """Return a pseudo-random number in [0, 1) that depends on the content alone."""
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
 def place_of(document: dict, content: bytes) -> float:
-    """Where a document falls between train and validation: by its name if it has one, else by its text."""
+    """Return where a document falls between train and validation: by its name if it has one, else by its text."""
     return place(document["name"].encode() if "name" in document else content)
 
 
@@ -95,6 +95,6 @@ def set_tokeniser(config: TokenizerConfig, dir: Path, val_up_to: float, max_byte
 
 
 def tokenise(item: tuple[list[dict], dict]) -> tuple[Tokenised, dict]:
-    """(documents, the source's state after them) to (what has become of them, that state)."""
+    """Turn (documents, the state of the source after them) into (what has become of them, that state)."""
     documents, state = item
     return _tokeniser(documents), state

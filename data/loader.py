@@ -1,39 +1,37 @@
 """The order of samples, and batches of them.
 
-A sample is `seq_len + 1` consecutive tokens of one shard: a shard of n tokens holds (n - 1) // seq_len of them, sample
-i starting at token i * seq_len. Which samples a step sees is a pure function of the seed and the step; the number of
-processes, the micro-batch size and restarts only decide who reads them.
-
-So a loader has no state to save: the seed, the step and the batch size are all there is, which the checkpoint and the
-run's configuration hold, with the fingerprint of the data that they number.
+A sample is `seq_len + 1` consecutive tokens of one shard: a shard of n tokens holds (n - 1) // seq_len of them, and
+sample i starts at token i * seq_len. Which samples a step sees is a pure function of the seed and the step; the number
+of processes, the micro-batch size and restarts only decide who reads them. So a loader has no state to save.
 """
 
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
 
-from configs.schema import ConfigError
+from configs.errors import ConfigError
 from data.shards import TokenShards
 
 ROUNDS = 6
 EVAL_KEY = 0
-IGNORED = -100  # a target that is none: cross_entropy's default ignore_index
+IGNORED = -100  # a target that does not count: the default ignore_index of cross_entropy
 PREFETCH = 4  # micro-batches
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: every bit of uint64 `x` changes about half of the result's."""
+    """Return the finalizer of splitmix64: every bit of uint64 `x` changes about half of the bits of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """The images of `index` (integers in [0, n)) under the pseudo-random permutation of range(n) that `key` picks.
+    """Return the images of `index` (integers in [0, n)) under the permutation of range(n) that `key` picks.
 
     A Feistel network permutes the smallest range 4^k that holds n; what lands outside [0, n) walks on along its cycle.
     Needs no memory beyond `index`.
@@ -58,10 +56,7 @@ def epoch_key(seed: int, epoch: int) -> int:
 
 
 class Samples:
-    """The samples of one split by number, shard after shard.
-
-    ConfigError where no shard is as long as one sample.
-    """
+    """The samples of one split by number, shard after shard. ConfigError if no shard is as long as one sample."""
 
     def __init__(self, shards: TokenShards, seq_len: int):
         self.arrays, self.seq_len = shards.arrays, seq_len
@@ -75,7 +70,7 @@ class Samples:
             )
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """Samples `numbers` [B] as int64 [B, seq_len + 1]."""
+        """Return the samples `numbers` [B] as int64 [B, seq_len + 1]."""
         rows = np.empty((len(numbers), self.seq_len + 1), dtype=np.int64)
         which = np.searchsorted(self.ends, numbers, side="right")
         for row, number, shard in zip(rows, numbers, which, strict=True):
@@ -85,6 +80,7 @@ class Samples:
 
 
 def split_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (tokens [B, T], targets [B, T]) of samples [B, T + 1]."""
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -92,7 +88,7 @@ def split_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tenso
 class TrainLoader:
     """Training batches: step s (from 0) sees the global samples [s * global_batch_size, (s + 1) * global_batch_size).
 
-    Global sample g is the one that epoch g // n_samples has at place g % n_samples of its own permutation.
+    Global sample g is at place g % n_samples of the permutation of epoch g // n_samples.
     """
 
     def __init__(
@@ -121,11 +117,11 @@ class TrainLoader:
         return self.n_samples / self.global_batch_size
 
     def epochs(self, step: int) -> float:
-        """Passes over the data after `step` steps."""
+        """Return the number of passes over the data after `step` steps."""
         return step / self.steps_per_epoch
 
     def numbers(self, step: int, micro: int) -> np.ndarray:
-        """The numbers in `samples` of this rank's micro-batch `micro` of step `step`: [micro_batch_size]."""
+        """Return which samples are this rank's micro-batch `micro` of step `step`: [micro_batch_size]."""
         first = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.micro_batch_size
         epochs, places = np.divmod(np.arange(first, first + self.micro_batch_size), self.n_samples)
         numbers = np.empty_like(places)
@@ -135,7 +131,7 @@ class TrainLoader:
         return numbers
 
     def micro_batch(self, step: int, micro: int) -> np.ndarray:
-        """This rank's micro-batch `micro` of step `step`: int64 [micro_batch_size, seq_len + 1]."""
+        """Return this rank's micro-batch `micro` of step `step`: int64 [micro_batch_size, seq_len + 1]."""
         return self.samples.read(self.numbers(step, micro))
 
     def batches(
@@ -148,49 +144,29 @@ class TrainLoader:
         """Yield (tokens [B, T], targets [B, T]): `accumulation_steps` micro-batches for each step in
         range(start_step, last_step), read ahead by a thread that ends with the iterator.
 
-        A step for which `passed_over` is n reads the data that lies n steps further on.
+        A step for which `passed_over` is n reads the data of n steps later.
         """
         device = torch.device(device)
-        ready: queue.Queue = queue.Queue(PREFETCH)
-        stopped = threading.Event()
+        places = ((step, micro) for step in range(start_step, last_step) for micro in range(self.accumulation_steps))
 
-        def put(item) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    pass
+        def read(step: int, micro: int) -> torch.Tensor:
+            rows = torch.from_numpy(self.micro_batch(step + passed_over(step), micro))
+            return rows.pin_memory() if device.type == "cuda" else rows
 
-        def read_ahead() -> None:
-            try:
-                for step in range(start_step, last_step):
-                    for micro in range(self.accumulation_steps):
-                        rows = torch.from_numpy(self.micro_batch(step + passed_over(step), micro))
-                        put(rows.pin_memory() if device.type == "cuda" else rows)
-                        if stopped.is_set():
-                            return
-                put(None)
-            except BaseException as error:  # it belongs to whoever waits for the batch
-                put(error)
-
-        thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield split_targets(item, device)
-        finally:
-            stopped.set()
-            thread.join()
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+            ahead = deque(thread.submit(read, *place) for place in islice(places, PREFETCH))
+            while ahead:
+                rows = ahead.popleft().result()
+                ahead.extend(thread.submit(read, *place) for place in islice(places, 1))
+                yield split_targets(rows, device)
 
 
 class EvalLoader:
     """A fixed set of samples, each read once by one of the ranks: the same for every seed, world size and batch size.
 
-    `max_samples` takes that many, spread over the data (None: all); `n_samples` is the size of the whole set. Iterating
-    yields (tokens [B, T], targets [B, T]), the last batch perhaps smaller. Every rank yields `len` batches, so that all
-    can take part in every forward pass: one that has run out of samples yields targets that are all IGNORED.
+    There are `n_samples`: `max_samples` of them, spread over the data, or all. Iterating yields (tokens [B, T],
+    targets [B, T]); the last batch may be smaller. Every rank yields `len` batches, so that all can take part in every
+    forward pass: a rank that has run out of samples yields targets that are all IGNORED.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Work over many processes with the results in order, and how far it is."""
+"""Work in many processes with the results in order, and reports of how far it is."""
 
 import multiprocessing
 import os
@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-LINE_EVERY = 60  # seconds between progress lines where there is no terminal for a bar
+REPORT_EVERY = 60  # seconds, if there is no terminal
 
 
 def count_workers(workers: int | None) -> int:
-    """`workers`, or as many as the cores this process may use."""
-    if workers is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers
+    """Return `workers`, or the number of cores that this process may use."""
+    if workers is not None:
+        return workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(
@@ -28,7 +27,7 @@ def ordered_map(
     """Yield `function(item)` in the order of `items`; each process calls `setup(*setup_args)` first.
 
     Only a few items are under way at any time, so neither the items nor the results have to fit in memory. One worker
-    works in this process; worker processes end with this one, however it ends.
+    works in this process. Worker processes end with this one, however it ends.
     """
     workers = count_workers(workers)
     if workers == 1:
@@ -58,51 +57,46 @@ def start_worker(setup: Callable | None, setup_args: tuple) -> None:
 
 def end_with_parent() -> None:
     multiprocessing.parent_process().join()
-    os._exit(1)  # the parent is gone without a word to the pool (SIGKILL), which would wait for work forever
+    os._exit(1)  # a parent that was killed (SIGKILL) told the pool nothing, which would wait for work forever
 
 
-def say(text: str, enabled: bool = True) -> None:
+def report(text: str, enabled: bool = True) -> None:
     if enabled:
         console.print(text, markup=False)
 
 
 class Rates:
-    """Counts and their rates: a bar on a terminal, else a line now and then; a summary line at the end.
+    """Counts and their rates: a changing line on a terminal, else a line now and then; a summary line at the end.
 
-    `total` is of the first unit, where it is known. Use as a context; count as in `advance(documents=5, tokens=9)`.
+    `done` is what an earlier start counted, which is not in the rates. Use it as a context and count as in
+    `advance(documents=5, tokens=9)`.
     """
 
-    def __init__(self, label: str, enabled: bool, total: int | None = None, **done: int):
-        self.label, self.enabled, self.total = label, enabled, total
-        self.counts: Counter[str] = Counter(done)  # what an earlier start had done is in the counts, not in the rates
-        self.before = dict(done)
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[rates]}"),
-            TimeElapsedColumn(),
-        ]
-        hidden = not (enabled and console.is_terminal)
-        self.bar = Progress(*columns, console=console, transient=True, disable=hidden)
+    def __init__(self, label: str, enabled: bool, **done: int):
+        self.label, self.enabled = label, enabled
+        self.counts, self.done = Counter(done), Counter(done)
+        self.line = console.status(label) if enabled and console.is_terminal else None
 
     def __enter__(self) -> "Rates":
-        self.start = self.last_line = time.monotonic()
-        self.bar.start()
-        self.task = self.bar.add_task(self.label, total=self.total, rates="")
+        self.start = self.last_report = time.monotonic()
+        if self.line:
+            self.line.start()
         return self
 
     def __exit__(self, *error) -> None:
-        self.bar.stop()
-        say(f"{self.label}: {self.rates()} in {time.monotonic() - self.start:.1f} s", self.enabled)
+        if self.line:
+            self.line.stop()
+        report(f"{self.label}: {self.rates()} in {time.monotonic() - self.start:.1f} s", self.enabled)
 
     def advance(self, **counts: int) -> None:
         self.counts.update(counts)
-        self.bar.update(self.task, completed=next(iter(self.counts.values())), rates=self.rates())
-        if not console.is_terminal and time.monotonic() - self.last_line > LINE_EVERY:
-            self.last_line = time.monotonic()
-            say(f"{self.label}: {self.rates()}", self.enabled)
+        if self.line:
+            self.line.update(f"{self.label}: {self.rates()}")
+        elif time.monotonic() - self.last_report > REPORT_EVERY:
+            self.last_report = time.monotonic()
+            report(f"{self.label}: {self.rates()}", self.enabled)
 
     def rates(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-9)
-        each = ((unit, count, (count - self.before.get(unit, 0)) / seconds) for unit, count in self.counts.items())
-        return ", ".join(f"{count:,} {unit} ({rate:,.0f}/s)" for unit, count, rate in each)
+        rates = {unit: (count - self.done[unit]) / seconds for unit, count in self.counts.items()}
+        return ", ".join(f"{count:,} {unit} ({rates[unit]:,.0f}/s)" for unit, count in self.counts.items())

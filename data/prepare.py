@@ -1,141 +1,130 @@
 """Documents to token shards: `python -m data.prepare data=NAME [overrides]`.
 
-Everything is written into `<data.dir>.partial` and renamed into place at the end, so that nobody sees half of it. A
-killed preparation goes on from there when it is started again. With `part=I parts=N` it is one of N that may run at
-the same time, on several machines: the last to finish joins them.
+Everything is written into `<data.dir>.partial` and renamed at the end, so that nobody sees half of it. A killed
+preparation resumes when it is started again. With `part=I parts=N` it is one of N that may run at the same time, on
+several machines; the last to finish joins them.
 """
 
-import dataclasses
 import os
+import re
+import shlex
 import shutil
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
+from pydantic import Field, model_validator
 
-from configs.app import app
-from configs.errors import at_least, writing
-from configs.load import load_extended
-from configs.schema import Config, ConfigError, DataConfig, TokenizerConfig
-from data.build import build, has_finished_shards
-from data.foreign import adopt, foreign_shards
-from data.parallel import say
-from data.parts import all_finished, join, prepare_part, remove_parts
+from configs.app import app, choices, configured
+from configs.errors import ConfigError, Mistakes, writing
+from configs.load import shown
+from data.build import Job, build, has_finished_shards
+from data.config import DataCommand, DataConfig, TokenizerConfig, fill_data_dir
+from data.parallel import report
+from data.parts import Division, join, prepare_part, remove_parts
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest
-from data.sources import matching_files
+from data.sources.base import source_of
 from data.tokenizers import new_tokenizer
 
-ON_FIRST_USE = ("builtin", "shards")  # sources that a training run prepares by itself
+PLAIN = re.compile(r"[A-Za-z_./*][\w./*:+@%?-]*")  # a text that Hydra takes as it stands
 
 
-@dataclass
-class PrepareConfig(Config):
-    part: int = 0  # of so many parts, from 0
-    parts: int = 1
+class PrepareConfig(DataCommand):
+    part: int = 0  # of `parts`, from 0
+    parts: int = Field(1, ge=1)
 
-    def own_errors(self):
-        yield from at_least(1, "", self, "parts")
-        if self.parts >= 1 and not 0 <= self.part < self.parts:
-            yield f"part={self.part}: must lie between 0 and parts - 1 = {self.parts - 1}"
+    @model_validator(mode="after")
+    def _check_part(self):
+        if not 0 <= self.part < self.parts:
+            raise Mistakes(f"part={self.part}: must lie between 0 and parts - 1 = {self.parts - 1}")
+        return self
 
 
-def prepare(config: Config, progress: bool = True, parts: int = 1) -> Manifest:
-    """Make the shards of `config.data` with `config.tokenizer` in `config.data.dir`, unless they are there already.
+def prepare(
+    data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True, part: int = 0, parts: int = 1
+) -> Manifest | None:
+    """Make the shards of `data` with `tokenizer` in `data.dir`, unless they are there already; return the manifest.
 
-    With `parts` they are joined from parts that are all finished.
+    With `parts`, make one part, and join all of them if the others are finished; return None if they are not.
 
-    ConfigError where the folder holds data made with other settings, something else, or a broken shard.
+    ConfigError if the folder holds data made with other settings, something else, or a broken shard.
     """
-    dir, settings = Path(config.data.dir), settings_of(config.data)
-    if found := prepared(config):
-        say(f"{dir}: already prepared, {describe(found)}", progress)
-        return found
-    check_before_work(config)
+    dir, job = Path(data.dir), Job(data, tokenizer, progress)
     unfinished, lock = dir.with_name(f"{dir.name}.partial"), dir.with_name(f"{dir.name}.lock")
-    goes_on = "; what is finished stays, and the same command goes on from there"
-    with writing("data.dir", dir, goes_on):
+    if found := prepared(data, tokenizer):
+        report(f"{dir}: already prepared, {describe(found)}", progress)
+        return found
+    check_before_work(data, tokenizer)
+    with writing("data.dir", dir, "; what is finished is kept, and the same command resumes"):
         dir.parent.mkdir(parents=True, exist_ok=True)
-        with waiting(lock, f"{dir}: another process prepares it, waiting for that", progress):
+        if parts > 1:
+            division = Division(job, parts)
+            prepare_part(division, part)
+            if not division.all_finished():
+                report(f"{dir}: other parts are not finished; the last one joins them", progress)
+                return None
+        with alone(lock, f"{dir}: waiting for another process that is preparing it", progress):
             try:
-                if found := prepared(config):  # by another process, in the meantime
-                    say(f"{dir}: prepared by another process, {describe(found)}", progress)
+                if found := prepared(data, tokenizer):
+                    report(f"{dir}: prepared by another process, {describe(found)}", progress)
                     return found
-                if config.data.source == "shards":
-                    manifest = adopt(dir, config.data, config.tokenizer, settings, progress)
-                else:  # whoever else wrote into the unfinished folder is gone: we have the lock
-                    made = partial(join, parts=parts) if parts > 1 else build
-                    manifest = made(config.data, config.tokenizer, unfinished, settings, progress)
+                if job.source.in_place:
+                    manifest = job.source.adopt(job)
+                else:  # whoever else wrote into the unfinished folder is gone, because this process has the lock
+                    manifest = join(division, unfinished) if parts > 1 else build(job, unfinished)
                     unfinished.rename(dir)
                     remove_parts(dir)
             finally:
                 if has_finished_shards(unfinished):
-                    say(f"{unfinished}: keeps what is finished; the same command goes on from there", progress)
+                    report(f"{unfinished}: finished shards are kept; the same command resumes", progress)
                 else:
                     shutil.rmtree(unfinished, ignore_errors=True)
-                lock.unlink(missing_ok=True)
-    say(f"{dir}: prepared, {describe(manifest)}", progress)
+    report(f"{dir}: prepared, {describe(manifest)}", progress)
     return manifest
 
 
-def waiting(lock: Path, words: str, progress: bool):
-    """The lock, held until its `with` ends; `words` where another process has it first."""
-    one = filelock.FileLock(lock)
+@contextmanager
+def alone(path: Path, words: str, progress: bool) -> Iterator[None]:
+    """Hold a lock; report `words` if another process has it first."""
+    lock = filelock.FileLock(path)
     try:
-        return one.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except filelock.Timeout:
-        say(words, progress)
-        return one.acquire()
+        report(words, progress)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
-def prepare_in_parts(config: Config, part: int, parts: int, progress: bool = True) -> Manifest | None:
-    """One part of N, and `prepare` from all of them where they are finished; None where others are not."""
-    if parts > 1 and not prepared(config):
-        check_before_work(config)
-        settings = settings_of(config.data)
-        prepare_part(config.data, config.tokenizer, settings, part, parts, progress)
-        if not all_finished(config.data, config.tokenizer, settings, parts):
-            say(f"{config.data.dir}: other parts are not finished; the last one joins them", progress)
-            return None
-    return prepare(config, progress, parts)
+def ensure_prepared(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True) -> Manifest:
+    """Return the manifest of the prepared data, preparing it if its source allows that on first use.
 
-
-def ensure_prepared(config: Config, progress: bool = True) -> Manifest:
-    """The manifest of the prepared data; the built-in corpus is prepared on first use (one process at a time), and
-    shards from elsewhere are indexed.
-
-    ConfigError where any other source is not prepared, naming the command that does it.
+    ConfigError, which names the command to run, if another source is not prepared.
     """
-    if found := prepared(config):
+    if found := prepared(data, tokenizer):
         return found
-    if config.data.source not in ON_FIRST_USE:
-        raise not_prepared(config)
-    return prepare(config, progress)
+    if not source_of(data).on_first_use:
+        raise not_prepared(data, tokenizer)
+    return prepare(data, tokenizer, progress)
 
 
-def not_prepared(config: Config) -> ConfigError:
-    """What to say where there are no shards; it names the command that makes them."""
-    data, kind = config.data, config.tokenizer.kind
-    files = f" data.files='[{','.join(data.files)}]'" if data.files else ""
-    tokenizer = "gpt2" if kind == "tiktoken" else kind  # its group
-    return ConfigError(
-        f"data.dir={data.dir}: not prepared: run `python -m data.prepare data={data.name}{files} "
-        f"tokenizer={tokenizer}` with the same overrides as here"
-    )
-
-
-def prepared(config: Config) -> Manifest | None:
-    """The manifest in `config.data.dir` after a quick check of settings and shards; None where there is none."""
-    dir = Path(config.data.dir)
+def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
+    """Return the manifest in `data.dir` after a quick check of settings and shards; None if there is none."""
+    dir = Path(data.dir)
     if not (dir / MANIFEST_FILE).is_file():
         return None
     manifest = read_manifest(dir)
-    ours = settings_of(config.data) | tokenizer_settings(config.tokenizer)
+    ours = data.settings() | tokenizer_settings(tokenizer)
     theirs = manifest.settings | tokenizer_settings(manifest.tokenizer_config())
-    what = f"its {MANIFEST_FILE}" if config.data.source == "shards" else "the folder"
+    not_ours = manifest.is_foreign or source_of(data).in_place
+    remedy = f"choose another data.dir or remove {f'its {MANIFEST_FILE}' if not_ours else 'the folder'}"
     errors = [
-        f"data.dir={dir}: was prepared with {key}={theirs.get(key)}, not {value}; choose another data.dir or "
-        f"remove {what}"
+        f"data.dir={dir}: was prepared with {key}={shown(theirs.get(key))}, not {shown(value)}; {remedy}"
         for key, value in ours.items()
         if theirs.get(key) != value
     ]
@@ -146,34 +135,59 @@ def prepared(config: Config) -> Manifest | None:
     return manifest
 
 
-def check_before_work(config: Config) -> None:
-    """What can be found wrong before anything is written."""
-    dir = Path(config.data.dir)
-    new_tokenizer(config.tokenizer)
-    if config.data.source == "shards":
-        foreign_shards(dir)
-        return
-    if dir.is_dir() and any(dir.iterdir()):
-        raise ConfigError(
-            f"data.dir={dir}: holds files but no {MANIFEST_FILE}; choose another data.dir or remove the folder"
-        )
-    if dir.exists() and not dir.is_dir():
-        raise ConfigError(f"data.dir={dir}: is a file, must be a folder or a name that is free")
-    for _, part in config.data.parts() or [(1.0, config.data)]:
-        if part.source == "files":
-            matching_files(part)
+def check_before_work(data: DataConfig, tokenizer: TokenizerConfig) -> None:
+    """Raise ConfigError for what can be found wrong before anything is written."""
+    dir, source = Path(data.dir), source_of(data)
+    new_tokenizer(tokenizer)
+    if not source.in_place and dir.exists():
+        if not dir.is_dir():
+            raise ConfigError(f"data.dir={dir}: is a file, must be a folder or a free name")
+        if any(dir.iterdir()):
+            raise ConfigError(
+                f"data.dir={dir}: holds files but no {MANIFEST_FILE}; choose another data.dir or remove the folder"
+            )
+    source.check()
 
 
-def settings_of(data: DataConfig) -> dict:
-    """The settings that decide the shards' contents, by config key."""
-    if data.source == "shards":
-        return {"data.source": "shards"}
-    keys = ("source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction")
-    return {f"data.{key}": getattr(data, key) for key in (*keys, "max_document_bytes", "shard_tokens", "token_dtype")}
+def not_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> ConfigError:
+    """Return the error for data without shards."""
+    return ConfigError(f"data.dir={data.dir}: not prepared: run `{preparing_command(data, tokenizer)}`")
+
+
+def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:
+    """Return the command that prepares exactly this: the closest choices, and the keys in which they differ."""
+    words = [f"data={closest('data', data.name, data.source)}"]
+    words += [f"tokenizer={closest('tokenizer', tokenizer.name, tokenizer.kind)}"]
+    command = configured(DataCommand, words)
+    left_out = {"workers", "document_mask"}  # they do not change what is prepared
+    if data == fill_data_dir(data.replace(dir=None), tokenizer):
+        left_out.add("dir")
+    for group, block, chosen in (("data", data, command.data), ("tokenizer", tokenizer, command.tokenizer)):
+        for key, value in block.model_dump(exclude=left_out).items():
+            follows = key == "name" and value == f"{tokenizer.kind}-{tokenizer.vocab_size}"
+            if value != getattr(chosen, key) and not follows:
+                words.append(f"{group}.{key}={shlex.quote(hydra_value(value))}")
+    return " ".join(["python -m data.prepare", *words])
+
+
+def closest(group: str, *names: str) -> str:
+    """Return the first of the names that is a choice of the group, or any choice."""
+    return next(name for name in (*names, *choices(group)) if name in choices(group))
+
+
+def hydra_value(value: Any) -> str:
+    """Return a value as an override gives it."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{hydra_value(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(hydra_value, value))}]"
+    if isinstance(value, str) and not PLAIN.fullmatch(value):
+        return f"'{value}'" if '"' in value else f'"{value}"'
+    return shown(value)
 
 
 def tokenizer_settings(tokenizer: TokenizerConfig) -> dict:
-    return {f"tokenizer.{key}": value for key, value in dataclasses.asdict(tokenizer).items() if key != "name"}
+    return {f"tokenizer.{key}": value for key, value in tokenizer.model_dump().items() if key != "name"}
 
 
 def describe(manifest: Manifest) -> str:
@@ -183,13 +197,9 @@ def describe(manifest: Manifest) -> str:
 
 
 def main(config: PrepareConfig) -> None:
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    manifest = prepare_in_parts(config, config.part, config.parts, progress=is_main)
-    if manifest and is_main:
-        from training.wandb_run import log_preparation  # it needs torch, which preparing does not
-
-        log_preparation(config, manifest)
+    progress = int(os.environ.get("RANK", 0)) == 0
+    prepare(config.data, config.tokenizer, progress, config.part, config.parts)
 
 
 if __name__ == "__main__":
-    app(main, load=partial(load_extended, cls=PrepareConfig))
+    app(main, PrepareConfig)

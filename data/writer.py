@@ -1,4 +1,4 @@
-"""Writing token shards so that a killed preparation can go on: what is journalled is there, what is not is cut off."""
+"""Writing token shards so that a killed preparation can resume."""
 
 import dataclasses
 import os
@@ -7,25 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import ConfigError
-from data.shards import HEADER_BYTES, Shard, document_index, header, map_tokens, save_index, sha256_of
+from data.files import sha256_of
+from data.shards import HEADER_BYTES, Shard, document_index, header, map_tokens, save_index
 
-OPEN = ".open"  # the ending of a shard that is not journalled as finished
+OPEN = ".open"  # the ending of a shard that the journal does not know as finished
 
 
 class ShardWriter:
-    """Write one split's tokens into `<split>_000000.bin`, ..., of `shard_tokens` tokens each but the last.
+    """Write the tokens of one split into `<split>_000000.bin`, ..., of `shard_tokens` tokens each except the last.
 
-    Each gets a document index beside it. Tokens go to a file that is open at its end; `state()` says how much of it
-    counts, and a writer with `restore(state)` cuts off the rest. A shard takes its name in `publish()`, which is for
-    after the state has been saved: so every file with a shard's name is finished and is never written again.
+    Each gets a document index next to it. Tokens are appended to an open file. `state()` tells how much of it counts,
+    and a writer with `restore(state)` cuts off the rest. Finished shards get their names in `publish()`, to be called
+    after the state has been saved: a file with the name of a shard is finished and is never written again.
     """
 
     def __init__(self, dir: str | Path, split: str, shard_tokens: int, vocab_size: int, end_of_text: int, dtype: str):
-        if vocab_size > 2 ** (8 * np.dtype(dtype).itemsize):
-            raise ConfigError(f"tokenizer.vocab_size={vocab_size}: does not fit into shards of {dtype}")
-        if shard_tokens >= 2**31:
-            raise ConfigError(f"data.shard_tokens={shard_tokens}: must be less than 2^31, the header's limit")
         self.dir, self.split, self.shard_tokens, self.vocab_size = Path(dir), split, shard_tokens, vocab_size
         self.end_of_text, self.dtype = end_of_text, np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
@@ -34,7 +30,7 @@ class ShardWriter:
         self._file = None
 
     def write(self, tokens: np.ndarray) -> bool:
-        """Append tokens, each document's end-of-text included; whether a shard was finished.
+        """Append tokens, the end-of-text of each document included. Return whether a shard was finished.
 
         ValueError for a token outside the vocabulary.
         """
@@ -49,13 +45,13 @@ class ShardWriter:
         return len(self.shards) > before
 
     def close(self) -> list[Shard]:
-        """Finish the last shard; the shards of the split."""
+        """Finish the last shard and return the shards of the split."""
         if self._tokens:
             self._finish()
         return self.shards
 
     def state(self) -> dict[str, Any]:
-        """How far the files on disk go, as plain values."""
+        """Return, as plain values, how far the files go that are on disk by then."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -63,7 +59,7 @@ class ShardWriter:
         return {"shards": shards, "tokens": self._tokens, "at_start": self._at_start}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state that was saved: publish its shards, cut off what came after."""
+        """Resume from a saved state: publish its shards, cut off what came after."""
         self.shards = [Shard(**shard) for shard in state["shards"]]
         self._tokens, self._at_start = state["tokens"], state["at_start"]
         self.publish()
@@ -99,10 +95,9 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        sha256 = sha256_of(path)
         tokens = map_tokens(path, self.dtype)
         starts, documents = document_index(tokens, self.end_of_text, self._at_start)
         file = path.name.removesuffix(OPEN)
         save_index(self.dir / file, starts)
-        self.shards.append(Shard(file, self._tokens, documents, sha256))
+        self.shards.append(Shard(file, self._tokens, documents, sha256_of(path)))
         self._tokens, self._at_start = 0, bool(tokens[-1] == self.end_of_text)

@@ -1,4 +1,4 @@
-"""Suites of lm-evaluation-harness's tasks: run, summed up, and set beside what the paper reports."""
+"""Suites of lm-evaluation-harness's tasks: run, summed up, and set next to what the paper reports."""
 
 import functools
 import importlib.metadata
@@ -16,43 +16,78 @@ import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.tasks import TaskManager
-from rich.table import Table
+from pydantic import Field, model_validator
 
-from configs.schema_eval import EvalConfig, HarnessSuite
-from eval import published, ranks
+from configs.errors import Mistakes
+from eval import published
+from eval.config import EvalConfig, SuiteConfig
 from eval.harness import HarnessModel
 from eval.loading import LoadedRun
-from eval.results import Outcome
-from eval.tasks import load_tasks
+from eval.results import Outcome, ResultTable
+from eval.tasks import download, load_tasks
+from training.ranks import rank
 
 SHORT = {
     "arc_easy": "ARC-E", "arc_challenge": "ARC-C", "boolq": "BoolQ", "hellaswag": "HellaSw.", "openbookqa": "OBQA",
     "piqa": "PIQA", "winogrande": "W.G.", "mmlu": "MMLU", "sciq": "SciQ",
 }  # fmt: skip
 
-SHARES = {"acc", "acc_norm", "acc_bytes", "exact_match", "f1"}  # metrics between 0 and 1, shown in percent
+FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "f1"}  # metrics between 0 and 1, shown in percent
 
 
-def harness_suite(run: LoadedRun, config: EvalConfig) -> Outcome | None:
-    """The scores of the suite's tasks, as fractions, and their average; rank 0 has them."""
-    suite: HarnessSuite = config.suite
-    with aside():
-        found = lm_eval.simple_evaluate(
-            HarnessModel(run, config.batch_size, suite.max_length, suite.add_bos),
-            tasks=load_tasks(suite, run),
-            num_fewshot=suite.num_fewshot,
-            limit=config.limit,
-            bootstrap_iters=1000,
-            log_samples=suite.samples,
-            task_manager=TaskManager(include_defaults=False),
-        )
-    return outcome(run, suite, found) if ranks.place()[0] == 0 else None
+class HarnessSuite(SuiteConfig):
+    """Tasks of lm-evaluation-harness, and ours that are made from the built-in corpus or the run's own data."""
+
+    name: str = "harness"
+    tasks: list[str] = Field(default_factory=list)
+    num_fewshot: int | None = Field(None, ge=0)  # null: each task's own
+    metrics: dict[str, str] = Field(default_factory=dict)  # of a task that counts; default: acc_norm, acc, or its first
+    data_dir: str | None = None  # a folder with <task>_<split>.jsonl: no network is used
+    prefetch: bool = False  # fill data_dir from the network, and evaluate nothing
+    max_length: int | None = Field(None, ge=2)  # null: the run's seq_len; longer requests lose their beginning
+    add_bos: bool = False  # put end-of-text before every context
+    samples: bool = False  # write each question with its answers' scores next to the results
+
+    @model_validator(mode="after")
+    def _check_together(self):
+        lines = []
+        if not self.tasks:
+            lines.append(f"tasks=[]: name the tasks, as in suite={self.name} suite.tasks=[arc_easy,piqa]")
+        if self.prefetch and not self.data_dir:
+            lines.append("data_dir is not set: suite.prefetch=true needs the folder to fill")
+        if lines:
+            raise Mistakes(*lines)
+        return self
+
+    @property
+    def needs_run(self) -> bool:
+        return not self.prefetch
+
+    def fetch(self) -> None:
+        download(self.tasks, self.data_dir)
+
+    def check(self) -> None:
+        load_tasks(self.tasks, self.data_dir)
+
+    def run(self, run: LoadedRun, options: EvalConfig) -> Outcome | None:
+        """Return the scores of the tasks, as fractions, and their average, on rank 0."""
+        with undisturbed():
+            found = lm_eval.simple_evaluate(
+                HarnessModel(run, options.batch_size, self.max_length, self.add_bos),
+                tasks=load_tasks(self.tasks, self.data_dir, run),
+                num_fewshot=self.num_fewshot,
+                limit=options.limit,
+                bootstrap_iters=1000,
+                log_samples=self.samples,
+                task_manager=TaskManager(include_defaults=False),
+            )
+        return outcome_of(run, self, found) if rank() == 0 else None
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """Without the harness's log, progress bars and worker processes, and with the random state of Python, numpy and
-    torch as it was: the harness seeds them all."""
+def undisturbed() -> Iterator[None]:
+    """Silence the harness's log and progress bars, start no worker processes, and afterwards restore the random state
+    of Python, numpy and torch, which the harness seeds."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
     logger = logging.getLogger("lm_eval")
@@ -73,88 +108,88 @@ def aside() -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def outcome(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
-    """The harness's results as ours: flat, the tasks' own scores first."""
-    results, stderr = {}, {}
-    for task, scores in found["results"].items():
-        for key, value in scores.items():
-            metric, _, filtered = key.partition(",")
-            if not isinstance(value, int | float) or not filtered:
-                continue
-            name = f"{task}/{metric.removesuffix('_stderr')}" + ("" if filtered == "none" else f"_{filtered}")
-            (stderr if metric.endswith("_stderr") else results)[name] = float(value)
-    counted = {task: headline(suite, task, results) for task in asked(suite, found)}
-    scores = {task: results[f"{task}/{metric}"] for task, metric in counted.items()}
-    if len(scores) > 1 and SHARES.issuperset(counted.values()):
-        results["average"] = sum(scores.values()) / len(scores)
-    versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
-    table = Scores(run, suite, counted, results, stderr)
-    files = {".md": table.markdown()}
+def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
+    """Return the harness's results as ours: flat, the tasks' own scores first."""
+    results, stderr = flat_scores(found["results"])
+    counted = {task: headline(suite, task, results) for task in asked(suite.tasks, found)}
+    scores = [results[f"{task}/{metric}"] for task, metric in counted.items()]
+    if len(scores) > 1 and FRACTIONS.issuperset(counted.values()):
+        results["average"] = sum(scores) / len(scores)
+    files = {}
     if suite.samples:
         lines = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
         files["_samples.jsonl"] = "".join(json.dumps(line, default=str) + "\n" for line in lines)
     shots = f"_{suite.num_fewshot}shot" if suite.num_fewshot else ""
     questions = {task: counts["effective"] for task, counts in found["n-samples"].items()}
+    versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
     return Outcome(
-        results, stderr, {task: task + shots for task in counted}, versions | {"tasks": found["versions"]},
+        results,
+        stderr,
+        tasks={task: task + shots for task in counted},
+        versions=versions | {"tasks": found["versions"]},
         details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions},
-        shown=[table.rich()], files=files,
-    )  # fmt: skip
+        tables={"": score_table(run, suite.name, counted, results, stderr)},
+        files=files,
+    )
 
 
-def asked(suite: HarnessSuite, found: dict) -> list[str]:
-    """The suite's tasks that have scores, in its order; a tag's tasks in its place are those found."""
-    have = [task for task in suite.tasks if any("," in key for key in found["results"].get(task, {}))]
+def flat_scores(by_task: dict[str, dict]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the harness's scores and their standard errors by `<task>/<metric>`, or `<task>/<metric>_<filter>`."""
+    results, stderr = {}, {}
+    for task, scores in by_task.items():
+        for key, value in scores.items():
+            metric, _, filtered = key.partition(",")
+            if isinstance(value, int | float) and filtered:
+                suffix = "" if filtered == "none" else f"_{filtered}"
+                group = stderr if metric.endswith("_stderr") else results
+                group[f"{task}/{metric.removesuffix('_stderr')}{suffix}"] = float(value)
+    return results, stderr
+
+
+def asked(tasks: list[str], found: dict) -> list[str]:
+    """Return the tasks that have scores, in the suite's order; instead of a tag the tasks that it stands for."""
+    scored = [task for task, scores in found["results"].items() if any("," in key for key in scores)]
     inside = {child for children in found.get("group_subtasks", {}).values() for child in children}
-    more = [task for task in found["results"] if task not in suite.tasks and task not in inside]
-    return have + [task for task in more if any("," in key for key in found["results"][task])]
+    of_tags = [task for task in scored if task not in tasks and task not in inside]
+    return [task for task in tasks if task in scored] + of_tags
 
 
 def headline(suite: HarnessSuite, task: str, results: dict[str, float]) -> str:
-    """The metric of a task that counts: the suite's choice, else acc_norm, else acc, else its first."""
-    have = [key.split("/", 1)[1] for key in results if key.rsplit("/", 1)[0] == task]
-    wanted = [suite.metrics.get(task), "acc_norm", "acc", *have]
-    return next(metric for metric in wanted if metric in have)
+    """Return the metric of a task that counts: the suite's choice, else acc_norm, else acc, else its first."""
+    metrics = [key.split("/", 1)[1] for key in results if key.rsplit("/", 1)[0] == task]
+    wanted = [suite.metrics.get(task), "acc_norm", "acc", *metrics]
+    return next(metric for metric in wanted if metric in metrics)
 
 
-class Scores:
-    """The table row of a run beside the paper's for the nearest size."""
+def score_table(
+    run: LoadedRun, suite: str, counted: dict[str, str], results: dict[str, float], stderr: dict[str, float]
+) -> ResultTable:
+    """Return the scores of the run, their standard errors, and the scores of the paper's models of the nearest size.
 
-    def __init__(self, run: LoadedRun, suite: HarnessSuite, counted: dict[str, str], results: dict, stderr: dict):
-        self.tasks = list(counted)
-        self.header = [SHORT.get(task, task) for task in self.tasks]
-        params = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())  # the former under ZeRO-3
-        keys = [f"{task}/{metric}" for task, metric in counted.items()]
-        if averaged := "average" in results:
-            self.header.append("average")
-            keys.append("average")
-        self.rows = [
-            [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys)],
-            ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys)],
-        ]
-        if suite.name in published.suites() and all(task in published.tasks(suite.name) for task in self.tasks):
-            size = published.nearest(suite.name, params)
-            whole = self.tasks == list(published.tasks(suite.name))
-            for row in published.rows(suite.name, size):
-                scores = [row["scores"][task] for task in self.tasks]
-                average = row["average"] if whole else sum(scores) / len(scores)
-                cells = [*scores, average] if averaged else scores
-                self.rows.append([f"paper: {row['model']}, {size}", *(f"{cell:.2f}" for cell in cells)])
-
-    def rich(self) -> Table:
-        table = Table("shares in percent", box=None, pad_edge=False)
-        for name in self.header:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        lines = [["", *self.header], ["---"] * (len(self.header) + 1), *self.rows]
-        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    `counted` has the metric of each task.
+    """
+    tasks, keys = list(counted), [f"{task}/{metric}" for task, metric in counted.items()]
+    header, has_average = ["percent", *(SHORT.get(task, task) for task in tasks)], "average" in results
+    if has_average:
+        header.append("average")
+        keys.append("average")
+    params = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())  # the former under ZeRO-3
+    rows = [
+        [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys)],
+        ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys)],
+    ]
+    if suite in published.suites() and published.tasks(suite).keys() >= counted.keys():
+        size = published.nearest(suite, params)
+        is_whole = tasks == list(published.tasks(suite))
+        for row in published.rows(suite, size):
+            scores = [row["scores"][task] for task in tasks]
+            if has_average:
+                scores.append(row["average"] if is_whole else sum(scores) / len(scores))
+            rows.append([f"paper: {row['model']}, {size}", *(f"{score:.2f}" for score in scores)])
+    return ResultTable(header, rows)
 
 
 def shown(key: str, value: float) -> str:
-    """A score as the table has it: shares in percent."""
-    is_share = key.rpartition("/")[2] in {*SHARES, "average"}
-    return f"{100 * value if is_share else value:.2f}"
+    """Return a score as the table has it: fractions in percent."""
+    is_fraction = key.rpartition("/")[2] in {*FRACTIONS, "average"}
+    return f"{100 * value if is_fraction else value:.2f}"

@@ -8,17 +8,19 @@ harness scores multiple choice: `acc` by log-likelihood, `acc_norm` by log-likel
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from configs.errors import ConfigError
-from data import documents, sources
+from data.documents import place
 from data.loader import EVAL_KEY, permute
 from data.shards import TokenShards
+from data.sources.builtin import builtin_corpus
 from eval.loading import LoadedRun
-from eval.ranks import from_main
+from training.ranks import from_main
 
 TASKS = ("builtin_cloze", "cloze")  # on the built-in corpus, on the run's own data
 VERSION = 1.0
@@ -29,13 +31,19 @@ DOCUMENTS = 2000  # read of a large validation split
 VAL_FRACTION = 0.05  # of the built-in corpus, as configs/data/builtin.yaml has it
 
 
+class Passage(NamedTuple):
+    document: int
+    context: str
+    answer: str  # the words that follow
+
+
 def task(name: str, run: LoadedRun) -> ConfigurableTask:
-    """The harness's task `name` with its questions."""
+    """Return the harness's task `name` with its questions."""
     return as_task(name, from_main(lambda: questions(texts_of(name, run))))
 
 
 def as_task(name: str, asked: list[dict]) -> ConfigurableTask:
-    """Questions {context, choices, gold} as a multiple-choice task of the harness."""
+    """Return questions {context, choices, gold} as a multiple-choice task of the harness."""
     mean = {"aggregation": "mean", "higher_is_better": True}
     return ConfigurableTask(
         config={
@@ -55,15 +63,14 @@ def as_task(name: str, asked: list[dict]) -> ConfigurableTask:
 
 
 def texts_of(name: str, run: LoadedRun) -> Iterable[str]:
-    """Validation documents: the built-in corpus's from the run's shards where they are that, else from the modules."""
+    """Return validation documents: from the run's shards if they have what is asked for, else from the modules."""
     if name == "cloze" or run.config.data.source == "builtin":
         return shard_texts(run)
-    corpus = sources.builtin_corpus(None, True)
-    return (one["text"] for one in corpus if documents.place(one["name"].encode()) <= VAL_FRACTION)
+    return (one["text"] for one in builtin_corpus(progress=True) if place(one["name"].encode()) <= VAL_FRACTION)
 
 
 def shard_texts(run: LoadedRun) -> Iterator[str]:
-    """Documents of the run's validation split, at most DOCUMENTS of them, spread over it."""
+    """Yield documents of the run's validation split, at most DOCUMENTS of them, spread over it."""
     shards = TokenShards(run.config.data.dir, "val")
     spans = [
         (array, int(start), int(end))
@@ -78,16 +85,17 @@ def shard_texts(run: LoadedRun) -> Iterator[str]:
 
 
 def questions(texts: Iterable[str]) -> list[dict]:
-    """[{context, choices, gold}], at most QUESTIONS, the same for the same texts. ConfigError for too little text."""
-    found = [(number, *cut) for number, text in enumerate(texts) for cut in cuts(text)]
-    chosen = permute(np.arange(min(QUESTIONS, len(found))), len(found), EVAL_KEY) if found else []
+    """Return at most QUESTIONS {context, choices, gold}, always the same ones. ConfigError for too little text."""
+    passages = [Passage(number, context, answer) for number, text in enumerate(texts) for context, answer in cuts(text)]
+    chosen = permute(np.arange(min(QUESTIONS, len(passages))), len(passages), EVAL_KEY) if passages else []
     asked = []
-    for place in sorted(chosen):
-        document, context, answer = found[place]
-        wrong = distractors(found, place, document, answer)
+    for number in sorted(chosen):
+        passage = passages[number]
+        wrong = distractors(passages, passage)
         if len(wrong) == CHOICES - 1:
-            gold = digest(context) % CHOICES
-            asked.append({"context": context, "choices": [*wrong[:gold], answer, *wrong[gold:]], "gold": gold})
+            gold = digest(passage.context) % CHOICES
+            choices = [*wrong[:gold], passage.answer, *wrong[gold:]]
+            asked.append({"context": passage.context, "choices": choices, "gold": gold})
     if not asked:
         raise ConfigError(
             f"suite.tasks: the validation split is too small for questions: they need several documents of more than "
@@ -97,7 +105,7 @@ def questions(texts: Iterable[str]) -> list[dict]:
 
 
 def cuts(text: str) -> Iterator[tuple[str, str]]:
-    """Passages of a text and the words that follow, with a single space between, side by side."""
+    """Yield one after another the passages of a text that a single space separates from the words that follow them."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     for start in range(0, len(words) - CONTEXT_WORDS - ANSWER_WORDS + 1, CONTEXT_WORDS + ANSWER_WORDS):
         border, end = start + CONTEXT_WORDS, start + CONTEXT_WORDS + ANSWER_WORDS
@@ -106,14 +114,14 @@ def cuts(text: str) -> Iterator[tuple[str, str]]:
             yield text[words[start][0] : before], text[after : words[end - 1][1]]
 
 
-def distractors(found: list[tuple[int, str, str]], place: int, document: int, answer: str) -> list[str]:
-    """CHOICES - 1 answers to passages of other documents (fewer where there are none)."""
+def distractors(passages: list[Passage], asked: Passage) -> list[str]:
+    """Return CHOICES - 1 answers to passages of other documents, or fewer if there are no more."""
     wrong: list[str] = []
-    key = digest(found[place][1] + answer)
-    for other in permute(np.arange(min(64, len(found))), len(found), key):
-        source, _, theirs = found[other]
-        if source != document and theirs not in (answer, *wrong):
-            wrong.append(theirs)
+    key = digest(asked.context + asked.answer)
+    for number in permute(np.arange(min(64, len(passages))), len(passages), key):
+        other = passages[number]
+        if other.document != asked.document and other.answer not in (asked.answer, *wrong):
+            wrong.append(other.answer)
     return wrong[: CHOICES - 1]
 
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our models: its model interface, and the suites that run its tasks."""
+"""lm-evaluation-harness on our models: its model interface."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.progress import track
 
-from eval import ranks
 from eval.loading import LoadedRun
 from eval.scoring import log_likelihoods
 from model.generation import stream
 from model.sampling import Sampling
+from training.ranks import merge, rank, world_size
 
-LOOK_EVERY = 16  # generated tokens for a stop sequence
+STOP_CHECK_EVERY = 16  # generated tokens between two searches for a stop sequence
 
 
 class HarnessModel(TemplateLM):
@@ -26,8 +26,8 @@ class HarnessModel(TemplateLM):
     whose tokenizer has no token to begin with, GPT-2's among them. Longer requests than `max_length` lose their
     beginning, token by token; a continuation that is itself longer is scored in consecutive windows.
 
-    On several processes the harness believes each to be alone, so that all draw the same examples, and the requests are
-    shared out here.
+    The harness knows nothing of several processes, so that all draw the same examples; the requests are shared out
+    here.
     """
 
     def __init__(self, run: LoadedRun, batch_size: int = 16, max_length: int | None = None, add_bos: bool = False):
@@ -46,12 +46,13 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        wanted = self.add_bos if add_special_tokens is None else add_special_tokens
-        return [self.eot_token_id] * wanted + self.tokenizer.encode(string)
+        add_bos = self.add_bos if add_special_tokens is None else add_special_tokens
+        start = [self.eot_token_id] if add_bos else []
+        return start + self.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
-        if not continuation_ids:  # a token spans the border: it is the continuation's
+        if not continuation_ids:  # one token spans the border: it counts as the continuation
             whole = self.tok_encode(context + continuation)
             context_ids, continuation_ids = whole[:-1] or [self.prefix_token_id], whole[-1:]
         return context_ids, continuation_ids
@@ -61,13 +62,17 @@ class HarnessModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs):
-        pieces, owners = [], []
-        for number, (_, context, continuation) in enumerate(requests):
-            for piece in self.pieces(context, continuation):
-                pieces.append(piece)
-                owners.append(number)
+        split = [
+            (number, window)
+            for number, (_, context, continuation) in enumerate(requests)
+            for window in self.windows(context, continuation)
+        ]
+        scores = log_likelihoods(
+            self.model, [window for _, window in split], self.max_length, self.batch_size, self._device,
+            lambda batches: self.progress(batches, "scoring"),
+        )  # fmt: skip
         sums: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for number, (log_p, greedy) in zip(owners, self.score(pieces), strict=True):
+        for (number, _), (log_p, greedy) in zip(split, scores, strict=True):
             sums[number] = (sums[number][0] + log_p, sums[number][1] and greedy)
         return sums
 
@@ -75,21 +80,18 @@ class HarnessModel(TemplateLM):
         texts = [(None, [self.prefix_token_id], self.tokenizer.encode(request.args[0])) for request in requests]
         return [log_p for log_p, _ in self._loglikelihood_tokens(texts)]
 
-    def pieces(self, context: list[int], continuation: list[int]) -> list[tuple[list[int], list[int]]]:
-        """A request as requests that the model can see at once."""
+    def windows(self, context: list[int], continuation: list[int]) -> list[tuple[list[int], list[int]]]:
+        """Return a request as requests that the model can see at once."""
         if 0 < len(continuation) <= self.max_length:
             return [(context, continuation)]
         windows = get_rolling_token_windows(continuation, context[-1], self.max_length, context_len=1)
         return [make_disjoint_window(window) for window in windows]
 
-    def score(self, pieces: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        def progress(batches):
-            return track(batches, description="scoring", transient=True, disable=ranks.place()[0] != 0)
-
-        return log_likelihoods(self.model, pieces, self.max_length, self.batch_size, self._device, progress)
+    def progress(self, batches: list, doing: str):
+        return track(batches, description=doing, transient=True, disable=rank() != 0)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Requests with the same settings are continued together, those of like length first."""
+        """Return what follows each request; those with the same settings are continued together, like lengths first."""
         groups: dict[str, list] = {}
         for number, request in enumerate(requests):
             text, settings = request.args
@@ -98,22 +100,20 @@ class HarnessModel(TemplateLM):
             ids = ids[-max(self.max_length - settings["max_gen_toks"], 1) :]
             key = json.dumps(settings, sort_keys=True, default=str)
             groups.setdefault(key, []).append((number, ids, settings))
-        batches = [
-            ordered[start : start + self.batch_size]
-            for ordered in (sorted(members, key=lambda member: -len(member[1])) for members in groups.values())
-            for start in range(0, len(ordered), self.batch_size)
-        ]
-        rank, world_size = (0, 1) if self.run.lockstep else ranks.place()
-        mine, hidden = batches[rank::world_size], ranks.place()[0] != 0
-        texts = {}
-        for batch in track(mine, description="generating", transient=True, disable=hidden):
-            written = self.generate([ids for _, ids, _ in batch], batch[0][2])
-            texts |= {number: text for (number, *_), text in zip(batch, written, strict=True)}
-        texts = ranks.together(texts)
+        batches = []
+        for members in groups.values():
+            members.sort(key=lambda member: -len(member[1]))
+            batches += [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
+        mine = batches if self.run.lockstep else batches[rank() :: world_size()]
+        texts: dict[int, str] = {}
+        for batch in self.progress(mine, "generating"):
+            numbers, contexts, settings = zip(*batch, strict=True)
+            texts |= zip(numbers, self.generate(list(contexts), settings[0]), strict=True)
+        texts = merge(texts)
         return [texts[number] for number in range(len(requests))]
 
     def generate(self, contexts: list[list[int]], settings: dict) -> list[str]:
-        """The texts that follow the contexts, cut where a stop sequence begins."""
+        """Return the texts that follow the contexts, cut where a stop sequence begins."""
         stops = [stop for stop in handle_stop_sequences(list(settings["until"]), eos=None) if stop]
         temperature = settings.get("temperature", 0.0) if settings["do_sample"] else 0.0
         sampling = Sampling(temperature=temperature, top_k=settings.get("top_k"), top_p=settings.get("top_p"))
@@ -125,8 +125,9 @@ class HarnessModel(TemplateLM):
         rows: list[list[int]] = [[] for _ in contexts]
         for number, tokens in enumerate(steps, 1):
             for row, token in zip(rows, tokens, strict=True):
-                row.extend([] if token is None else [token])
-            if number % LOOK_EVERY == 0:
+                if token is not None:
+                    row.append(token)
+            if number % STOP_CHECK_EVERY == 0:
                 texts = map(self.tokenizer.decode, rows)
                 ended = (token is None or any(stop in text for stop in stops)
                          for token, text in zip(tokens, texts, strict=True))  # fmt: skip

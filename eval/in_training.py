@@ -8,170 +8,165 @@ from pathlib import Path
 
 import torch
 
-from configs.app import compose
-from configs.errors import ConfigError
-from configs.load import load_flat
-from configs.schema import Config
-from configs.schema_eval import EvalConfig
+from configs.app import configured
+from configs.errors import ConfigError, each
+from configs.load import flatten, shown, to_dict
 from data.tokenizers import Tokenizer
+from eval.config import EvalConfig
 from eval.loading import LoadedRun
-from eval.results import collect, inbox_of, save
+from eval.results import collect, inbox_of, pending, save
 from model.transformer import Transformer
-from training.metrics import read_metrics
-from training.setup import Runtime
+from training.config import Config
+from training.device import Runtime
+from training.metrics import Metrics, read_lines
+from training.ranks import from_main
+from training.saver import CheckpointSaver
 
-CODE = Path(__file__).resolve().parent.parent
-SCRIPT = CODE / "slurm" / "eval.sbatch"
-MACHINE = ("device", "dtype")  # of a job of its own
-OF_THE_JOB = ("SLURM_", "SBATCH_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "slurm" / "eval.sbatch"
+FIXED = ("run", "step", "rope_scaling", "rope_factor")  # of an evaluation that is a benchmark
+FIXED_IN_JOB = ("core.kernel", "device", "dtype")  # and of one inside the training job
+# Environment variables of this job that would mislead one that it submits.
+OWN_VARIABLES = ("SLURM_", "SBATCH_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
 class Benchmarks:
-    """What `trainer.benchmark_every` and `trainer.benchmarks` ask for. ConfigError where a suite cannot be had."""
+    """What `trainer.benchmark_every` and `trainer.benchmarks` ask for. ConfigError if a suite is unavailable."""
 
     def __init__(self, config: Config, runtime: Runtime, say: Callable[[str], None]):
         self.config, self.runtime, self.say = config, runtime, say
-        self.trainer = trainer = config.trainer
-        self.every = trainer.benchmark_every if trainer.benchmarks else None
-        self.inbox = inbox_of(config.run.dir)
+        self.trainer, self.run_dir = config.trainer, Path(config.run.dir)
+        self.warned: set[str] = set()
         self.suites: dict[str, EvalConfig] = {}
-        self.said: set[str] = set()
-        if not self.every:
+        if self.trainer.benchmark_every:
+            if self.trainer.benchmark_job and not (SCRIPT.exists() and shutil.which("sbatch")):
+                raise ConfigError(f"trainer.benchmark_job=true: needs Slurm's sbatch, and {SCRIPT}")
+            loaded = each(self._load, self.trainer.benchmarks)
+            self.suites = dict(zip(self.trainer.benchmarks, loaded, strict=True))
+
+    def attach(self, model: Transformer, tokenizer: Tokenizer, saver: CheckpointSaver, metrics: Metrics | None, mark):
+        """Set what is there only when training starts: `metrics` on rank 0, and `mark(doing)`, which is called at every
+        forward pass as a sign of life."""
+        self.model, self.tokenizer, self.saver, self.metrics, self.mark = model, tokenizer, saver, metrics, mark
+
+    def keep(self, policy: Callable[[list[dict]], set[int]]) -> Callable[[list[dict]], set[int]]:
+        """Return a policy of checkpoints that also keeps those which submitted jobs have yet to read."""
+
+        def wanted(manifests: list[dict]) -> set[int]:
+            marks = inbox_of(self.run_dir).glob("*.pending")
+            waiting = {int(path.stem.rpartition("_step_")[2]) for path in marks}
+            return policy(manifests) | waiting & {manifest["step"] for manifest in manifests}
+
+        return wanted
+
+    def due(self, step: int) -> bool:
+        """Return whether benchmarks follow this step, whose checkpoint must be saved; they always follow the last."""
+        return bool(self.suites) and (step % self.trainer.benchmark_every == 0 or step == self.trainer.horizon)
+
+    def before_loop(self, start_step: int) -> None:
+        """Run the benchmarks of the step from which the run resumes, if it was interrupted before they ended."""
+        is_due = start_step and self.due(start_step) and not self.trainer.benchmark_job
+        if is_due and not from_main(lambda: self._logged(start_step)):
+            self._run(start_step)
+
+    def after_step(self, step: int, is_preempted: bool = False) -> None:
+        """Run or submit the benchmarks that are due after a step that has been saved, or is being saved.
+
+        A run that is pre-empted submits jobs, and runs its own benchmarks when it resumes.
+        """
+        if not self.due(step):
             return
-        if trainer.benchmark_job and not (SCRIPT.exists() and shutil.which("sbatch")):
-            raise ConfigError(f"trainer.benchmark_job=true: needs Slurm's sbatch, and {SCRIPT}")
-        for name in trainer.benchmarks:
-            self.suites[name] = load_flat(compose("eval", self.arguments(name)), EvalConfig)
-            self.check_arguments(self.suites[name])
-        if runtime.is_main and not trainer.benchmark_job:
-            self.check()
+        if not self.trainer.benchmark_job:
+            if not is_preempted:
+                self._run(step)
+        elif self.saver.finish() and self.runtime.is_main:  # a job reads the checkpoint
+            self._submit(step)
 
-    def arguments(self, suite: str) -> list[str]:
-        """Of `python -m eval.run`."""
-        trainer = self.trainer
-        limit = [] if trainer.benchmark_limit is None else [f"limit={trainer.benchmark_limit}"]
-        return [
-            f"run={self.config.run.dir}", f"suite={suite}", *limit, f"batch_size={trainer.micro_batch_size}",
-            *trainer.benchmark_overrides,
-        ]  # fmt: skip
+    def collect(self) -> None:
+        """Log what evaluations of this run have left since, at the steps that they belong to; rank 0 calls this."""
+        collect(self.run_dir, self.metrics.log, self._warn)
 
-    def check_arguments(self, suite: EvalConfig) -> None:
-        """ConfigError for what an evaluation takes and a benchmark does not."""
-        plain = EvalConfig(suite.suite, run=self.config.run.dir)
-        fixed = ["run", "step", "rope_scaling", "rope_factor", *([] if self.trainer.benchmark_job else MACHINE)]
-        wrong = [f"{key}={getattr(suite, key)}" for key in fixed if getattr(suite, key) != getattr(plain, key)]
-        wrong += ["suite.prefetch=true"] * getattr(suite.suite, "prefetch", False)
+    def _warn(self, line: str) -> None:
+        """Report a line once."""
+        if line not in self.warned:
+            self.warned.add(line)
+            self.say(line)
+
+    def _logged(self, step: int) -> bool:
+        """Return whether metrics.jsonl has results at this step."""
+        lines = read_lines(self.run_dir / "metrics.jsonl")
+        return any(key.startswith("eval/") for line in lines if line.get("step") == step for key in line)
+
+    def _arguments(self, suite: str) -> list[str]:
+        """Return the arguments of `python -m eval.run`."""
+        sizes = [f"limit={shown(self.trainer.benchmark_limit)}", f"batch_size={self.trainer.micro_batch_size}"]
+        return [f"run={self.run_dir}", f"suite={suite}", *sizes, *self.trainer.benchmark_overrides]
+
+    def _load(self, name: str) -> EvalConfig:
+        """Return what a benchmark evaluates. ConfigError for what an evaluation takes and a benchmark does not, and, so
+        that it is found now and not in the middle of the run, for data and tasks that are missing."""
+        options = configured(EvalConfig, self._arguments(name))
+        given = flatten(to_dict(options))
+        plain = flatten(to_dict(EvalConfig(suite=options.suite, run=str(self.run_dir))))
+        fixed = FIXED if self.trainer.benchmark_job else FIXED + FIXED_IN_JOB
+        wrong = [f"{key}={shown(given[key])}" for key in fixed if given[key] != plain[key]]
+        if not options.suite.needs_run:
+            wrong.append("suite.prefetch=true")
         if wrong:
             raise ConfigError(
                 f"trainer.benchmark_overrides: {', '.join(wrong)}: benchmarks take the model as it is trained, at "
                 "their step; evaluate it otherwise with python -m eval.run"
             )
+        if self.runtime.is_main and not self.trainer.benchmark_job:
+            options.suite.check()
+        return options
 
-    def check(self) -> None:
-        """Find now, and not in the middle of the run, what data and tasks are missing."""
-        from eval.run import check_suite
+    def _run(self, step: int) -> None:
+        """Run the suites on the model as it stands, and log their results.
 
-        for suite in self.suites.values():
-            check_suite(suite.suite)
-
-    def due(self, step: int) -> bool:
-        """The last step counts too."""
-        return bool(self.every) and (step % self.every == 0 or step == self.trainer.horizon)
-
-    def job_due(self, step: int) -> bool:
-        return self.trainer.benchmark_job and self.due(step)
-
-    def run_due(self, step: int) -> bool:
-        return not self.trainer.benchmark_job and self.due(step)
-
-    def owed(self, step: int) -> bool:
-        """Whether the run was ended at this step before its benchmarks were; rank 0 knows."""
-        if not (step and self.run_due(step)):
-            return False
-        lines = read_metrics(Path(self.config.run.dir) / "metrics.jsonl")
-        return not any(line["step"] == step and any(key.startswith("eval/") for key in line) for line in lines)
-
-    def run(
-        self, model: Transformer, tokenizer: Tokenizer, step: int, alive: Callable[[str], None] = lambda doing: None
-    ) -> dict[str, float]:
-        """Run the suites on the model as it stands; their results by the names of metrics.jsonl (rank 0 has them).
-
-        Nothing random of training's is touched. A suite that fails costs its results, not the run. `alive` is told of
-        every forward pass.
+        Nothing random of training's is touched. A suite that fails costs its results, not the run.
         """
-        from eval.run import run_suite
-
-        here = LoadedRun(
-            Path(self.config.run.dir), self.config, step, step * self.trainer.tokens_per_step, model,
-            tokenizer, self.runtime, lockstep=self.config.deepspeed.stage == 3,
+        model, was_training = self.model, self.model.training
+        run = LoadedRun(
+            self.run_dir, self.config, step, step * self.trainer.tokens_per_step, model, self.tokenizer, self.runtime,
+            lockstep=self.config.deepspeed.stage == 3,
         )  # fmt: skip
         found: dict[str, float] = {}
-        training = model.training
         model.eval()
-        sign = model.register_forward_pre_hook(lambda *_: alive(f"step {step}, benchmarks"))
-        for name, suite in self.suites.items():
+        hook = model.embedding.register_forward_pre_hook(lambda *_: self.mark(f"step {step}, benchmarks"))
+        for name, options in self.suites.items():
+            suite = options.suite
             try:
                 with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled for every length
-                    outcome = run_suite(here, suite)
+                    outcome = suite.run(run, options)
                 if self.runtime.is_main:
-                    save(here, suite.suite.name, outcome, suite.limit)
-                    scores = outcome.metrics(suite.suite.name)
-                    shown = [f"{key.removeprefix('eval/')} {value:.4f}" for key, value in list(scores.items())[:4]]
-                    self.say(f"step {step}, {name}: {', '.join(shown)}{', ...' * (len(scores) > 4)}")
+                    save(run, suite.name, outcome, options.limit)
+                    scores = outcome.metrics(suite.name)
                     found |= scores
+                    first = [f"{key.removeprefix('eval/')} {value:.4f}" for key, value in list(scores.items())[:4]]
+                    self.say(f"step {step}, {name}: {', '.join(first)}{', ...' if len(scores) > 4 else ''}")
             except Exception as error:
-                self.say(f"step {step}: the benchmark {name} failed, training goes on: {error}")
-        sign.remove()
-        model.train(training)
-        return found
+                self.say(f"step {step}: the benchmark {name} failed, training continues: {error}")
+        hook.remove()
+        model.train(was_training)
+        if found:
+            self.metrics.log(step, run.tokens, found)
 
-    # --- as jobs of their own
-    def submit(self, step: int) -> None:
-        """Submit the suites on the checkpoint of `step`, which stays until they are done; rank 0 does it."""
-        if not self.runtime.is_main:
-            return
-        self.inbox.mkdir(parents=True, exist_ok=True)
-        environment = {key: value for key, value in os.environ.items() if not of_the_job(key)}
-        environment |= {"T6_CODE": str(CODE), "T6_RUN": str(Path(self.config.run.dir).absolute())}
-        for name, suite in self.suites.items():
-            options = ["--parsable", *self.trainer.benchmark_sbatch, str(SCRIPT)]
-            command = ["sbatch", *options, *self.arguments(name), f"step={step}"]
-            mark = pending(self.inbox, suite.suite.name, step)
+    def _submit(self, step: int) -> None:
+        """Submit the suites as jobs on the checkpoint of `step`, which stays until they are done."""
+        inbox_of(self.run_dir).mkdir(parents=True, exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(OWN_VARIABLES)}
+        environment = kept | {"T6_CODE": str(ROOT), "T6_RUN": str(self.run_dir.absolute())}
+        for name, options in self.suites.items():
+            sbatch = ["sbatch", "--parsable", *self.trainer.benchmark_sbatch, str(SCRIPT)]
+            command = [*sbatch, *self._arguments(name), f"step={step}"]
+            mark = pending(self.run_dir, options.suite.name, step)
             mark.touch()
             try:
                 done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
             except (OSError, subprocess.SubprocessError) as error:
                 mark.unlink()
                 reason = (getattr(error, "stderr", None) or str(error)).strip()
-                self.say(f"step {step}: the benchmark {name} could not be submitted, training goes on: {reason}")
-                continue
-            self.say(f"step {step}: the benchmark {name} is Slurm job {done.stdout.strip()}")
-
-    def keep(self, policy: Callable[[list[dict]], set[int]]) -> Callable[[list[dict]], set[int]]:
-        """A policy of checkpoints that keeps those which jobs have yet to read, too."""
-
-        def wanted(manifests: list[dict]) -> set[int]:
-            waiting = {int(path.stem.rpartition("_step_")[2]) for path in self.inbox.glob("*.pending")}
-            return policy(manifests) | waiting & {manifest["step"] for manifest in manifests}
-
-        return wanted
-
-    def collect(self, log: Callable[[int, int, dict], None]) -> None:
-        """Pass on what evaluations of this run have left since, at the steps that they belong to; rank 0 does it."""
-        collect(self.config.run.dir, log, self.warn)
-
-    def warn(self, line: str) -> None:
-        """Say it, once."""
-        if line not in self.said:
-            self.said.add(line)
-            self.say(line)
-
-
-def of_the_job(variable: str) -> bool:
-    """Whether an environment variable belongs to this job, and would mislead one that it submits."""
-    return variable != "SLURM_CONF" and variable.startswith(OF_THE_JOB)
-
-
-def pending(inbox: Path, suite: str, step: int) -> Path:
-    """The mark of a job that has not ended yet."""
-    return inbox / f"{suite}_step_{step:08d}.pending"
+                self.say(f"step {step}: the benchmark {name} could not be submitted, training continues: {reason}")
+            else:
+                self.say(f"step {step}: the benchmark {name} is Slurm job {done.stdout.strip()}")

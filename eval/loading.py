@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from configs.schema import Config, ConfigError
+from configs.errors import ConfigError
+from configs.load import Block, load, to_dict
 from data.tokenizers import Tokenizer, load_tokenizer
-from eval.ranks import from_main
-from model.cores.base import AttentionCore
-from model.transformer import Transformer, TransformerConfig
+from model.attention.base import AttentionCore
+from model.transformer import Transformer
 from training.checkpoint import checkpoint_dir, load_weights, newest, problems, read_manifest
-from training.run_folder import check_core, read_config
-from training.setup import Runtime, find_runtime
-
-FULL = ("sdpa", "flash_tpa")  # cores of full attention
+from training.checks import check_core
+from training.config import Config
+from training.device import Runtime, find_runtime
+from training.ranks import from_main
+from training.run_folder import read_config
 
 
 @dataclass
@@ -32,13 +33,13 @@ class LoadedRun:
 
     @property
     def context(self) -> int:
-        """Tokens that the model was trained to see."""
+        """The number of tokens that the model was trained to see."""
         return self.config.trainer.seq_len
 
     def scale_rope(self, kind: str, factor: float | None) -> None:
-        """Read texts `factor` times as long as in training from here on; `none` takes it back.
+        """Read texts `factor` times as long as in training from here on; `none` undoes it.
 
-        Where training has scaled RoPE already, both factors count from the length that it began at.
+        If RoPE was already scaled in training, both factors count from the length at which training began.
         """
         trained, attention = self.config.model, self.model.config.attention
         attention.rope_scaling, attention.rope_factor = trained.rope_scaling, trained.rope_factor
@@ -48,59 +49,60 @@ class LoadedRun:
             attention.rope_original_length = trained.rope_original_length or self.context
 
 
-def config_of(run: str, device: str = "auto", dtype: str = "auto") -> Config:
-    """The configuration of the run folder `run`, to be read on this device. ConfigError if it is none."""
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
+def config_of(run: str) -> Config:
+    """Return the configuration of the run folder `run`. ConfigError if it is none."""
+    if not (Path(run) / "config.yaml").is_file():
         others = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-        raise ConfigError(
-            f"run={run}: is not a run folder; " + (f"there are {', '.join(others)}" if others else "train one first")
-        )
-    config = read_config(folder)
-    config.device, config.trainer.dtype = device, dtype
-    return config
+        remedy = f"there are {', '.join(others)}" if others else "train one first"
+        raise ConfigError(f"run={run}: is not a run folder; {remedy}")
+    return read_config(run)
+
+
+class _Core(Block):
+    core: AttentionCore
+
+
+def with_kernel(core: AttentionCore, kernel: str | None) -> AttentionCore:
+    """Return the core computed by another kernel, or as it is for None. ConfigError if the core has no such kernel."""
+    return core if kernel is None else load({"core": to_dict(core) | {"kernel": kernel}}, _Core).core
 
 
 def load_run(
-    run: str, device: str = "auto", dtype: str = "auto", step: int | None = None, core: AttentionCore | None = None
+    run: str, device: str = "auto", dtype: str = "auto", step: int | None = None, kernel: str | None = None
 ) -> LoadedRun:
-    """The newest whole checkpoint of the run folder `run`, or the one of `step`. ConfigError if there is none.
+    """Return the newest whole checkpoint of the run folder `run`, or that of `step`. ConfigError if there is none.
 
-    Of several processes rank 0 chooses: a run that trains may save another checkpoint in between. `core`: another way
-    to compute the full attention that the run was trained with.
+    Of several processes rank 0 chooses, since a run in training may save another checkpoint in between. `kernel`
+    computes what the core attends to in another way than the run's configuration says.
     """
-    folder, config = Path(run), config_of(run, device, dtype)
-    found = from_main(
-        lambda: newest(folder, warn=partial(print, file=sys.stderr)) if step is None else checkpoint_of(folder, step)
-    )
-    if found is None:
-        raise ConfigError(f"run={run}: has no whole checkpoint yet")
-    if core:
-        if config.core.name not in FULL:
-            raise ConfigError(
-                f"run={run}: was trained with core={config.core.name}, not the full attention of {core.name}"
-            )
-        config.core = core
-    runtime = find_runtime(config)
+    folder, config = Path(run), config_of(run)
+    config = config.replace(core=with_kernel(config.core, kernel))
+    runtime = find_runtime(device, dtype, config.deepspeed.bf16_engine)
+    check_core(config.core, config.model, runtime)
+    checkpoint = from_main(lambda: find_checkpoint(folder, step))
     tokenizer = load_tokenizer(config.tokenizer, config.data.dir)
-    check_core(config, runtime)
     try:
-        model = Transformer(TransformerConfig.from_config(config, tokenizer.end_of_text), runtime.autocast_dtype)
+        model = Transformer(config.network(tokenizer.end_of_text), runtime.autocast_dtype)
     except ValueError as error:
         raise ConfigError(f"run={run}: {error}") from None
-    load_weights(model, found)
-    facts = read_manifest(found)
-    return LoadedRun(
-        folder, config, facts["step"], facts["tokens"], model.to(runtime.device).eval(), tokenizer, runtime
-    )
+    load_weights(model, checkpoint)
+    facts = read_manifest(checkpoint)
+    model = model.to(runtime.device).eval()
+    return LoadedRun(folder, config, facts["step"], facts["tokens"], model, tokenizer, runtime)
 
 
-def checkpoint_of(folder: Path, step: int) -> Path:
-    found = checkpoint_dir(folder, step)
+def find_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """Return the newest whole checkpoint, or that of `step`. ConfigError if there is none, or it is broken."""
+    if step is None:
+        found = newest(run_dir, warn=partial(print, file=sys.stderr))
+        if found is None:
+            raise ConfigError(f"run={run_dir}: has no whole checkpoint yet")
+        return found
+    found = checkpoint_dir(run_dir, step)
     if not found.is_dir():
-        steps = sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
-        there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
-        raise ConfigError(f"step={step}: {folder} has no checkpoint of it; {there}")
+        steps = sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+        remedy = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
+        raise ConfigError(f"step={step}: {run_dir} has no checkpoint of it; {remedy}")
     if broken := problems(found):
         raise ConfigError(*broken)
     return found

@@ -4,69 +4,71 @@ import dataclasses
 import hashlib
 import os
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from rich.progress import track
 
-from configs.errors import ConfigError
-from configs.schema_eval import EvalConfig, LongContextSuite
+from configs.errors import ConfigError, Mistakes
+from data.loader import IGNORED
 from eval import long_context_report as report
-from eval import ranks
+from eval.config import EvalConfig
 from eval.loading import LoadedRun, load_run
+from eval.long_context_report import Point, Sweep
 from eval.passkey import retrieve
 from eval.perplexity import bits_per_byte, perplexity
 from eval.results import Outcome, save
 from eval.scoring import head_at
-from eval.texts import Text, read_text
-from training.metrics import memory_gb
+from eval.texts import Text, TextSource, Window, read_text, share_out, stack
+from model.rope import Scaling
+from training import ranks
+from training.device import memory_gb, synchronize
 
 
-@dataclass
-class Point:
-    """What one length gives under one scaling of RoPE."""
+class LongContextSuite(TextSource):
+    """Loss on the same tokens with ever more of the text before them, and passkey retrieval."""
 
-    loss: float
-    stderr: float
-    bits_per_byte: float
-    tokens_per_second: float  # of this process, the passkeys aside
-    memory_gb: float
-    passkey: list[float] | None = None  # accuracy by depth; None where there is no room for a prompt
-    passkey_nats: list[float] | None = None  # mean log-probability of a key's token, by depth
+    scales_rope: ClassVar[bool] = True
 
+    name: str = "long_context"
+    lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)  # default: 1 to 16 times the run's seq_len
+    scored: int | None = Field(None, ge=1)  # tokens at the end of each window that count; null: half the least length
+    windows: int = Field(32, ge=1)  # spread over the documents that are long enough
+    scalings: list[Scaling] = Field(["none"])  # of RoPE, one after another
+    factor: float | None = Field(None, ge=1)  # of the scalings; null: length / the run's seq_len
+    depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])  # of the key: 0 is the start
+    trials: int = Field(5, ge=0)  # passkeys a depth and length; 0: no retrieval
+    beside: list[str] = Field(default_factory=list)  # further runs, evaluated alike and shown next to each other
 
-@dataclass
-class Sweep:
-    """A run over lengths: `points[scaling][length]`."""
+    @model_validator(mode="after")
+    def _check_together(self):
+        lines = [f"{key}=[]: must have at least one" for key in ("scalings", "depths") if not getattr(self, key)]
+        if self.scored and self.lengths and self.scored > min(self.lengths):
+            lines.append(f"scored={self.scored}: must be at most the smallest length, {min(self.lengths)}")
+        if lines:
+            raise Mistakes(*lines)
+        return self
 
-    run: str
-    trained: int
-    lengths: list[int]
-    scored: int
-    depths: list[float]
-    text: str
-    fingerprint: str  # of the tokens that count
-    points: dict[str, dict[int, Point]] = field(default_factory=dict)
-
-
-def long_context_suite(run: LoadedRun, config: EvalConfig) -> Outcome:
-    """The sweep of the run, and beside it those of `suite.beside`, whose own folders get theirs too."""
-    sweep = sweep_of(run, config)
-    outcome = outcome_of(sweep)
-    if config.suite.beside:
-        alike = dataclasses.replace(config.suite, lengths=sweep.lengths, scored=sweep.scored, beside=[])
-        sweeps = [sweep]
-        for folder in config.suite.beside:
-            other = load_run(folder, config.device, config.dtype)
-            sweeps.append(sweep_of(other, dataclasses.replace(config, suite=alike)))
-            if run.runtime.is_main:
-                save(other, alike.name, outcome_of(sweeps[-1]), config.limit)
-        outcome.shown = [report.table(sweeps)]
-        outcome.files |= {"_beside.md": report.markdown(sweeps), "_beside.png": report.plotter(sweeps)}
-    return outcome
+    def run(self, run: LoadedRun, options: EvalConfig) -> Outcome:
+        """Return the sweep of the run, with those of `beside`, which are also saved in these runs' own folders."""
+        sweep = sweep_of(self, run, options)
+        outcome = outcome_of(sweep)
+        if self.beside:
+            alike = self.replace(lengths=sweep.lengths, scored=sweep.scored, beside=[])
+            sweeps = [sweep]
+            for folder in self.beside:
+                other = load_run(folder, options.device, options.dtype)
+                sweeps.append(sweep_of(alike, other, options))
+                if run.runtime.is_main:
+                    save(other, self.name, outcome_of(sweeps[-1]), options.limit)
+            outcome.tables["_beside"] = report.table(sweeps)
+            outcome.files["_beside.png"] = partial(report.plot, sweeps)
+        return outcome
 
 
 def outcome_of(sweep: Sweep) -> Outcome:
@@ -74,123 +76,124 @@ def outcome_of(sweep: Sweep) -> Outcome:
     for scaling, points in sweep.points.items():
         for length, point in points.items():
             key = f"{scaling}/{length}"
-            results |= {f"{key}/loss": point.loss, f"{key}/perplexity": perplexity(point.loss)}
             results |= {
-                f"{key}/{name}": getattr(point, name) for name in ("bits_per_byte", "tokens_per_second", "memory_gb")
+                f"{key}/loss": point.loss,
+                f"{key}/perplexity": perplexity(point.loss),
+                f"{key}/bits_per_byte": point.bits_per_byte,
+                f"{key}/tokens_per_second": point.tokens_per_second,
+                f"{key}/memory_gb": point.memory_gb,
             }
             stderr[f"{key}/loss"] = point.stderr
             if point.passkey is not None:
                 results[f"{key}/passkey"] = float(np.mean(point.passkey))
-    files = {".md": report.markdown([sweep]), ".png": report.plotter([sweep])}
-    if any(point.passkey is not None for points in sweep.points.values() for point in points.values()):
-        files["_passkey.png"] = report.heat_maps(sweep)
+    files = {".png": partial(report.plot, [sweep])}
+    if any(key.endswith("/passkey") for key in results):
+        files["_passkey.png"] = partial(report.plot_passkeys, sweep)
     return Outcome(
-        results, stderr, details={"sweep": dataclasses.asdict(sweep)}, shown=[report.table([sweep])], files=files
+        results,
+        stderr,
+        details={"sweep": dataclasses.asdict(sweep)},
+        tables={"": report.table([sweep])},
+        files=files,
     )
 
 
-def sweep_of(run: LoadedRun, config: EvalConfig) -> Sweep:
-    """Every scaling at every length; with a scaling, a length up to the trained one is as without."""
-    suite: LongContextSuite = config.suite
-    text = read_text(suite, run)
-    documents = documents_of(text)
-    lengths = lengths_for(suite, run, documents, text.name)
+def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sweep:
+    """Measure every scaling at every length; up to the trained length a scaling changes nothing."""
+    text = by_document(read_text(suite, run))
+    lengths = lengths_for(suite, run, text)
     scored = suite.scored or min(lengths) // 2
-    spans = ends(documents, max(lengths), scored, config.limit or suite.windows)
-    seen = b"".join(documents[number][end - scored + 1 : end + 1].astype("<i8").tobytes() for number, end in spans)
-    fingerprint = hashlib.sha256(seen).hexdigest()[:16]
+    ends = window_ends(text, max(lengths), scored, options.limit or suite.windows)
+    tokens = np.concatenate([text.streams[number][end - scored + 1 : end + 1] for number, end in ends])
+    fingerprint = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
     sweep = Sweep(run.config.run.name, run.context, lengths, scored, suite.depths, text.name, fingerprint)
     todo = [(scaling, length) for scaling in suite.scalings for length in lengths]
     try:
         for scaling, length in track(todo, "long context", transient=True, disable=not run.runtime.is_main):
             factor = suite.factor or max(1.0, length / run.context)
-            plain = sweep.points.get("none", {}).get(length)
-            run.scale_rope(scaling, factor)
-            point = plain if plain and factor == 1 else measure(run, config, text, documents, spans, length, scored)
+            point = sweep.points.get("none", {}).get(length) if factor == 1 else None
+            if point is None:
+                run.scale_rope(scaling, factor)
+                batch_size = max(1, options.batch_size * run.context // length)
+                windows = [Window(number, end - length, end, end - scored + 1) for number, end in ends]
+                point = measure(run, text, windows, batch_size)
+                if suite.trials and (found := retrieve(run, length, suite.depths, suite.trials, batch_size)):
+                    point.passkey, point.passkey_nats = (values.tolist() for values in found)
             sweep.points.setdefault(scaling, {})[length] = point
     finally:
         run.scale_rope("none", None)
     return sweep
 
 
-def documents_of(text: Text) -> list[np.ndarray]:
-    """Each document's tokens, from its first or, where it is known, from the end-of-text before it."""
+def by_document(text: Text) -> Text:
+    """Return the text with each document as a stream, from the end-of-text before it if that is in its shard."""
     if text.starts is None:
-        return text.streams
-    return [
+        return text
+    documents = [
         stream[max(int(start) - 1, 0) : int(end)]
         for stream, starts in zip(text.streams, text.starts, strict=True)
         for start, end in zip(starts, [*starts[1:], len(stream)], strict=True)
     ]
+    return dataclasses.replace(text, streams=documents, starts=None)
 
 
-def lengths_for(suite: LongContextSuite, run: LoadedRun, documents: list[np.ndarray], name: str) -> list[int]:
-    """The lengths to evaluate, shortest first. ConfigError where no document is long enough."""
-    longest = max(len(document) for document in documents) - 1
+def lengths_for(suite: LongContextSuite, run: LoadedRun, text: Text) -> list[int]:
+    """Return the lengths to evaluate, shortest first. ConfigError if no document is long enough."""
+    longest = max(map(len, text.streams)) - 1
     lengths = sorted(set(suite.lengths)) or [run.context * 2**n for n in range(5)]
     fitting = [length for length in lengths if length <= longest]
     if not fitting or (suite.lengths and len(fitting) < len(lengths)):
         raise ConfigError(
-            f"suite.lengths={lengths}: the longest document of {name} has {longest:,} tokens; give longer ones, as in "
-            "suite.files=[books/*.txt], or shorter lengths"
+            f"suite.lengths={lengths}: the longest document of {text.name} has {longest:,} tokens; give longer ones, "
+            "as in suite.files=[books/*.txt], or shorter lengths"
         )
     return fitting
 
 
-def ends(documents: list[np.ndarray], longest: int, scored: int, count: int) -> list[tuple[int, int]]:
-    """At most `count` places (document, last token that counts), spread over all that have `longest` tokens before."""
-    places = [
+def window_ends(text: Text, longest: int, scored: int, count: int) -> list[tuple[int, int]]:
+    """Return at most `count` (document, last token that counts), spread over all that have `longest` tokens before."""
+    candidates = [
         (number, end)
-        for number, document in enumerate(documents)
+        for number, document in enumerate(text.streams)
         for end in range(len(document) - 1, longest - 1, -scored)
     ]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))
-    return [places[place] for place in chosen]
+    chosen = np.unique(np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int))
+    return [candidates[index] for index in chosen]
 
 
 @torch.no_grad()
-def measure(run: LoadedRun, config: EvalConfig, text: Text, documents, spans, length: int, scored: int) -> Point:
-    """Loss of the last `scored` tokens of windows of `length` tokens; time and memory; passkeys."""
-    device, (rank, world_size) = run.runtime.device, ranks.place()
-    batch_size = max(1, config.batch_size * run.context // length)
-    sums = torch.zeros(len(spans), dtype=torch.float64)
-    columns = torch.arange(length - scored, length, device=device)
-    mine = list(range(len(spans)))[rank::world_size]
-    rounds = -(-len(spans) // (world_size * batch_size))  # alike on all ranks
-    with head_at(run.model, columns.new_zeros(1), columns[:1]):  # what is made on first use is not timed
-        run.model(torch.zeros(1, length, dtype=torch.int64, device=device))
+def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int) -> Point:
+    """Return the loss over windows of one length in which as many tokens count, and the time and memory it took."""
+    _, begin, end, scored = windows[0]
+    device, length, counted = run.runtime.device, end - begin, end - scored + 1
+    sums = torch.zeros(len(windows), dtype=torch.float64)
+    batches = share_out(windows, batch_size)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    with head_at(run.model, first, first):  # what is made on first use is not timed
+        run.model.logits(first.expand(1, length))
+    synchronize(device)
     reset_peak(device)
-    began = clock(device)
-    for start in range(0, rounds * batch_size, batch_size):
-        numbers = mine[start : start + batch_size]
-        taken = [spans[number] for number in numbers or mine[:1] or [0]]
-        windows = np.stack([documents[document][end - length : end + 1].astype(np.int64) for document, end in taken])
-        windows = torch.from_numpy(windows).to(device)
-        rows = torch.arange(len(taken), device=device).repeat_interleave(scored)
-        with head_at(run.model, rows, columns.repeat(len(taken))):
-            logits = run.model(windows[:, :-1])
-        losses = F.cross_entropy(logits.float(), windows[:, -scored:].flatten(), reduction="none")
-        if numbers:
-            sums[numbers] = losses.view(len(taken), scored).double().sum(1).cpu()
-    seconds = clock(device) - began
-    memory = peak_gb(device)
-    sums = ranks.total(sums.to(device)).cpu().numpy() / scored
-    loss, spread = float(sums.mean()), float(sums.std(ddof=1) / len(sums) ** 0.5) if len(sums) > 1 else 0.0
-    point = Point(loss, spread, bits_per_byte(loss, text.bytes_per_token), len(mine) * length / seconds, memory)
-    if config.suite.trials:
-        found = retrieve(run, length, config.suite.depths, config.suite.trials, batch_size)
-        point.passkey, point.passkey_nats = (None, None) if found is None else (part.tolist() for part in found)
-    return point
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    began = time.perf_counter()
+    for numbers in batches:
+        # A rank that has no more windows takes part all the same.
+        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], device)
+        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+        with head_at(run.model, rows, columns):
+            logits = run.model.logits(tokens)
+        losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
+        for n, loss in zip(numbers, losses.view(-1, counted).double().sum(1).tolist(), strict=False):
+            sums[n] = loss
+    synchronize(device)
+    seconds, memory = time.perf_counter() - began, peak_gb(device)
+    speed = sum(map(len, batches)) * length / seconds
+    means = ranks.total(sums.to(device)).cpu().numpy() / counted
+    loss = float(means.mean())
+    stderr = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else 0.0
+    return Point(loss, stderr, bits_per_byte(loss, text.bytes_per_token), speed, memory)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far: of the GPU, or, where Linux allows it, of this process."""
+    """Forget the peak memory so far: of the GPU or, if Linux allows it, of this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -198,7 +201,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gb(device: torch.device) -> float:
-    """The peak since then; where it could not be forgotten, that of the whole process."""
+    """Return the peak memory since then in GB; if it could not be forgotten, that of the whole process."""
     status = Path("/proc/self/status")
     if device.type != "cuda" and status.exists():
         for line in status.read_text().splitlines():

@@ -16,9 +16,9 @@ ANSWER = " {key}"
 
 
 def prompt(tokenizer: Tokenizer, key: str, length: int, depth: float) -> tuple[list[int], list[int]] | None:
-    """(context, answer), together `length` + 1 tokens: what a model sees of them is `length`.
+    """Return (context, answer), together `length` + 1 tokens, of which a model sees `length`; None without room for it.
 
-    `depth` says where the needle is: 0 at the start of the filler, 1 at its end. None where there is no room for it.
+    `depth` says where the needle is: 0 at the start of the filler, 1 at its end.
     """
     start = [tokenizer.end_of_text, *tokenizer.encode(INTRODUCTION)]
     needle, question = tokenizer.encode(NEEDLE.format(key=key)), tokenizer.encode(QUESTION)
@@ -28,17 +28,18 @@ def prompt(tokenizer: Tokenizer, key: str, length: int, depth: float) -> tuple[l
         return None
     line = tokenizer.encode(FILLER)
     filler = (line * (room // len(line) + 1))[:room]
-    before = round(depth * room / len(line)) * len(line) if 0 < depth < 1 else round(depth * room)  # between two lines
-    before = min(before, room)
+    unit = len(line) if 0 < depth < 1 else 1  # inside the filler the needle goes between two lines
+    before = min(round(depth * room / unit) * unit, room)
     return [*start, *filler[:before], *needle, *filler[before:], *question], answer
 
 
 def retrieve(
     run: LoadedRun, length: int, depths: list[float], trials: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """(share of the keys that greedy decoding gives, mean log-probability of a key's token in nats), each [depths].
+    """Return the share of keys that greedy decoding gives and the mean log-probability of a key's token in nats, both
+    [depths]; None if `length` has no room for a prompt.
 
-    The keys are the same for every model and length. None where `length` has no room for a prompt.
+    The keys are the same for every model and length.
     """
     draw = random.Random(0)
     keys = [[str(draw.randrange(10_000, 100_000)) for _ in range(trials)] for _ in depths]

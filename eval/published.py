@@ -1,4 +1,4 @@
-"""The numbers that the TPA paper reports (arXiv 2501.06425), from published.yaml, to stand beside ours."""
+"""The numbers that the TPA paper reports (arXiv 2501.06425), from published.yaml, to compare ours with."""
 
 import math
 from functools import cache
@@ -15,33 +15,33 @@ NAMES = {"mha": "MHA", "mqa": "MQA", "gqa": "GQA", "mla": "MLA", "t6_kvonly": "T
 
 @cache
 def published() -> dict[str, Any]:
-    """The whole file as plain values."""
+    """Return the whole file as plain values."""
     return yaml.safe_load(FILE.read_text(encoding="utf-8"))
 
 
 def suites() -> list[str]:
-    """The suites that the paper has scores of."""
+    """Return the names of the suites that the paper has scores of."""
     return list(published()["suites"])
 
 
 def tasks(suite: str) -> dict[str, str]:
-    """Each task of a suite, by lm-evaluation-harness's name, and the metric that the paper takes from it."""
+    """Return the tasks of a suite by lm-evaluation-harness's name, and the metric that the paper takes from each."""
     return dict(published()["suites"][suite]["tasks"])
 
 
 def sizes() -> dict[str, int]:
-    """The paper's sizes and their parameters, smallest first."""
+    """Return the paper's sizes and their numbers of parameters, smallest first."""
     return dict(published()["sizes"])
 
 
 def nearest(suite: str, num_params: int) -> str:
-    """The size with scores in `suite` that is nearest to `num_params` in ratio."""
+    """Return the size with scores in `suite` that is nearest to `num_params` in ratio."""
     known = published()["suites"][suite]["scores"]
     return min(known, key=lambda size: abs(math.log(sizes()[size] / num_params)))
 
 
 def rows(suite: str, size: str) -> list[dict[str, Any]]:
-    """[{model, params, scores: {task: percent}, average}], a row for each of the paper's models of that size."""
+    """Return [{model, params, scores: {task: percent}, average}], a row for each of the paper's models of that size."""
     found, names = published()["suites"][suite]["scores"].get(size, {}), tasks(suite)
     return [
         {"model": model, "params": sizes()[size], "scores": dict(zip(names, values, strict=False)),
@@ -51,5 +51,5 @@ def rows(suite: str, size: str) -> list[dict[str, Any]]:
 
 
 def decoding() -> list[dict[str, float]]:
-    """Milliseconds a token of the paper's Figure 5: [{batch, length, MHA, MQA, GQA, MLA, TPA}]."""
+    """Return milliseconds a token of the paper's Figure 5: [{batch, length, MHA, MQA, GQA, MLA, TPA}]."""
     return [dict(row) for row in published()["decoding"]]

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results/<suite>.json, what was drawn, a line in metrics.jsonl, and the same in W&B."""
+"""What an evaluation leaves: results/<suite>.json, files next to it, a line in metrics.jsonl, and the same in W&B."""
 
 import importlib.metadata
 import json
@@ -9,29 +9,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
+from rich.table import Table
 
 from configs.errors import ConfigError
+from configs.load import to_dict
+from data.files import write_atomic
 from eval.loading import LoadedRun
-from training.checkpoint import newest, write_atomic
-from training.metrics import metrics_line
+from training.checkpoint import newest
+from training.metrics import append_line, metrics_line
+from training.run_folder import is_finished
 from training.wandb_run import log_evaluation
 
 
 @dataclass
+class ResultTable:
+    header: list[str]
+    rows: list[list[str]]
+    title: str = ""
+
+    def rich(self) -> Table:
+        """Return the table for a terminal."""
+        table = Table(title=self.title or None, box=None, pad_edge=False, title_justify="left")
+        for number, name in enumerate(self.header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return f"{self.title}.\n\n{table}" if self.title else table
+
+
+@dataclass
 class Outcome:
-    """Results by flat key: `loss`, or `<task>/<metric>` where they belong to tasks."""
+    """Results by flat key: `loss`, or `<task>/<metric>` if they belong to tasks."""
 
     results: dict[str, float]
     stderr: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, str] | None = None  # the tasks to log, and the names to log them by; None: there are no tasks
     versions: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)  # what else the JSON file holds: curves, settings
-    shown: list[RenderableType] = field(default_factory=list)  # in the terminal; default: the results
+    tables: dict[str, "ResultTable"] = field(default_factory=dict)  # by the suffix of their file; the last one is shown
     files: dict[str, str | Callable[[Path], None]] = field(default_factory=dict)  # by suffix: text, or what draws it
 
     def metrics(self, suite: str) -> dict[str, float]:
-        """The results by the names that they have in metrics.jsonl and W&B."""
+        """Return the results by the names that they have in metrics.jsonl and W&B."""
         named = {}
         for key, value in self.results.items():
             task, slash, metric = key.partition("/")
@@ -41,9 +66,13 @@ class Outcome:
                 named[f"eval/{self.tasks[task]}/{metric}"] = value
         return named
 
+    def all_files(self) -> dict[str, str | Callable[[Path], None]]:
+        """Return `files` and the tables as Markdown, by suffix."""
+        return self.files | {f"{suffix}.md": table.markdown() for suffix, table in self.tables.items()}
+
 
 def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
-    """Write the results and the files beside them; `variant` goes into the files' names. Rank 0 calls it."""
+    """Write the results and the files next to them, with `variant` in their names; return the path of the JSON file."""
     record = {
         "run": run.config.run.name,
         "suite": suite,
@@ -52,38 +81,30 @@ def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, varian
         "limit": limit,
         "results": outcome.results,
         "stderr": outcome.stderr,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch",)} | outcome.versions,
+        "versions": {"torch": importlib.metadata.version("torch")} | outcome.versions,
     }
-    folder = run.dir / "results"
-    folder.mkdir(exist_ok=True)
-    for suffix, content in outcome.files.items():
-        path = folder / f"{suite}{variant}{suffix}"
-        if isinstance(content, str):
-            write_atomic(path, content)
+    path = run.dir / "results" / f"{suite}{variant}.json"
+    path.parent.mkdir(exist_ok=True)
+    for suffix, content in outcome.all_files().items():
+        file = path.with_name(path.stem + suffix)
+        if callable(content):
+            content(file)
         else:
-            draw(content, path)
-    path = folder / f"{suite}{variant}.json"
+            write_atomic(file, content)
     write_atomic(path, json.dumps(finite(record | outcome.details), indent=2) + "\n")
     return path
 
 
-def check_writable(run_dir: Path) -> None:
-    """ConfigError where the results of an evaluation would find no place: before it, not after it."""
+def check_writable(run_dir: str) -> None:
+    """Raise a ConfigError, before an evaluation and not after it, if its results could not be written."""
     folder = Path(run_dir) / "results"
     existing = folder if folder.exists() else folder.parent
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise ConfigError(f"{folder}: cannot be written; evaluate a copy of the run folder")
 
 
-def draw(picture: Callable[[Path], None], path: Path) -> None:
-    """Write a picture so that a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    picture(partial)
-    os.replace(partial, path)
-
-
-def finite(value):
-    """The same with null for numbers that JSON cannot hold."""
+def finite(value: Any) -> Any:
+    """Return the same with null for numbers that JSON cannot hold."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -92,39 +113,49 @@ def finite(value):
 
 
 def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor: float | None) -> str:
-    """What tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
+    """Return what tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
     latest = None if step is None else newest(run.dir, warn=lambda line: None)
-    older = latest is not None and latest.name != f"step_{step:08d}"
-    scaled = "" if rope_scaling == "none" else f"_{rope_scaling}{rope_factor:g}"
-    return (f"_step_{step:08d}" if older else "") + scaled
+    older = f"_step_{step:08d}" if latest is not None and latest.name != f"step_{step:08d}" else ""
+    return older if rope_scaling == "none" else f"{older}_{rope_scaling}{rope_factor:g}"
+
+
+# --- results/inbox: a run in training has one writer, the training process, which takes what evaluations leave there
+
+
+def inbox_of(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "results" / "inbox"
+
+
+def pending(run_dir: str | Path, suite: str, step: int) -> Path:
+    """Return the mark of a submitted evaluation that has not ended yet."""
+    return inbox_of(run_dir) / f"{suite}_step_{step:08d}.pending"
 
 
 def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> None:
-    """Add the results to the run, at the step that they belong to: a line of metrics.jsonl, and W&B.
-
-    A run that is not finished has one writer, the training process, which finds them in its inbox. `path` is what
-    `save` returned.
-    """
+    """Add results to metrics.jsonl and W&B at the step that they belong to; `path` is what `save` returned."""
     inbox = inbox_of(run.dir)
     inbox.mkdir(parents=True, exist_ok=True)
     found = {"step": run.step, "tokens": run.tokens, "metrics": metrics}
     write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(found))
-    if (run.dir / "summary.json").exists():
-        with open(run.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            collect(run.dir, lambda *found: file.write(metrics_line(*found)))
-    log_evaluation(run.dir, path.stem, json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png")))
-
-
-def inbox_of(run_dir: Path) -> Path:
-    return Path(run_dir) / "results" / "inbox"
+    if is_finished(run.dir):
+        collect(run.dir, lambda *found: append_line(run.dir / "metrics.jsonl", metrics_line(*found)))
+    log_evaluation(
+        run.dir,
+        run.config.wandb,
+        to_dict(run.config),
+        path.stem,
+        json.loads(path.read_text()),
+        sorted(path.parent.glob(f"{path.stem}*.png")),
+        is_finished(run.dir),
+    )
 
 
 def collect(
-    run_dir: Path, log: Callable[[int, int, dict[str, float]], None], warn: Callable[[str], None] = print
+    run_dir: str | Path, log: Callable[[int, int, dict[str, float]], None], warn: Callable[[str], None] = print
 ) -> None:
-    """Pass on (step, tokens, metrics) of what evaluations have left in the inbox, each to one caller.
+    """Pass (step, tokens, metrics) of what is in the inbox to `log`, and whatever cannot be taken from it to `warn`.
 
-    What cannot be taken from there is named to `warn` and left.
+    Of several callers one gets each result.
     """
     for path in sorted(inbox_of(run_dir).glob("*.json")):
         try:
@@ -132,7 +163,7 @@ def collect(
             line = found["step"], found["tokens"], found["metrics"]
             path.unlink()
         except FileNotFoundError:
-            continue  # somebody else was here
+            continue  # another process was faster
         except (OSError, ValueError, KeyError, TypeError) as error:
             warn(f"{path}: these results cannot be logged ({type(error).__name__}: {error})")
             continue
@@ -143,12 +174,12 @@ def show(outcome: Outcome, path: Path) -> None:
     """Print the results and where they are."""
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 120)  # a table is better cut by the terminal than wrapped
-    for item in outcome.shown:
-        console.print(item)
-    if not outcome.shown:
+    if outcome.tables:
+        console.print(list(outcome.tables.values())[-1].rich())
+    else:
         for name, value in outcome.results.items():
             spread = f"  ± {outcome.stderr[name]:.4f}" if name in outcome.stderr else ""
             console.print(f"{name:>16}  {value:,.4f}{spread}" if isinstance(value, float) else f"{name:>16}  {value:,}")
     console.print(f"{'written to':>16}  {path}")
-    for suffix in outcome.files:
+    for suffix in outcome.all_files():
         console.print(f"{'':>16}  {path.with_name(path.stem + suffix)}")

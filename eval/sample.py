@@ -1,89 +1,121 @@
 """Text from a checkpoint: `python -m eval.sample run=runs/NAME prompt="The module"`.
 
-The text goes to standard output as it comes, what there is to say about it to standard error.
+The text goes to standard output as it comes, and facts about it to standard error.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from omegaconf import OmegaConf
+from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.rule import Rule
 
 from configs.app import app
-from configs.errors import ConfigError
-from configs.load import load_flat
-from configs.schema import CACHE_DTYPES
-from configs.schema_sample import SampleConfig
+from configs.errors import ConfigError, Mistakes
+from configs.load import Command, load, shown, to_dict
 from data.tokenizers import Tokenizer
-from model import counting
-from model.cores.flash_tpa import FlashTPA
+from eval.config import KernelConfig
+from eval.loading import LoadedRun, load_run
+from model.cache import CACHE_DTYPES
+from model.counting import kv_bytes_per_token
 from model.generation import stream
 from model.sampling import Sampling
 from model.transformer import Transformer
+from training.device import Device, Dtype, dtype_name
 
-FIXED = ("run", "device", "dtype", "interactive", "factors")  # once the model is there
+FIXED = ("run", "core", "interactive", "device", "dtype")  # once the model is loaded
 HELP = "A line is a prompt. :KEY=VALUE ... changes settings, : shows them, Ctrl-C ends a text, Ctrl-D the program."
+COLDEST = 1e-3  # below it, logits overflow
 
 
-def sample_texts(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    count: int,
-    context: int,
-    device: torch.device,
-    seed: int,
-    max_new_tokens: int = 160,
-) -> list[str]:
-    """`count` documents that the model begins, within the `context` it was trained on; the same on every rank."""
-    length = min(max_new_tokens, context - 1)
+class SampleConfig(Command):
+    """`python -m eval.sample`."""
+
+    yaml: ClassVar[str] = "sample"
+
+    run: str  # the run folder
+    prompt: str = ""
+    count: int = Field(1, ge=1)  # samples at once; sample i is the one that seed + i gives alone
+    max_new_tokens: int = Field(160, ge=1)  # a text also ends where the model ends its document
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int | None = Field(50, ge=1)  # keep the k most likely tokens
+    top_p: float | None = Field(None, gt=0, le=1)  # keep the most likely tokens that together have this probability
+    min_p: float | None = Field(None, ge=0, le=1)  # keep tokens with at least this share of the best one's probability
+    repetition_penalty: float = Field(1.0, gt=0)  # of tokens seen before; 1 changes nothing
+    seed: int = Field(0, ge=0)
+    interactive: bool = False  # prompts line by line from the terminal
+    core: KernelConfig = KernelConfig()
+    cache: bool = True  # false: every step passes over the whole text again
+    cache_dtype: Literal["auto", *CACHE_DTYPES] = "auto"  # auto: that of the forward pass
+    prefill_chunk: int = Field(512, ge=1)  # tokens of a prompt that pass through the model at once
+    compile: bool = False  # the step of one token; with CUDA graphs on a GPU
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_too_cold(cls, temperature: float) -> float:
+        if temperature != 0 and temperature < COLDEST:
+            raise ValueError(f"must be 0 (always the most likely token) or at least {COLDEST:g}")
+        return temperature
+
+    @model_validator(mode="after")
+    def _check_together(self):
+        if self.compile and not self.cache:
+            raise Mistakes("compile=true: needs cache=true; without a cache every step has another shape")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
+
+
+def sample_texts(model: Transformer, tokenizer: Tokenizer, count: int, context: int, seed: int) -> list[str]:
+    """Return `count` documents that the model begins, within the `context` of its training; the same on every rank."""
+    if not count:
+        return []
+    end, sampling = tokenizer.end_of_text, Sampling(temperature=0.8, top_k=50)
     with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled again for every length
-        # No stop tokens: ranks that share the weights (ZeRO) must take the same number of steps.
-        options = {"sampling": Sampling(temperature=0.8, top_k=50), "vocab_size": tokenizer.vocab_size}
-        rows = model.generate([[tokenizer.end_of_text]] * count, length, seed=seed, **options) if count else []
-    return [tokenizer.decode(until(row, tokenizer.end_of_text)) for row in rows]
-
-
-def until(tokens: list[int], stop: int) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+        # Without stop tokens: ranks that share the weights (ZeRO) must take the same number of steps.
+        options = {"sampling": sampling, "seed": seed, "vocab_size": tokenizer.vocab_size}
+        rows = model.generate([[end]] * count, min(160, context - 1), **options)
+    return [tokenizer.decode(list(itertools.takewhile(lambda token: token != end, row))) for row in rows]
 
 
 class GrowingText:
     """The text of tokens that come one by one; no part of it changes once it is there.
 
-    The last piece waits until its characters are whole. Decoding goes on from the piece before it, since a tokenizer
-    may drop the space that a text begins with.
+    The last piece waits until its characters are whole, or the text ends. Decoding starts at the piece before it, since
+    a tokenizer may drop the space that a text begins with.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[int]):
         self.tokenizer, self.tokens, self.text = tokenizer, list(tokens), ""
         self.anchor = self.shown = 0  # where decoding starts, and how many tokens are in `text`
-        self.finish()
+        self.add(None)
 
-    def add(self, token: int) -> str:
-        """What this token adds to the text."""
-        self.tokens.append(token)
-        return self._take(whole=True)
-
-    def finish(self) -> str:
-        """What was waiting."""
-        return self._take(whole=False)
-
-    def _take(self, whole: bool) -> str:
+    def add(self, token: int | None) -> str:
+        """Return what this token adds to the text; None ends the text, and returns what was waiting."""
+        if token is not None:
+            self.tokens.append(token)
         known = self.tokenizer.decode(self.tokens[self.anchor : self.shown])
         both = self.tokenizer.decode(self.tokens[self.anchor :])
-        if self.shown == len(self.tokens) or (whole and both.endswith("\ufffd")):
+        if self.shown == len(self.tokens) or (token is not None and both.endswith("\ufffd")):
             return ""
         self.anchor, self.shown = self.shown, len(self.tokens)
         self.text += both[len(known) :]
         return both[len(known) :]
 
 
-def answer(run, config: SampleConfig, notes: Console) -> bool:
-    """Print `config.count` continuations of the prompt; false where Ctrl-C cut them off.
+def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
+    """Print `config.count` continuations of the prompt; return false if Ctrl-C cut them off.
 
     One is printed as it comes, several when they are whole.
     """
@@ -94,7 +126,7 @@ def answer(run, config: SampleConfig, notes: Console) -> bool:
         run.model,
         [[tokenizer.end_of_text, *prompt]] * config.count,
         config.max_new_tokens,
-        Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)}),
+        config.sampling,
         config.seed,
         stop_tokens=[tokenizer.end_of_text],
         use_cache=config.cache,
@@ -103,35 +135,36 @@ def answer(run, config: SampleConfig, notes: Console) -> bool:
         compiled=config.compile,
         vocab_size=tokenizer.vocab_size,
     )
-    alone, times, made, whole = config.count == 1, [], [], True
-    write(texts[0].text if alone else "")
-    with contextlib.nullcontext() if alone else notes.status("the prompt") as status:
+    is_whole, times, made = True, [], []  # whether nothing cut it off; each step's time and number of new tokens
+    is_single = config.count == 1
+    show = partial(print, end="", flush=True)
+    if is_single:
+        show(texts[0].text)
+    with contextlib.nullcontext() if is_single else notes.status("the prompt") as status:
         try:
             for tokens in steps:
                 times.append(time.perf_counter())
                 made.append(sum(token is not None for token in tokens))
-                pieces = [text.add(t) if t is not None else "" for text, t in zip(texts, tokens, strict=True)]
-                write(pieces[0] if alone else "")
-                if status:
+                pieces = [text.add(token) for text, token in zip(texts, tokens, strict=True)]
+                if is_single:
+                    show(pieces[0])
+                else:
                     status.update(f"{len(times)} of at most {config.max_new_tokens} tokens")
         except KeyboardInterrupt:
-            whole = False
+            is_whole = False
     for number, text in enumerate(texts):
-        rest = text.finish()
-        if not alone:
+        rest = text.add(None)
+        if is_single:
+            print(rest, flush=True)
+        else:
             Console(soft_wrap=True).print(Rule(f"seed {config.seed + number}"))
-        write(f"{rest if alone else text.text}\n")
+            print(text.text, flush=True)
     notes.print(facts(run, config, len(prompt) + 1, made, times))
-    return whole
+    return is_whole
 
 
-def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def facts(run, config: SampleConfig, prompt: int, made: list[int], times: list[float]) -> str:
-    """How fast it went, and what the cache took; `made` are the new tokens and `times` the time of each step."""
+def facts(run: LoadedRun, config: SampleConfig, prompt: int, made: list[int], times: list[float]) -> str:
+    """Return the speed and the size of the cache; `made` has the new tokens and `times` the time of each step."""
     found = [f"{sum(made)} tokens after the prompt's {prompt}"]
     start = 1 if config.compile else 0  # the second step of all compiles
     if len(times) > start + 1:
@@ -139,16 +172,14 @@ def facts(run, config: SampleConfig, prompt: int, made: list[int], times: list[f
     if config.cache:
         model = run.model
         dtype = CACHE_DTYPES.get(config.cache_dtype) or model.autocast_dtype or model.embedding.weight.dtype
-        size = counting.kv_bytes_per_token(model.config, dtype)
-        found.append(f"a {str(dtype).removeprefix('torch.')} cache of {size:,} bytes a token")
-    trained = run.config.trainer.seq_len
-    if prompt + len(times) > trained:
-        found.append(f"longer than the {trained} tokens that the run was trained on, where text gets worse")
+        found.append(f"a {dtype_name(dtype)} cache of {kv_bytes_per_token(model.config, dtype):,} bytes a token")
+    if prompt + len(times) > run.context:
+        found.append(f"longer than the {run.context} tokens that the run was trained on, where text gets worse")
     return ", ".join(found)
 
 
-def converse(run, config: SampleConfig, notes: Console) -> None:
-    """Prompts from standard input until it ends; each takes the seeds after the last one's."""
+def converse(run: LoadedRun, config: SampleConfig, notes: Console) -> None:
+    """Answer prompts from standard input until it ends; each takes the seeds after the last one's."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits lines and remembers them)
@@ -161,29 +192,27 @@ def converse(run, config: SampleConfig, notes: Console) -> None:
         if line.startswith(":"):
             config = changed(config, line[1:].split(), notes)
         else:
-            answer(run, dataclasses.replace(config, prompt=line), notes)
-            config = dataclasses.replace(config, seed=config.seed + config.count)
+            answer(run, config.replace(prompt=line), notes)
+            config = config.replace(seed=config.seed + config.count)
 
 
 def changed(config: SampleConfig, words: list[str], notes: Console) -> SampleConfig:
-    """`config` with the settings KEY=VALUE of `words`, where they are right; says what is."""
+    """Return `config` with the settings KEY=VALUE of `words` if they are valid, and print the settings."""
     try:
-        tree = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(config)), OmegaConf.from_dotlist(words))
-        wanted = load_flat(tree, SampleConfig)
+        tree = OmegaConf.merge(OmegaConf.create(to_dict(config)), OmegaConf.from_dotlist(words))
+        wanted = load(tree, SampleConfig)
         if fixed := [key for key in FIXED if getattr(wanted, key) != getattr(config, key)]:
             raise ConfigError(*(f"{key}: cannot change any more; start again with {key}=..." for key in fixed))
         config = wanted
     except ConfigError as error:
         notes.print("\n".join(error.errors), markup=False)
-    shown = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*FIXED, "prompt")}
-    notes.print(" ".join(f"{key}={'null' if value is None else value}" for key, value in shown.items()), markup=False)
+    settings = [(key, value) for key, value in to_dict(config).items() if key not in (*FIXED, "prompt")]
+    notes.print(" ".join(f"{key}={shown(value)}" for key, value in settings), markup=False)
     return config
 
 
 def main(config: SampleConfig) -> int:
-    from eval.loading import load_run
-
-    run = load_run(config.run, config.device, config.dtype, core=FlashTPA() if config.factors else None)
+    run = load_run(config.run, config.device, config.dtype, kernel=config.core.kernel)
     try:
         run.config.core.check_decoding(CACHE_DTYPES.get(config.cache_dtype), config.cache and config.compile)
     except ValueError as error:
@@ -198,4 +227,4 @@ def main(config: SampleConfig) -> int:
 
 
 if __name__ == "__main__":
-    app(main, "sample", load=lambda tree: load_flat(tree, SampleConfig), texts=("prompt",))
+    app(main, SampleConfig, texts=("prompt",))

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: as few and as full forward passes as the requests allow."""
+"""Log-likelihoods of continuations, in as few and as full forward passes as the requests allow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import ranks
 from model.transformer import Transformer
+from training import ranks
 
 VOCABULARY_ROWS = 2048  # positions whose logits are normalised at a time
 
@@ -23,11 +23,12 @@ class Row:
 
 
 def share_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
-    """Rows, longest first, from which every (context, continuation) can be read.
+    """Return rows, longest first, from which every (context, continuation) can be read.
 
     What the model sees of a request is its last `max_length` tokens but one. Requests that begin alike share a row: the
     one whose input begins with the others' holds them, since later tokens change no earlier logits. So the answers A to
-    D of a question cost one row, and so does a continuation of another's beginning.
+    D of a question cost one row, and so does a continuation of another's beginning. ValueError for an empty part, or a
+    continuation longer than `max_length`.
     """
     inputs = []
     for number, (context, continuation) in enumerate(requests):
@@ -48,17 +49,17 @@ def share_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> 
 
 
 def batched(rows: list[Row], budget: int) -> Iterator[list[Row]]:
-    """Rows in batches of at most `budget` tokens, padding included, and at least one row each."""
+    """Yield rows in batches of at most `budget` tokens, padding included, and at least one row each."""
     start = 0
     while start < len(rows):
-        size = max(1, budget // len(rows[start].tokens))
-        yield rows[start : start + size]
-        start += size
+        count = max(1, budget // len(rows[start].tokens))
+        yield rows[start : start + count]
+        start += count
 
 
 @contextmanager
-def head_at(model: Transformer, rows: Tensor, columns: Tensor):
-    """The model's logits are those of the positions (rows[i], columns[i]) alone: [N, V] instead of [B, T, V]."""
+def head_at(model: Transformer, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Make the model's logits those of the positions (rows[i], columns[i]) alone: [N, V] instead of [B, T, V]."""
     handle = model.head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, columns],))
     try:
         yield
@@ -75,40 +76,43 @@ def log_likelihoods(
     device: torch.device,
     progress: Callable[[list], Iterator] = iter,
 ) -> list[tuple[float, bool]]:
-    """(log p(continuation | context) in nats, whether greedy decoding would give it) for each (context, continuation).
+    """Return (log p(continuation | context) in nats, whether greedy decoding would give it) of each request.
 
-    Batches hold `batch_size` sequences of `max_length`, or as many more as are shorter. Every rank gives all requests
-    and gets all answers; they share the rows, and make equally many forward passes, as ZeRO-3 wants it. ValueError for
-    an empty part, or a continuation longer than `max_length`.
+    A request is (context, continuation). Batches hold `batch_size` sequences of `max_length`, or more if they are
+    shorter. Every rank gives all requests and gets all answers; they share the rows, and make equally many forward
+    passes, as ZeRO-3 needs it.
     """
-    rank, world_size = ranks.place()
-    batches = list(batched(share_rows(requests, max_length)[rank::world_size], batch_size * max_length))
-    idle = [[Row([0], [])]] * (ranks.largest(len(batches), device) - len(batches))
-    answers = torch.zeros(len(requests), 2, dtype=torch.float64)  # log p, and 1 where it is greedy
+    rows = share_rows(requests, max_length)[ranks.rank() :: ranks.world_size()]
+    batches = list(batched(rows, batch_size * max_length))
+    idle = [[Row([0])]] * (ranks.largest(len(batches), device) - len(batches))
+    answers = torch.zeros(len(requests), 2, dtype=torch.float64)  # log p, and 1 if it is greedy
     for batch in progress(batches + idle):
-        tokens = torch.zeros(len(batch), max(len(row.tokens) for row in batch), dtype=torch.int64)
-        for number, row in enumerate(batch):
-            tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
-        spans = [(n, request) for n, row in enumerate(batch) for request in row.requests]
-        places = [(n, first + step) for n, (_, first, targets) in spans for step in range(len(targets))] or [(0, 0)]
-        rows, columns = torch.tensor(places, device=device).T
-        with head_at(model, rows, columns):
-            logits = model(tokens.to(device))
-        targets = torch.tensor([token for _, request in spans for token in request[2]] or [0], device=device)
-        log_p, greedy = read(logits, targets)
+        spans = [(row, request) for row, shared in enumerate(batch) for request in shared.requests]
+        logits = logits_at(model, batch, spans, device)
+        targets = torch.tensor([token for _, (_, _, wanted) in spans for token in wanted], dtype=torch.int64)
+        log_p, greedy = read(logits, targets.to(device))
         start = 0
-        for _, (number, _, continuation) in spans:
-            end = start + len(continuation)
+        for _, (number, _, wanted) in spans:
+            end = start + len(wanted)
             answers[number] = torch.tensor([sum(log_p[start:end]), all(greedy[start:end])])
             start = end
     return [(log_p, bool(greedy)) for log_p, greedy in ranks.total(answers.to(device)).tolist()]
 
 
+def logits_at(model: Transformer, batch: list[Row], spans: list[tuple[int, tuple]], device: torch.device) -> Tensor:
+    """Return the logits [N, V] at the N positions of the spans (row, (number, first position, targets))."""
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.tokens) for row in batch], batch_first=True)
+    positions = [(row, first + step) for row, (_, first, targets) in spans for step in range(len(targets))]
+    rows, columns = torch.tensor(positions, dtype=torch.int64, device=device).view(-1, 2).T
+    with head_at(model, rows, columns):
+        return model.logits(tokens.to(device))
+
+
 def read(logits: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-    """(the log-probability of each target, whether it is the likeliest token) for logits [N, V] and targets [N]."""
+    """Return the log-probability of each target, and whether it is the likeliest token; logits [N, V], targets [N]."""
     log_p, greedy = [], []
-    for some, wanted in zip(logits.split(VOCABULARY_ROWS), targets.split(VOCABULARY_ROWS), strict=True):
-        some = some.float()
-        log_p += (-F.cross_entropy(some, wanted, reduction="none")).tolist()
-        greedy += (some.argmax(-1) == wanted).tolist()
+    for part, wanted in zip(logits.split(VOCABULARY_ROWS), targets.split(VOCABULARY_ROWS), strict=True):
+        part = part.float()
+        log_p += (-F.cross_entropy(part, wanted, reduction="none")).tolist()
+        greedy += (part.argmax(-1) == wanted).tolist()
     return log_p, greedy

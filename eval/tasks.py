@@ -12,9 +12,8 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
-from configs.errors import ConfigError
-from configs.load import did_you_mean
-from configs.schema_eval import HarnessSuite
+from configs.errors import ConfigError, did_you_mean, each
+from data.files import write_atomic
 from eval import cloze
 from eval.loading import LoadedRun
 
@@ -30,8 +29,8 @@ SPLITS = ("train", "validation", "test", "dev")
 class LocalTask(ConfigurableTask):
     """A task of the harness whose questions are in a folder, as <task>_<split>.jsonl in the original's columns.
 
-    A group's tasks may be together in <group>_<split>.jsonl, told apart by a column `subject`. Where the split that the
-    task is evaluated on is not there, the other of validation and test is; where there are no training questions,
+    A group's tasks may be together in <group>_<split>.jsonl, told apart by a column `subject`. If the split that the
+    task is evaluated on is missing, the other of validation and test is used; if training questions are missing,
     examples are drawn from the evaluated ones, without the question itself.
     """
 
@@ -40,8 +39,9 @@ class LocalTask(ConfigurableTask):
 
     def download(self, dataset_kwargs: dict | None = None, **kwargs) -> None:
         config = self.config
-        named = {config.training_split, config.validation_split, config.test_split, config.fewshot_split} - {None}
-        self.dataset = read_folder(Path(dataset_kwargs["data_dir"]), config.task, config.dataset_name, named)
+        self.dataset = read_folder(
+            Path(dataset_kwargs["data_dir"]), config.task, config.dataset_name, splits_of(config)
+        )
         evaluated = config.test_split or config.validation_split
         evaluated = next(split for split in (evaluated, "validation", "test", *self.dataset) if split in self.dataset)
         examples = (self.fewshot_cfg.split, config.training_split, evaluated)
@@ -49,8 +49,13 @@ class LocalTask(ConfigurableTask):
         self.fewshot_cfg.split = next(split for split in examples if split in self.dataset)
 
 
+def splits_of(config) -> set[str]:
+    """Return the splits that a task's configuration names."""
+    return {config.training_split, config.validation_split, config.test_split, config.fewshot_split} - {None}
+
+
 def read_folder(folder: Path, task: str, subject: str | None, named: set[str]) -> dict[str, datasets.Dataset]:
-    """The questions of a task by split. ConfigError where the folder has none."""
+    """Return the questions of a task by split. ConfigError if the folder has none."""
     splits = "|".join(re.escape(split) for split in sorted({*SPLITS, *named}))
     parts = task.split("_")
     for length in range(len(parts), 0, -1):
@@ -59,58 +64,43 @@ def read_folder(folder: Path, task: str, subject: str | None, named: set[str]) -
         rows: dict[str, list] = {}
         for path in sorted(folder.glob(f"{stem}_*.jsonl")):
             if found := pattern.fullmatch(path.name):
-                lines = read_lines(path)
-                mine = lines if stem == task else [line for line in lines if line.get("subject", "") == subject]
-                rows.setdefault(found[1], []).extend(mine)
+                questions = read_questions(path)
+                if stem != task:
+                    questions = [question for question in questions if question.get("subject", "") == subject]
+                rows.setdefault(found[1], []).extend(questions)
         if any(rows.values()):
-            return {split: datasets.Dataset.from_list(lines) for split, lines in rows.items() if lines}
+            return {split: datasets.Dataset.from_list(questions) for split, questions in rows.items() if questions}
     raise ConfigError(
         f"suite.data_dir={folder}: has no {task}_<split>.jsonl, the split being one of {splits.replace('|', ', ')}; "
-        "suite.prefetch=true writes such files where there is a network"
+        "suite.prefetch=true writes such files on a machine with a network"
     )
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_questions(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON lines ({error})") from None
 
 
-def load_tasks(suite: HarnessSuite, run: LoadedRun | None) -> list[Task | Group]:
-    """The suite's tasks; ours, which are made from a run's data, only where there is a run.
+def load_tasks(names: list[str], data_dir: str | None, run: LoadedRun | None = None) -> list[Task | Group]:
+    """Return the tasks `names`; ours, which are made from a run's data, only if there is a run.
 
-    ConfigError names those that cannot be had.
+    Their questions come from `data_dir`, or without one from the network. ConfigError names all that are unavailable.
     """
-    ours = [cloze.task(name, run) for name in suite.tasks if name in cloze.TASKS and run is not None]
-    others = [name for name in suite.tasks if name not in cloze.TASKS]
+    ours = [cloze.task(name, run) for name in names if name in cloze.TASKS and run is not None]
+    others = [name for name in names if name not in cloze.TASKS]
     if not others:
         return ours
-    manager, errors, found = find_tasks(others), [], []
-    known = [*manager.all_tasks, *cloze.TASKS]
-    if suite.data_dir and not suite.prefetch and not Path(suite.data_dir).is_dir():
-        raise ConfigError(f"suite.data_dir={suite.data_dir}: there is no such folder")
-    for name in others:
-        if name not in known:
-            errors.append(f"suite.tasks: {name}: lm-evaluation-harness has no such task; {did_you_mean(name, known)}")
-            continue
-        try:
-            local = suite.data_dir if not suite.prefetch else None
-            found.extend(built(manager, name, local))
-        except ConfigError as error:
-            errors.extend(error.errors)
-        except Exception as error:  # of the hub and the network, in any of their ways
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            errors.append(
-                f"suite.tasks: {name}: its data cannot be loaded ({reason}); without a network give suite.data_dir="
-            )
-    if errors:
-        raise ConfigError(*errors)
-    return [*ours, *found]
+    if data_dir and not Path(data_dir).is_dir():
+        raise ConfigError(f"suite.data_dir={data_dir}: there is no such folder")
+    manager = find_tasks(others)
+    found = each(lambda name: load_task(manager, name, data_dir), others)
+    return [*ours, *(task for tasks in found for task in tasks)]
 
 
 def find_tasks(names: list[str]) -> TaskManager:
-    """A TaskManager that knows at least these."""
+    """Return a TaskManager that knows at least these."""
     root = Path(lm_eval.tasks.__file__).parent
     folders = {FOLDERS.get(name) or FOLDERS.get(name.split("_")[0]) for name in names}
     if None not in folders:
@@ -120,33 +110,38 @@ def find_tasks(names: list[str]) -> TaskManager:
     return TaskManager()
 
 
-def built(manager: TaskManager, name: str, data_dir: str | None) -> list[Task | Group]:
-    """A task, a group or a tag's tasks; with `data_dir` every task in it is a LocalTask."""
+def load_task(manager: TaskManager, name: str, data_dir: str | None) -> list[Task | Group]:
+    """Return a task, a group or a tag's tasks; with `data_dir` every task in it is a LocalTask."""
+    known = [*manager.all_tasks, *cloze.TASKS]
+    if name not in known:
+        raise ConfigError(f"suite.tasks: {name}: lm-evaluation-harness has no such task; {did_you_mean(name, known)}")
     local = {"class": LocalTask, "dataset_kwargs": {"data_dir": str(data_dir)}} if data_dir else None
-    # TaskManager.load takes no overrides for a group by name: this is what it calls.
-    found = manager._factory.build(manager.task_index[name], overrides=local, registry=manager.task_index)
+    try:
+        # TaskManager.load takes no overrides for a group by name: this is what it calls.
+        found = manager._factory.build(manager.task_index[name], overrides=local, registry=manager.task_index)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the hub and the network raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"suite.tasks: {name}: its data cannot be loaded ({reason}); without a network give suite.data_dir="
+        ) from error
     return found if isinstance(found, list) else [found]
 
 
 def leaves(items: list[Task | Group]) -> Iterator[Task]:
-    """The single tasks among tasks and groups."""
+    """Yield the single tasks among tasks and groups."""
     for item in items:
         yield from [item] if isinstance(item, Task) else item.get_all_tasks()
 
 
-def prefetch(suite: HarnessSuite) -> None:
-    """Write the questions of the suite's tasks to suite.data_dir, from the network."""
-    folder, console = Path(suite.data_dir), Console(highlight=False, soft_wrap=True)
-    found = load_tasks(suite, None)
+def download(names: list[str], data_dir: str) -> None:
+    """Write the questions of the tasks `names` to `data_dir`, from the network."""
+    folder, console = Path(data_dir), Console(highlight=False, soft_wrap=True)
+    found = load_tasks(names, data_dir=None)
     folder.mkdir(parents=True, exist_ok=True)
     for task in leaves(found):
-        config = task.config
-        splits = {config.training_split, config.validation_split, config.test_split, config.fewshot_split} - {None}
-        for split in sorted(splits & set(task.dataset)):
-            path = folder / f"{config.task}_{split}.jsonl"
-            rows = task.dataset[split]
-            partial = path.with_suffix(".partial")
-            with open(partial, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            partial.replace(path)
+        for split in sorted(splits_of(task.config) & set(task.dataset)):
+            path, rows = folder / f"{task.config.task}_{split}.jsonl", task.dataset[split]
+            write_atomic(path, (json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n" for row in rows))
             console.print(f"{path}: {len(rows):,} rows")

@@ -2,16 +2,47 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from configs.errors import ConfigError
-from configs.schema_data import DataConfig
-from configs.schema_eval import TextSource
-from data.loader import EVAL_KEY, permute
+from configs.errors import ConfigError, Mistakes
+from data.loader import EVAL_KEY, IGNORED, permute
 from data.shards import TokenShards
-from data.sources import open_documents
+from data.sources.base import SourceConfig, source_of
+from eval.config import SuiteConfig
 from eval.loading import LoadedRun
+from training.ranks import rank, world_size
+
+
+class TextSource(SuiteConfig):
+    """A suite on a text: local `files`, a Hugging Face data set (`path`), a folder of prepared shards (`data_dir`) or,
+    if none is given, the validation split of the run's own data."""
+
+    files: list[str] = Field(default_factory=list)  # globs of parquet, jsonl or text files; a text file is a document
+    path: str | None = None  # of the hub, or a folder laid out like one of its data sets
+    subset: str | None = None
+    split: str = "test"  # of the hub's
+    column: str = "text"
+    join: str | None = None  # if rows are not documents of their own: what to put between them to make them one
+    data_dir: str | None = None  # its val split; the tokenizer must be the run's
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        given = [key for key in ("files", "path", "data_dir") if getattr(self, key)]
+        if len(given) > 1:
+            raise Mistakes(f"{' and '.join(given)}: give one source of text at a time")
+        return self
+
+    def check(self) -> None:
+        """Raise a ConfigError if there is no such text, as far as its beginning tells."""
+        if self.files or self.path:
+            next(texts_of(self), None)
+        elif self.data_dir:
+            open_shards(self.data_dir)
 
 
 @dataclass
@@ -28,7 +59,7 @@ class Text:
     unigram_entropy: float | None = None
 
     def document_lengths(self, stream: int, first: int, last: int) -> np.ndarray:
-        """Tokens in the document of each of the tokens first..last-1 of a stream."""
+        """Return the number of tokens in the document of each of the tokens first..last-1 of a stream."""
         length = len(self.streams[stream])
         if self.starts is None:
             return np.full(last - first, length - 1)
@@ -38,7 +69,7 @@ class Text:
 
 
 def read_text(source: TextSource, run: LoadedRun) -> Text:
-    """The text that `source` names, in the run's tokens. ConfigError where there is none."""
+    """Return the text that `source` names, in the run's tokens. ConfigError if there is none."""
     if source.files or source.path:
         return encode_documents(source, run)
     folder = source.data_dir or run.config.data.dir
@@ -55,35 +86,25 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
     )  # fmt: skip
 
 
-def check_source(source: TextSource) -> None:
-    """ConfigError where there is no such text, as far as a look at its beginning tells."""
-    if source.files or source.path:
-        next(texts_of(source), None)
-    elif source.data_dir:
-        open_shards(source.data_dir)
-
-
 def open_shards(folder: str) -> TokenShards:
     try:
         return TokenShards(folder, "val")
-    except ConfigError as error:  # which speaks of the data block
+    except ConfigError as error:  # which names keys of the data block
         raise ConfigError(*(line.replace("data.dir", "suite.data_dir") for line in error.errors)) from None
 
 
 def texts_of(source: TextSource) -> Iterator[str]:
-    """The rows of files or of the hub that are texts."""
-    config = DataConfig(
-        name="suite", source="hub" if source.path else "files", dir="", files=source.files, path=source.path,
-        subset=source.subset, split=source.split, column=source.column,
-    )  # fmt: skip
+    """Yield the rows of files or of the hub that are texts."""
+    kind, keys = "hub" if source.path else "files", ("files", "path", "subset", "split", "column")
+    config = SourceConfig(source=kind, **{key: getattr(source, key) for key in keys})
     try:
-        yield from (row["text"] for row in open_documents(config) if isinstance(row["text"], str))
-    except ConfigError as error:  # which speaks of the data block
+        yield from (row["text"] for row in source_of(config).open() if isinstance(row["text"], str))
+    except ConfigError as error:  # which names keys of the data block
         raise ConfigError(*(line.replace("data.", "suite.") for line in error.errors)) from None
 
 
 def encode_documents(source: TextSource, run: LoadedRun) -> Text:
-    """The documents of files or of the hub; each is a stream of its own."""
+    """Return the documents of files or of the hub, each as a stream of its own."""
     name, texts = source.path or ", ".join(source.files), list(texts_of(source))
     if source.join is not None:
         texts = [source.join.join(texts)]
@@ -96,43 +117,56 @@ def encode_documents(source: TextSource, run: LoadedRun) -> Text:
     return Text(name, streams, sum(len(text.encode()) for text in texts) / predicted)
 
 
-@dataclass
-class Windows:
-    """Windows over streams, as arrays [N]: a model sees tokens [begin, end) of a stream, and of those it predicts,
-    begin + 1 to end, the ones from `scored` on count."""
+class Window(NamedTuple):
+    """A model sees tokens [begin, end) of a stream; of those that it predicts, begin + 1 to end, the ones from `scored`
+    on count."""
 
-    stream: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
-    scored: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    def __getitem__(self, which) -> "Windows":
-        return Windows(self.stream[which], self.begin[which], self.end[which], self.scored[which])
+    stream: int
+    begin: int
+    end: int
+    scored: int
 
 
-def slide(text: Text, seq_len: int, stride: int | None, whole: bool) -> Windows:
-    """Windows of `seq_len` tokens, each `stride` after the one before, in which every token counts once.
+def slide(text: Text, seq_len: int, stride: int | None, whole: bool) -> list[Window]:
+    """Return windows of `seq_len` tokens, each `stride` after the one before, in which every token counts once.
 
     `whole` leaves out what is shorter at the end of a stream, as the loader of training's validation does.
     """
-    rows = []
+    windows = []
     for number, stream in enumerate(text.streams):
         predicted, begin, scored = len(stream) - 1, 0, 1
         while scored <= predicted:
             end = min(begin + seq_len, predicted)
             if whole and end - begin < seq_len:
                 break
-            rows.append((number, begin, end, scored))
+            windows.append(Window(number, begin, end, scored))
             begin, scored = begin + (stride or seq_len), end + 1
-    return Windows(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
+    return windows
 
 
-def some(windows: Windows, limit: int | None) -> Windows:
-    """At most `limit` of the windows, spread over all of them; the same as an EvalLoader takes."""
-    count = len(windows)
-    if limit is None or limit >= count:
+def spread(windows: list[Window], limit: int | None) -> list[Window]:
+    """Return at most `limit` of the windows, spread over all of them; the same as an EvalLoader takes."""
+    if limit is None or limit >= len(windows):
         return windows
-    return windows[permute(np.arange(limit), count, EVAL_KEY)]
+    return [windows[place] for place in permute(np.arange(limit), len(windows), EVAL_KEY)]
+
+
+def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
+    """Return the numbers of this rank's windows in batches, like lengths together.
+
+    All ranks get the same number of batches; those of ranks that have no more windows are empty.
+    """
+    order = sorted(range(len(windows)), key=lambda n: windows[n].begin - windows[n].end)
+    mine, count = order[rank() :: world_size()], -(-len(order) // (world_size() * batch_size))
+    return [mine[start : start + batch_size] for start in range(0, count * batch_size, batch_size)]
+
+
+def stack(text: Text, windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets of windows, [B, T] each, padded at the end; targets that don't count are IGNORED."""
+    tokens = torch.zeros(len(windows), max(window.end - window.begin for window in windows), dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORED)
+    for row, (stream, begin, end, scored) in enumerate(windows):
+        seen = torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64))
+        tokens[row, : end - begin] = seen[:-1]
+        targets[row, scored - begin - 1 : end - begin] = seen[scored - begin :]
+    return tokens.to(device), targets.to(device)

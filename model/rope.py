@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Scaling = Literal["none", "linear", "ntk", "yarn"]
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,24 @@
-"""What a run will need, memory a GPU and hours, with everything that is assumed."""
+"""The memory and the hours that a run will need, with everything that is assumed."""
 
 from dataclasses import dataclass
 
-from configs.schema import Config
 from model import counting
-from model.counting.memory import training_bytes
-from model.transformer import TransformerConfig
+from slurm.options import Options
+from training.config import Config
+from training.device import PEAK_BF16_FLOPS, Runtime
+from training.preflight import needed_memory
 
 GIB = 2**30
-CONTEXT_BYTES = 1 * GIB  # CUDA's context and the libraries' workspaces
+CUDA_BYTES = 1 * GIB  # CUDA's context and the workspaces of its libraries
 FRAGMENTATION = 0.1
 
 
 @dataclass
 class Estimate:
-    memory: dict[str, float]  # bytes a GPU by what needs them
+    memory: dict[str, float]  # bytes of one GPU, by what needs them
     tokens: int  # of the whole run
     tokens_per_second: float
-    assumed: list[str]
+    assumptions: list[str]
 
     @property
     def gib(self) -> float:
@@ -28,17 +29,17 @@ class Estimate:
         return self.tokens / self.tokens_per_second / 3600
 
 
-def estimate(
-    config: Config, gpus: int, gpu: str, peak: float, mfu: float, tokens_per_second: float | None = None
-) -> Estimate:
-    """Memory and hours of a run on so many GPUs, at a measured rate or at a share `mfu` of the GPUs' `peak` FLOP/s."""
-    trainer, network = config.trainer, TransformerConfig.from_config(config)
-    memory = training_bytes(config, gpus, 4 if trainer.dtype == "fp32" or config.device == "cpu" else 2)
-    memory["rest"] = FRAGMENTATION * sum(memory.values()) + CONTEXT_BYTES
-    assumed = [f"{FRAGMENTATION:.0%} fragmentation, {CONTEXT_BYTES / GIB:.0f} GiB for CUDA"]
-    if tokens_per_second is None:
-        tokens_per_second = gpus * peak * mfu / counting.training_flops_per_token(network, trainer.seq_len)
-        assumed.insert(0, f"{mfu:.0%} MFU of {gpus} x {gpu} ({peak / 1e12:,.0f} TFLOP/s each)")
-    else:
-        assumed.insert(0, f"{tokens_per_second:,.0f} tokens/s, as given")
-    return Estimate(memory, trainer.horizon * trainer.tokens_per_step, tokens_per_second, assumed)
+def estimate(config: Config, runtime: Runtime, options: Options) -> Estimate:
+    """Return what a run needs at the measured rate of `options`, or at their share of their GPUs' peak FLOP/s."""
+    trainer, network = config.trainer, config.network()
+    memory = needed_memory(config, runtime, network)
+    memory["rest"] = FRAGMENTATION * sum(memory.values()) + CUDA_BYTES
+    rate, source = options.tokens_per_second, "as given"
+    if rate is None:
+        peak = PEAK_BF16_FLOPS[options.gpu] / (2 if trainer.dtype == "fp32" else 1)
+        rate = options.tasks * peak * options.mfu / counting.training_flops_per_token(network, trainer.seq_len)
+        source = f"{options.mfu:.0%} MFU of {options.tasks} x {options.gpu} ({peak / 1e12:,.0f} TFLOP/s each)"
+    overhead = f"{FRAGMENTATION:.0%} fragmentation, {CUDA_BYTES / GIB:.0f} GiB for CUDA"
+    return Estimate(
+        memory, trainer.horizon * trainer.tokens_per_step, rate, [f"{rate:,.0f} tokens/s, {source}", overhead]
+    )

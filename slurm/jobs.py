@@ -1,6 +1,5 @@
-"""What goes into Slurm's queue for some runs: the scripts of their jobs, and which waits for which."""
+"""The Slurm jobs of some runs: their scripts, and which job waits for which."""
 
-import argparse
 import json
 import re
 import shlex
@@ -9,14 +8,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from configs.schema import Config
+from data.files import write_atomic
 from slurm import scheduler
 from slurm.estimate import Estimate
 from slurm.snapshot import ROOT, snapshot, snapshot_dir
-from training.checkpoint import write_atomic
+from training.config import Config
 from training.run_folder import is_finished
 
-# The options of sbatch that say where a job may run and who pays: they hold for the jobs that follow too.
+# The options of sbatch that say where a job may run and who pays: the evaluation and the comparison get them too.
 FOR_ALL_JOBS = ("account", "clusters", "constraint", "partition", "qos", "reservation")
 
 
@@ -24,59 +23,73 @@ FOR_ALL_JOBS = ("account", "clusters", "constraint", "partition", "qos", "reserv
 class Run:
     overrides: list[str]
     config: Config
-    estimate: Estimate | None = None
+    needs: Estimate
 
     @property
     def dir(self) -> str:
         return self.config.run.dir
 
     @property
-    def job_file(self) -> Path:
-        return Path(self.dir) / "job.json"  # which jobs train and evaluate it, for slurm.status
+    def finished(self) -> bool:
+        return is_finished(self.dir)
+
+
+@dataclass
+class Task:
+    """What one task of a job array, or a job without an array, runs: shell variables and arguments of the script."""
+
+    variables: dict[str, str]
+    arguments: list[str]
+
+    def __str__(self) -> str:
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.variables.items())
+        return f"{settings}; set -- {shlex.join(self.arguments)}"
 
 
 @dataclass
 class Job:
-    """One submission: `slurm/<kind>.sbatch` on one list of arguments, or a job array with a task for each."""
+    """One submission of `slurm/<kind>.sbatch`: a job, or a job array if there are several tasks."""
 
     kind: str
     name: str
-    folder: Path  # of its script, and of its log until a task has a run's
-    log: str
-    tasks: list[tuple[dict[str, str], list[str]]]  # shell variables and arguments
-    options: list[str]
-
-    def command(self, dependency: str | None = None) -> list[str]:
-        folder = str(self.folder).replace("%", "%%")  # which begins a pattern of Slurm's
-        options = [f"--job-name={self.name}", f"--output={folder}/{self.log}", *self.options]
-        options += [f"--array=0-{len(self.tasks) - 1}"] if len(self.tasks) > 1 else []
-        after = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
-        return [*options, *after]
+    folder: Path  # of its script, and of its log until a task knows its run folder
+    log: str  # its file name, where % begins a number of the job
+    tasks: list[Task]
+    options: list[str]  # for sbatch
+    after: str = ""  # how it waits for the job before it
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.kind}.sbatch"
 
+    def command(self, previous: str | None = None) -> list[str]:
+        """Return the arguments of sbatch, except the script; `previous` is the id of the job to wait for."""
+        folder = str(self.folder).replace("%", "%%")  # a single % begins one of Slurm's patterns
+        options = [f"--job-name={self.name}", f"--output={folder}/{self.log}", *self.options]
+        if len(self.tasks) > 1:
+            options.append(f"--array=0-{len(self.tasks) - 1}")
+        if previous:
+            options += [f"--dependency={self.after}:{previous}", "--kill-on-invalid-dep=yes"]
+        return options
+
     def script(self) -> str:
-        """The exact script: the header of `slurm/<kind>.sbatch`, what the task is, and that file of the snapshot."""
+        """Return the script: the header of `slurm/<kind>.sbatch`, the tasks, and that file of the snapshot."""
         template = (ROOT / "slurm" / f"{self.kind}.sbatch").read_text()
-        header = [line for line in template.splitlines() if line.startswith("#SBATCH")]
-        settings = [
-            " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
-            + f"; set -- {shlex.join(words)}"
-            for variables, words in self.tasks
-        ]
-        if len(settings) > 1:
-            cases = (f"  {number}) {setting} ;;" for number, setting in enumerate(settings))
-            settings = ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
-        lines = ["#!/bin/bash", f"# sbatch {shlex.join(self.command())} {shlex.quote(str(self.path))}", *header]
-        early = ["trap 'warned=yes' USR1"] if "USR1" in template else []
-        lines += [*early, *settings, f'. "$T6_CODE/slurm/{self.kind}.sbatch"']
+        lines = ["#!/bin/bash", f"# sbatch {shlex.join(self.command())} {shlex.quote(str(self.path))}"]
+        lines += [line for line in template.splitlines() if line.startswith("#SBATCH")]
+        if "USR1" in template:
+            lines.append("trap 'warned=yes' USR1")
+        if len(self.tasks) == 1:
+            lines.append(str(self.tasks[0]))
+        else:
+            cases = [f"  {number}) {task} ;;" for number, task in enumerate(self.tasks)]
+            lines += ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
+        lines.append(f'. "$T6_CODE/slurm/{self.kind}.sbatch"')
         return "\n".join(lines) + "\n"
 
 
 def read_jobs(run_dir: str | Path) -> dict[str, str]:
-    """The jobs that were submitted for a run: {"train": "12", "eval": "13"}, or `12_3` for a task of an array."""
+    """Return the ids of the jobs submitted for a run by kind: {"train": "12"}, or "12_3" for a task of an array."""
     try:
         return json.loads((Path(run_dir) / "job.json").read_text())["jobs"]
     except (OSError, ValueError, KeyError):
@@ -84,72 +97,67 @@ def read_jobs(run_dir: str | Path) -> dict[str, str]:
 
 
 def quoted(value: str) -> str:
-    """A value as Hydra's grammar takes it."""
+    """Return a value as Hydra's grammar needs it."""
     if re.fullmatch(r"[\w./-]+", value):
         return value
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
-def plan(runs: list[Run], options: argparse.Namespace, sbatch_options: list[str]) -> list[Job]:
-    """The jobs of these runs: training, evaluation of each, and, of several, their comparison."""
-    for_all = [word for word in sbatch_options if word.split("=")[0].removeprefix("--") in FOR_ALL_JOBS]
-    no_gpu = [word for word in sbatch_options if word == "--gpus-per-task=0"]
-    train_options = [f"--nodes={options.nodes}", f"--ntasks-per-node={options.ntasks_per_node}", *sbatch_options]
-    sweep = len(runs) > 1
-    name = sweep_name(runs) if sweep else runs[0].config.run.name
-    folder = Path("runs/.slurm", name) if sweep else Path(runs[0].dir)
-    folder, number = folder.absolute(), "%A_%a" if sweep else "%j"
-    todo = [run for run in runs if not is_finished(run.config)]
-    code = {run.dir: str(snapshot_dir(run.dir)) for run in runs}
-    tasks = [({"T6_CODE": code[run.dir]}, run.overrides) for run in todo]
-    jobs = [Job("train", name, folder, f"slurm-{number}.log", tasks, train_options)] if todo else []
-    if options.eval and todo:
-        many = ["-m"] if len(options.eval) > 1 else []
-        suites = [*many, f"suite={','.join(options.eval)}"]
+def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_options: list[str]) -> list[Job]:
+    """Return the jobs of `runs`: training, evaluation and, of a sweep, the comparison."""
+    unfinished = [run for run in runs if not run.finished]
+    in_array, in_sweep = len(unfinished) > 1, len(runs) > 1
+    name = sweep_name(runs) if in_sweep else runs[0].config.run.name
+    folder = Path("runs/.slurm", name).absolute() if in_sweep else Path(runs[0].dir).absolute()
+    number = "%A_%a" if in_array else "%j"
+    shared = [option for option in sbatch_options if option.split("=")[0].removeprefix("--") in FOR_ALL_JOBS]
+    jobs = []
+    if unfinished:
+        tasks = [Task(code_of(run), run.overrides) for run in unfinished]
+        jobs.append(Job("train", name, folder, f"slurm-{number}.log", tasks, [*train_options, *sbatch_options]))
+    if unfinished and suites:
+        suite = [f"suite={suites[0]}"] if len(suites) == 1 else ["-m", f"suite={','.join(suites)}"]
         tasks = [
-            ({"T6_CODE": code[run.dir], "T6_RUN": str(Path(run.dir).absolute())}, [f"run={quoted(run.dir)}", *suites])
-            for run in todo
+            Task(code_of(run) | {"T6_RUN": str(Path(run.dir).absolute())}, [f"run={quoted(run.dir)}", *suite])
+            for run in unfinished
         ]
-        jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, for_all + no_gpu))
-    if options.eval and sweep:
-        out = f"out={Path('runs', name, 'compare')}"
-        tasks = [({"T6_CODE": code[runs[0].dir]}, [*(run.dir for run in runs), out])]
-        jobs.append(Job("compare", f"compare-{name}", folder, "slurm-compare-%j.log", tasks, for_all))
+        options = shared + [option for option in sbatch_options if option == "--gpus-per-task=0"]
+        after = "aftercorr" if in_array else "afterok"  # the training of the same run has succeeded
+        jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, options, after))
+    if in_sweep and suites:
+        task = Task(code_of(runs[0]), [*(run.dir for run in runs), f"out={Path('runs', name, 'compare')}"])
+        # Runs that failed are left out of the comparison, so it does not depend on their success.
+        jobs.append(Job("compare", f"compare-{name}", folder, "slurm-compare-%j.log", [task], shared, "afterany"))
     return jobs
 
 
+def code_of(run: Run) -> dict[str, str]:
+    return {"T6_CODE": str(snapshot_dir(run.dir))}
+
+
 def sweep_name(runs: list[Run]) -> str:
-    """The same combinations have the same name, so that the same command goes on."""
+    """Return a name that depends on the run folders alone, so that the same command resumes the same sweep."""
     return f"sweep-{sha256('|'.join(sorted(run.dir for run in runs)).encode()).hexdigest()[:8]}"
 
 
 def submit(jobs: list[Job], runs: list[Run], environment: dict[str, str], command: str) -> dict[str, str]:
-    """Write the scripts, copy the code, submit each job after the one before; the jobs' ids by kind."""
+    """Copy the code, write the scripts, submit each job after the one before, and return their ids by kind."""
     for run in runs:
         snapshot(run.dir)
     ids: dict[str, str] = {}
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(job.path, job.script())
-        dependency = None
-        if job.kind == "eval" and "train" in ids:  # each run's evaluation waits for that run alone
-            dependency = f"{'aftercorr' if len(job.tasks) > 1 else 'afterok'}:{ids['train']}"
-        elif ids:
-            dependency = f"afterany:{list(ids.values())[-1]}"  # what failed is left out of the comparison, not the rest
-        said = scheduler.sbatch(["--parsable", *job.command(dependency), str(job.path)], environment)
-        ids[job.kind] = said.split(";")[0]
-        record(jobs, runs, ids, command)
+        arguments = ["--parsable", *job.command(next(reversed(ids.values()), None)), str(job.path)]
+        ids[job.kind] = scheduler.sbatch(arguments, environment).split(";")[0]
+        record([run for run in runs if not run.finished], ids, command)
     return ids
 
 
-def record(jobs: list[Job], runs: list[Run], ids: dict[str, str], command: str) -> None:
-    """job.json in every run's folder."""
-    todo = [run for run in runs if not is_finished(run.config)]
-    for number, run in enumerate(todo):
-        own = {
-            job.kind: f"{ids[job.kind]}_{number}" if len(job.tasks) > 1 else ids[job.kind]
-            for job in jobs
-            if job.kind in ids and job.kind != "compare"
-        }
+def record(runs: list[Run], ids: dict[str, str], command: str) -> None:
+    """Write job.json, which `read_jobs` reads, into the folder of each run; several runs are an array."""
+    for number, run in enumerate(runs):
+        task = f"_{number}" if len(runs) > 1 else ""
+        own = {kind: f"{job}{task}" for kind, job in ids.items() if kind != "compare"}
         facts = {"jobs": own, "command": command, "submitted": time.strftime("%F %T")}
-        write_atomic(run.job_file, json.dumps(facts, indent=2) + "\n")
+        write_atomic(Path(run.dir) / "job.json", json.dumps(facts, indent=2) + "\n")

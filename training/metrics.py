@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from configs.load import to_dict
 from data.files import write_atomic
 from training.config import Config
 from training.wandb_run import WandbRun
@@ -88,7 +89,7 @@ class Metrics:
         drop_lines_after(self.path, start_step)
         self.file = open(self.path, "ab", buffering=0)
         self.unwritten = b""  # what a full disk has no room for yet
-        self.wandb = WandbRun(config)
+        self.wandb = WandbRun(config.run.dir, config.wandb, to_dict(config))
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """Write a line, or keep it until the disk has room, and show it in W&B."""
@@ -106,10 +107,6 @@ class Metrics:
         except OSError as error:
             return error
         return None
-
-    def note(self, group: str, facts: dict[str, float]) -> None:
-        """Add facts about this start of the run to W&B's summary alone."""
-        self.wandb.note({f"{group}/{key}": value for key, value in facts.items()})
 
     def summarize(self, facts: dict, plot: Path, texts: list[str]) -> None:
         """Write summary.json, and show the same in W&B next to the plot and the sampled texts."""

@@ -66,6 +66,7 @@ def preflight(config: Config, runtime: Runtime, network: TransformerConfig) -> P
         check_clocks(found)
     check_disk(found, Path(config.run.dir), config.trainer.keep_checkpoints, checkpoint_bytes(network))
     check_data(found, ranks)
+    found.numbers = {f"preflight/{key}": value for key, value in found.numbers.items()}
     return found
 
 

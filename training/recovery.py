@@ -18,6 +18,7 @@ from training.report import Report
 from training.run_folder import create_run_folder
 from training.saver import CheckpointSaver
 from training.session import Session
+from training.wandb_run import data_facts
 
 GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint
 
@@ -44,14 +45,16 @@ def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[in
     return facts["step"], Health(trainer, facts["health"])
 
 
-def open_record(config: Config, run: Session, start_step: int, preflight: dict[str, float]) -> Metrics:
-    """Make the run folder and open its record; a start is an event, a return from a rollback is not."""
+def open_record(config: Config, run: Session, start_step: int, data: Manifest, facts: dict[str, float]) -> Metrics:
+    """Make the run folder and open its record, with `facts` in W&B's summary.
+
+    A start is an event, a return from a rollback is not.
+    """
     create_run_folder(config)
     metrics = Metrics(config, start_step)
-    metrics.note("preflight", preflight)
+    metrics.wandb.note(facts | data_facts(data))
     if not run.preemption.training:
-        facts = {"world_size": world_size(), "deepspeed": config.deepspeed.name}
-        log_event(Path(config.run.dir), "start", start_step, **facts)
+        log_event(Path(config.run.dir), "start", start_step, world_size=world_size(), deepspeed=config.deepspeed.name)
     return metrics
 
 

@@ -8,7 +8,7 @@ from configs.app import as_yaml
 from configs.errors import ConfigError
 from configs.load import load, to_dict
 from data.files import write_atomic
-from training.config import Config
+from training.config import Config, upgrade_core
 
 
 def read_config(run_dir: str | Path) -> Config:
@@ -22,6 +22,8 @@ def read_config(run_dir: str | Path) -> Config:
         raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of configuration keys")
+    if isinstance(tree.get("core"), dict):
+        tree["core"] = upgrade_core(tree["core"])
     return load(tree, Config, world_size=1)
 
 

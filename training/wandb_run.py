@@ -1,27 +1,40 @@
-"""A run in W&B: a view of its folder that may fail at any time without harm.
+"""A run in W&B: a view of its folder, which may fail at any time without harm.
 
-A run folder has one W&B run, whatever the number of requeues and evaluations: its id is a function of the folder, and
-it is filled from metrics.jsonl. What a killed process logged but W&B lost is sent by the next one; what W&B has already
-is not sent again, so that steps which are trained a second time keep the values of the first. While a run trains, the
-training process alone writes to W&B, and passes on what evaluations add to metrics.jsonl; then evaluations do it.
+A run folder has one W&B run, however often it is requeued and evaluated; its id is a function of the folder. All that
+it shows stands in the folder: wandb/rows.jsonl lists the rows of its history in the order of the numbers (`_step`) that
+W&B gives them, and is written before they are sent; wandb/facts.json has its summary. A row, once listed, stays: steps
+that are trained a second time keep the values of the first. What metrics.jsonl has and the list lacks is added to it.
+
+So a process that follows others knows what to send. Online, W&B says how many rows it has; the rest of the list is
+sent. If it has more than the list, or W&B is offline and nobody can be asked, the whole list is sent, each row under
+its old number, which W&B replaces: an offline file always has the whole run, takes the place of the older ones, which a
+killed process may have left torn, and can be synced at any time and repeatedly.
+
+While a run trains, the training process alone writes to its W&B run, and passes on what evaluations add to
+metrics.jsonl; afterwards evaluations do it, one at a time.
 """
 
+import hashlib
 import json
+import netrc
 import os
 import shutil
-import subprocess
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from configs.schema import Config, flatten, to_dict
-from data.shards import MANIFEST_FILE, read_manifest
-from model import counting
-from model.transformer import TransformerConfig
-from training.wandb_files import mend, read_records, run_id, wandb_files
+from configs.load import flatten
+from data.files import write_atomic
+from data.shards import SPLITS, Manifest
+from training.config import WandbConfig
+from training.lock import RunLock
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("*.py", "*.txt", "configs", "data", "eval", "model", "training")  # what of the repository a run keeps
+PACKAGES = ("configs", "data", "eval", "model", "slurm", "training")  # what W&B keeps of the code, next to train.py
+PATIENCE = 60.0  # seconds that an evaluation waits for another process to finish its part of the W&B run
 
-# What W&B's summary keeps of a metric beside its last value; benchmarks (eval/...) are shown as they are.
+# What W&B's summary keeps of a metric next to its last value; benchmarks (eval/...) are shown as they are.
 SUMMARIES = {
     "train/loss": "min,last",
     "val/loss": "min,last",
@@ -33,15 +46,21 @@ SUMMARIES = {
     "perf/memory_gb": "max",
 }
 
+Row = dict[str, float | str | list[str] | None]  # numbers; paths of pictures in the run folder; texts, as a table
+
+
+def run_id(*parts: str | Path) -> str:
+    """Return the W&B id of a run folder, or of a job that belongs to it and is named by the other parts."""
+    folder, *rest = parts
+    return hashlib.sha256("\n".join([str(Path(folder).resolve()), *map(str, rest)]).encode()).hexdigest()[:16]
+
 
 def wandb_mode(mode: str) -> str:
-    """`auto` is online where somebody is logged in (WANDB_API_KEY or a netrc entry), else offline."""
+    """Return the mode that `auto` means: online if somebody is logged in (WANDB_API_KEY or netrc), else offline."""
     if mode != "auto":
         return mode
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
-    import netrc
-
     try:
         host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
         logged_in = netrc.netrc().authenticators(host) is not None
@@ -50,95 +69,109 @@ def wandb_mode(mode: str) -> str:
     return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"
 
 
-def flat(tree: dict) -> dict:
-    """A configuration as W&B can search it: flat, and without dots, which W&B takes for nesting."""
-    return {key.replace(".", "/"): value for key, value in flatten(tree).items()}
+def data_facts(manifest: Manifest) -> dict[str, float | str]:
+    """Return what the summary says of the data that a run is trained on."""
+    facts = {f"data/{split}/tokens": manifest.tokens(split) for split in SPLITS}
+    facts |= {f"data/{split}/documents": manifest.documents(split) for split in SPLITS}
+    return facts | {
+        "unigram_entropy": manifest.unigram_entropy,
+        "data_fingerprint": manifest.fingerprint,
+        "tokenizer_fingerprint": manifest.tokenizer.get("fingerprint", ""),
+    }
 
 
-def group_of(config: Config) -> str | None:
-    """The experiment: `wandb.group`, or the folder that a sweep's run folders lie in."""
-    parent = Path(config.run.dir).absolute().parent.name
-    return config.wandb.group or (parent if parent != "runs" else None)
+def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], **options):
+    """Return a W&B run with the group and tags that every run here has; offline if W&B cannot start online."""
+    import wandb  # takes a second, which a run without W&B need not spend
+
+    parent = run_dir.absolute().parent.name
+    options |= {
+        "project": settings.project,
+        "group": settings.group or (parent if parent != "runs" else None),  # the runs of a sweep lie in one folder
+        "tags": [tree["model"]["name"], tree["size"]["name"], *settings.tags],
+        "dir": str(run_dir),
+        "reinit": "finish_previous",  # a run of this process whose dashboard failed is not to be joined
+        "settings": wandb.Settings(silent=True, init_timeout=60),
+    }
+    if wandb_mode(settings.mode) == "online":
+        try:
+            return wandb.init(mode="online", **options)
+        except Exception as error:
+            print(f"W&B could not start online ({error}); send it later: wandb sync {run_dir}/wandb/offline-run-*")
+    return wandb.init(mode="offline", **options | {"resume": None})
 
 
-def open_run(config: Config, folder: Path, job_type: str, name: str, id: str, settings: dict):
-    """`wandb.init` as every run here does it; None where W&B is disabled or cannot start."""
-    mode = wandb_mode(config.wandb.mode)
-    if mode == "disabled":
-        return None
-    about = [config.data.name] if job_type == "prepare" else [config.model.name, config.size.name]
-    try:
-        import wandb
-
-        return wandb.init(
-            project=config.wandb.project,
-            group=group_of(config),
-            job_type=job_type,
-            tags=[*about, *config.wandb.tags],
-            name=name,
-            id=id,
-            resume="allow",  # also offline: `wandb sync` then appends a requeue's file to the run
-            dir=str(folder),
-            mode=mode,
-            reinit="finish_previous",  # a run of this process whose dashboard failed is not to be joined
-            config=settings,
-            settings=wandb.Settings(silent=True, init_timeout=60),
-        )
-    except Exception as error:
-        print(f"W&B could not start ({error}); metrics.jsonl has everything")
-        return None
+def remove_older_files(run) -> None:
+    """Remove the offline files of the same id from before `run`, which has all that they have."""
+    own = Path(run.dir).parent
+    for path in own.parent.glob(f"offline-run-*-{run.id}"):
+        if path.name.removeprefix("offline-") < own.name.removeprefix("offline-"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class WandbRun:
-    """The W&B run of a run folder. Every method does nothing once W&B has failed (or is disabled)."""
+    """The W&B run of a run folder. Every method does nothing once W&B has failed (or is disabled).
 
-    def __init__(self, config: Config, tree: dict):
-        self.run_dir = Path(config.run.dir)
-        self.known: dict[tuple[int, str], float | None] = {}  # (step, metric) that W&B has
-        self.file, self.read_bytes = None, 0  # which metrics.jsonl, and how much of it was sent
-        self.run = None
-        if wandb_mode(config.wandb.mode) != "disabled":
-            self._recall()
-            self.run = open_run(config, self.run_dir, "train", config.run.name, run_id(self.run_dir), flat(tree))
-            self._try(lambda run: self._begin(run, config))
+    `tree` is the whole configuration as nested mappings, which W&B shows.
+    """
 
-    def _recall(self) -> None:
-        """Read what W&B has of the processes before, and mend what a killed one left."""
-        for path in wandb_files(self.run_dir):
-            try:
-                mend(path)
-                if not path.exists():
-                    continue
-                items = [record["history"]["item"] for record in read_records(path) if record["type"] == "history"]
-            except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
-                print(f"{path}: cannot be read ({error}); W&B may show its steps twice")
-                continue
-            for item in items:
-                self.known |= {(item.get("step"), key): value for key, value in item.items()}
-
-    def _begin(self, run, config: Config) -> None:
-        run.define_metric("tokens", summary="max")
-        run.define_metric("step", summary="max")
-        run.define_metric("*", step_metric="tokens")
-        for key, summary in SUMMARIES.items():
-            run.define_metric(key, step_metric="tokens", summary=summary)
-        network = TransformerConfig.from_config(config)
-        run.summary.update(counting.summary(network, config.trainer.seq_len) | fingerprints(Path(config.data.dir)))
-        if not self.known:
-            save_sources(run, self.run_dir)
+    def __init__(self, run_dir: str | Path, settings: WandbConfig, tree: dict[str, Any]):
+        self.run_dir = Path(run_dir)
+        self.folder = self.run_dir / "wandb"
+        self.lock = RunLock(self.folder)
+        self.known: dict[tuple[float | None, str], Any] = {}  # what is listed, by step and metric
+        self.read_bytes = 0  # how much of metrics.jsonl is listed
+        self.is_on = wandb_mode(settings.mode) != "disabled"
+        self._try(self._open, settings, tree)
         self.catch_up()
+        self._try(lambda: remove_older_files(self.run))
+
+    def _open(self, settings: WandbConfig, tree: dict[str, Any]) -> None:
+        if reason := self.lock.acquire(PATIENCE, print):
+            raise RuntimeError(reason)
+        self.list = open(self.folder / "rows.jsonl", "a+b", buffering=0)
+        self.list.seek(0)
+        whole, end, _ = self.list.read().rpartition(b"\n")
+        self.list.truncate(len(whole + end))  # a torn row was not sent
+        rows: list[Row] = [json.loads(text) for text in whole.splitlines()]
+        options = {"id": run_id(self.run_dir), "job_type": "train", "name": tree["run"]["name"], "config": flat(tree)}
+        self.run = open_run(self.run_dir, settings, tree, resume="allow" if rows else None, **options)
+        if self.run.starting_step > len(rows):  # the list was lost
+            self.run.finish()
+            self.run = open_run(self.run_dir, settings, tree, **options)
+        self.run.define_metric("tokens", summary="max")
+        self.run.define_metric("step", summary="max")
+        self.run.define_metric("*", step_metric="tokens")
+        for key, summary in SUMMARIES.items():
+            self.run.define_metric(key, step_metric="tokens", summary=summary)
+        if not self.run.starting_step:
+            save_sources(self.run, self.run_dir)
+        self.note({})
+        for number, row in enumerate(rows):
+            if number >= self.run.starting_step:
+                self._send(row)
+            self._know(row)
+
+    def _know(self, row: Row) -> None:
+        self.known |= {(row.get("step"), key): value for key, value in row.items()}
+
+    def _send(self, row: Row) -> None:
+        self.run.log({key: shown(self.run_dir, value) for key, value in row.items()})
+
+    def _add(self, row: Row) -> None:
+        self.list.write(json.dumps(row).encode() + b"\n")
+        self._know(row)
+        self._send(row)
 
     def catch_up(self) -> None:
         """Send what metrics.jsonl has and W&B has not."""
         self._try(self._catch_up)
 
-    def _catch_up(self, run) -> None:
+    def _catch_up(self) -> None:
         path = self.run_dir / "metrics.jsonl"
         if not path.exists():
             return
         with open(path, "rb") as file:
-            if (which := os.fstat(file.fileno()).st_ino) != self.file:  # the first one, or lines were dropped
-                self.file, self.read_bytes = which, 0
             file.seek(self.read_bytes)
             whole, end, _ = file.read().rpartition(b"\n")
         self.read_bytes += len(whole + end)
@@ -147,123 +180,114 @@ class WandbRun:
                 line = json.loads(text)
             except ValueError:
                 continue  # torn by a killed process
-            step, tokens = line.pop("step"), line.pop("tokens")
-            news = {key: value for key, value in line.items() if not self._has(step, key, value)}
+            news = {key: value for key, value in line.items() if self._is_news(line["step"], key, value)}
             if news:
-                run.log({"step": step, "tokens": tokens} | news)
-                self.known |= {(step, key): value for key, value in news.items()}
+                self._add({"step": line["step"], "tokens": line["tokens"]} | news)
 
-    def _has(self, step: int, key: str, value: float | None) -> bool:
-        """An evaluation may be repeated with another result; a training step that was gone back over is not."""
-        there = (step, key) in self.known
-        return there and (not key.startswith("eval/") or self.known[step, key] == value)
+    def _is_news(self, step: int, key: str, value: float | None) -> bool:
+        """An evaluation may be repeated with another result; a step that is trained again is not shown again."""
+        if key in ("step", "tokens"):
+            return False
+        return (step, key) not in self.known or (key.startswith("eval/") and self.known[step, key] != value)
 
-    def summarize(self, facts: dict) -> None:
-        """Facts beside the metrics, whose summary W&B makes itself."""
+    def note(self, facts: dict[str, Any]) -> None:
+        """Add facts to the summary, where W&B puts the metrics itself."""
+        self._try(self._note, facts)
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        path = self.folder / "facts.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if facts:
+            write_atomic(path, json.dumps(known | facts))
+        self.run.summary.update(known | facts)
+
+    def summarize(self, facts: dict[str, Any]) -> None:
+        """Note those of the facts in summary.json that are no metrics."""
         self.note({key: v for key, v in facts.items() if "/" not in key and key not in ("step", "tokens", "run")})
 
-    def note(self, facts: dict) -> None:
-        self._try(lambda run: run.summary.update(facts))
-
     def show_texts(self, key: str, texts: list[str]) -> None:
-        """Texts as a table, one a row."""
-        self._try(lambda run: run.log({key: table(["sample", "text"], list(enumerate(texts, 1)))}))
+        """Show texts as a table, one a row."""
+        self._try(self._add, {key: texts})
 
     def show_images(self, paths: list[Path]) -> None:
-        self._try(lambda run: run.log(images(paths)))
+        """Show pictures that lie in the run folder."""
+        self._try(self._add, {f"plots/{path.stem}": str(path.relative_to(self.run_dir)) for path in paths})
 
     def finish(self, exit_code: int = 0) -> None:
+        """Wait until W&B has everything."""
         self.catch_up()
-        self._try(lambda run: run.finish(exit_code=exit_code))
-        self.run = None
+        self._try(lambda: self.run.finish(exit_code=exit_code))
+        self.is_on = False
+        self.lock.release()
 
-    def _try(self, action) -> None:
-        if self.run is None:
+    def _try(self, action: Callable, *arguments) -> None:
+        if not self.is_on:
             return
         try:
-            action(self.run)
+            action(*arguments)
         except Exception as error:  # a dashboard is no reason to stop training
             print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
-            self.run = None
+            self.is_on = False
 
 
-def fingerprints(data_dir: Path) -> dict[str, str]:
-    """Of the data that a run is trained on, and its tokenizer."""
-    if not (data_dir / MANIFEST_FILE).exists():
-        return {}
-    manifest = read_manifest(data_dir)
-    return {
-        "data_fingerprint": manifest.fingerprint,
-        "tokenizer_fingerprint": manifest.tokenizer.get("fingerprint", ""),
-    }
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as W&B can search it: flat, and without dots, which W&B takes for nesting."""
+    return {key.replace(".", "/"): value for key, value in flatten(tree).items()}
+
+
+def shown(run_dir: Path, value: float | str | list[str] | None):
+    """Return a value of a row as W&B shows it: a picture that is gone as null, so that later rows keep their numbers."""
+    import wandb
+
+    if isinstance(value, list):
+        return wandb.Table(columns=["sample", "text"], data=[[i, text] for i, text in enumerate(value, 1)])
+    if isinstance(value, str):
+        return wandb.Image(str(run_dir / value)) if (run_dir / value).exists() else None
+    return value
 
 
 def save_sources(run, run_dir: Path) -> None:
-    """Copies of the code and of the run's config.yaml, in the W&B run's own folder, so that a later sync has them."""
-    for pattern in SOURCES:
-        for found in ROOT.glob(pattern):
-            for path in [found] if found.is_file() else [p for s in ("py", "yaml") for p in found.rglob(f"*.{s}")]:
-                to = Path(run.dir) / "code" / path.relative_to(ROOT)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, to)
-    if (run_dir / "config.yaml").exists():
-        shutil.copyfile(run_dir / "config.yaml", Path(run.dir) / "code" / "run_config.yaml")
-    for depth in ("*", "*/*", "*/*/*", "*/*/*/*"):
-        if any(path.is_file() for path in (Path(run.dir) / "code").glob(depth)):
-            run.save(f"{run.dir}/code/{depth}", base_path=run.dir, policy="now")
+    """Store the code and the run's config.yaml as one archive among W&B's files, so that a later sync has it too."""
+    patterns = ["*.py", "*.txt", *(f"{package}/**/*.{suffix}" for package in PACKAGES for suffix in ("py", "yaml"))]
+    with zipfile.ZipFile(Path(run.dir) / "code.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in [found for pattern in patterns for found in sorted(ROOT.glob(pattern))]:
+            archive.write(path, path.relative_to(ROOT))
+        if (run_dir / "config.yaml").exists():
+            archive.write(run_dir / "config.yaml", "run_config.yaml")
+    run.save(f"{run.dir}/code.zip", base_path=run.dir, policy="now")
 
 
-def table(columns: list[str], rows: list):
-    import wandb
+def log_evaluation(
+    run_dir: Path,
+    settings: WandbConfig,
+    tree: dict[str, Any],
+    suite: str,
+    record: dict[str, Any],
+    plots: list[Path],
+    is_finished: bool,
+) -> None:
+    """Show an evaluation as a W&B run of its own and, once training is done, in the W&B run of the run folder.
 
-    return wandb.Table(columns=columns, data=[list(row) for row in rows])
-
-
-def images(paths: list[Path]) -> dict:
-    import wandb
-
-    return {f"plots/{path.stem}": wandb.Image(str(path)) for path in paths}
-
-
-def log_job(config: Config, folder: Path, job_type: str, name: str, facts: dict, settings: dict, plots=()) -> None:
-    """A short job beside training (an evaluation, a preparation) as a W&B run of its own, with its facts as summary."""
-    run = open_run(config, folder, job_type, name, run_id(folder, job_type, name), settings)
-    if run is None:
-        return
-    try:
-        run.summary.update(facts)
-        if plots:
-            run.log(images(list(plots)))
-        run.finish()
-    except Exception as error:
-        print(f"W&B failed: {error}")
-
-
-def log_evaluation(run_dir: Path, suite: str, record: dict, plots: list[Path]) -> None:
-    """Show an evaluation: as a job of its own, and, once training is done, in its run, from metrics.jsonl's new line.
-
-    `record` is what results/<suite>.json holds. The process of a run that still trains shows the line itself.
+    `settings` and `tree` are the run's, `record` is what results/<suite>.json holds. The process of a run that still
+    trains shows the results itself, from metrics.jsonl.
     """
-    from training.run_folder import read_config  # which logs through here
-
-    config = read_config(run_dir)
-    tree, config.run.dir = to_dict(config), str(run_dir)
-    spread = {f"{key}_stderr": value for key, value in record.get("stderr", {}).items()}
-    facts = {f"eval/{suite}/{key}": value for key, value in (record["results"] | spread).items()}
-    settings = {key: record.get(key) for key in ("run", "suite", "step", "tokens", "limit", "versions")}
-    log_job(config, run_dir, "eval", f"{config.run.name} {suite}", facts, settings, plots)
-    if (run_dir / "summary.json").exists():
-        view = WandbRun(config, tree)
+    if wandb_mode(settings.mode) == "disabled":
+        return
+    name = f"{tree['run']['name']} {suite}"
+    results = record["results"] | {f"{key}_stderr": value for key, value in record.get("stderr", {}).items()}
+    facts = {key: record.get(key) for key in ("run", "suite", "step", "tokens", "limit", "versions")}
+    options = {"id": run_id(run_dir, "eval", name), "job_type": "eval", "name": name, "config": facts}
+    try:
+        run = open_run(run_dir, settings, tree, **options)
+        run.summary.update({f"eval/{suite}/{key}": value for key, value in results.items()})
+        if plots:
+            run.log({f"plots/{path.stem}": shown(run_dir, str(path)) for path in plots})
+        run.finish()
+        remove_older_files(run)
+    except Exception as error:
+        print(f"W&B failed (results/{suite}.json has everything): {error}")
+    if is_finished:
+        view = WandbRun(run_dir, settings, tree)
         if plots:
             view.show_images(plots)
         view.finish()
-
-
-def log_preparation(config: Config, manifest) -> None:
-    """Show prepared data where somebody is logged in; offline only by `wandb.mode=offline`, as no run is here yet."""
-    if config.wandb.mode == "auto" and wandb_mode("auto") != "online":
-        return
-    facts = {f"data/{split}/{what}": getattr(manifest, what)(split)
-             for split in ("train", "val") for what in ("tokens", "documents")}  # fmt: skip
-    facts |= {"data/unigram_entropy": manifest.unigram_entropy, "data/fingerprint": manifest.fingerprint}
-    log_job(config, Path(config.data.dir), "prepare", f"prepare {config.data.name}", facts, flat(manifest.settings))

@@ -4,13 +4,14 @@ RUN is a run folder, a folder of a sweep (every run in it), or wandb:ENTITY/PROJ
 
   out=DIR            where the report goes; default: the runs' common parent/compare
   baseline=METHOD    what the others are compared with; default: mha, else the first
-  metric=KEY         what is compared; default: val/loss, or val/bits_per_byte where only the tokenizers differ
+  metric=KEY         what is compared; default: val/loss, or val/bits_per_byte if only the tokenizers differ
   target=NUMBER      of the metric, for the tokens that it takes; default: the worst run's last
   confidence=0.95    of the intervals
   smoothing=0.02     of training curves: the share of a run that a point averages over
   tolerance=0.05     of parameters and FLOPs, to be called matched
+  time=true          compare training times too; only if nothing else used the machines
 
-The regression gate, for one run: exit code 1 where it is worse than a stored reference.
+The regression gate, for one run: exit code 1 if it is worse than a stored reference.
 
   reference=FILE     a summary.json, or what update=true wrote
   tolerance=0.01     as a share of the reference's value
@@ -27,117 +28,114 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from configs.app import command
 from configs.errors import ConfigError
-from configs.load import load_flat
-from configs.schema_compare import CompareConfig
+from configs.load import load
 from eval.compare import gate, report, tables
-from eval.compare.collect import Method, name_methods, read_run, run_folders
+from eval.compare.collect import Method, Run, name_methods, read_run, run_folders
+from eval.compare.config import CompareConfig
 from eval.compare.fairness import Fairness, check, verdict
+from eval.compare.from_wandb import fetch
 
 
 def parse(arguments: list[str]) -> CompareConfig:
-    """Run folders and key=value options, in any order. ConfigError for unknown keys and wrong values."""
-    is_option = lambda text: re.match(r"[a-z_]+=", text) and not Path(text).exists()  # noqa: E731
-    options = [argument for argument in arguments if is_option(argument)]
-    flags = [argument for argument in arguments if argument.startswith("-")]
+    """Return run folders and key=value options, in any order, as a configuration. ConfigError for mistakes."""
+    options = [word for word in arguments if re.match(r"[a-z_]+=", word) and not Path(word).exists()]
+    flags = [word for word in arguments if word.startswith("-")]
     if flags:
         raise ConfigError(*(f"{flag}: options are key=value, as in out=DIR; --help lists them" for flag in flags))
     try:
         tree = OmegaConf.from_dotlist(options)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-    if "reference" in tree and "tolerance" not in tree:
-        tree.tolerance = 0.01
     if "runs" in tree:
         raise ConfigError("runs=...: name the run folders without a key, as in python -m eval.compare runs/A runs/B")
-    tree.runs = [argument for argument in arguments if argument not in options]
-    return load_flat(tree, CompareConfig)
+    tree.runs = [word for word in arguments if word not in options]
+    return load(tree, CompareConfig)
 
 
-def gather(config: CompareConfig, out: Path | None) -> list:
-    """The runs that are named, those of W&B fetched into `out` first."""
+def gather(config: CompareConfig) -> list[Run]:
+    """Return the runs that are named; those of W&B are fetched into `out` first."""
     folders = []
     for name in config.runs:
         if name.startswith("wandb:"):
-            from eval.compare.from_wandb import fetch
-
-            folders += fetch(name, out or Path("runs") / "wandb")
+            folders += fetch(name, Path(config.out or "runs/wandb"))
         else:
             folders += run_folders([name])
     return [read_run(folder) for folder in dict.fromkeys(folders)]
 
 
 def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> tables.Question:
-    """What is compared, from the options and what the runs have in common."""
-    metric = config.metric
-    if metric is None:
-        only_bytes = fairness.same_text and not fairness.same_tokens
-        metric = "val/bits_per_byte" if only_bytes else "val/loss"
+    """Return what is compared, from the options and what the runs have in common."""
+    only_bytes = fairness.same_text and not fairness.same_tokens
+    metric = config.metric or ("val/bits_per_byte" if only_bytes else "val/loss")
     logged = {key for method in methods for run in method.runs for line in run.lines for key in line}
     if config.metric and config.metric not in logged:
         raise ConfigError(f"metric={metric}: no run has logged it; there are {', '.join(sorted(logged))}")
-    named = {method.name: method for method in methods}
-    by_mechanism = {method.first.config.model.name: method for method in reversed(methods)}
-    if config.baseline and config.baseline not in named | by_mechanism:
-        raise ConfigError(f"baseline={config.baseline}: no such method; there are {', '.join(named)}")
-    wanted = config.baseline or "mha"
-    baseline = named.get(wanted) or by_mechanism.get(wanted) or methods[0]
-    seen = [{tokens for tokens, _ in run.points(metric)} for method in methods for run in method.runs]
-    shared = set.intersection(*seen) if seen else set()
-    tokens = max(shared) if shared else None
-    target = config.target
-    if target is None:
-        target = max((value for method in methods for value in method.at(metric, tokens).values()), default=None)
-    return tables.Question(metric, tokens, baseline, config.confidence, target)
-
-
-def show(console: Console, found: tables.Table) -> None:
-    shown = RichTable(box=box.SIMPLE_HEAD)
-    for number, column in enumerate(found.columns):
-        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in found.rows:
-        shown.add_row(*row)
-    whole = console.measure(shown, options=console.options.update(max_width=10_000)).maximum
-    console.width = max(console.width, whole)  # rather over the edge than cut
-    console.print(shown)
+    names = {method.mechanism: method for method in reversed(methods)} | {method.name: method for method in methods}
+    if config.baseline and config.baseline not in names:
+        known = ", ".join(method.name for method in methods)
+        raise ConfigError(f"baseline={config.baseline}: no such method; there are {known}")
+    baseline = names.get(config.baseline or "mha", methods[0])
+    shared = set.intersection(
+        *({tokens for tokens, _ in run.points(metric)} for method in methods for run in method.runs)
+    )
+    tokens = max(shared, default=None)
+    comparable = fairness.same_tokens or (fairness.same_text and metric == "val/bits_per_byte")
+    question = tables.Question(
+        metric, tokens, baseline, config.confidence, config.target, config.time, comparable
+    )  # fmt: skip
+    if question.target is None:
+        question.target = max(
+            (value for method in methods for value in question.values(method).values()), default=None
+        )  # fmt: skip
+    return question
 
 
 def default_out(folders: list[Path]) -> Path:
     return Path(os.path.commonpath([folder.parent for folder in folders])) / "compare"
 
 
-def main(config: CompareConfig, command: str) -> int:
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    runs = gather(config, config.out and Path(config.out))
-    if config.reference:
-        if len(runs) != 1:
-            raise ConfigError(f"reference={config.reference}: judges one run, and {len(runs)} are in {config.runs[0]}")
-        if config.update:
-            gate.update(runs[0], config.reference)
-            console.print(f"{config.reference}: written from {runs[0].name}")
-            return 0
-        return gate.gate(runs[0], config.reference, config.tolerance, config.metrics, console, show)
+def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
+    """Write the report on the runs and print its verdict and its first table; return the exit code."""
     methods = name_methods(runs)
     fairness = check(methods, config.tolerance)
     question = choose(config, methods, fairness)
     out = Path(config.out) if config.out else default_out([run.dir for run in runs])
-    comparison = report.Comparison(methods, fairness, question, command, config.smoothing)
-    path = report.write(comparison, out)
+    path = report.write(methods, fairness, question, command, config.smoothing, out)
     words, reasons = verdict(fairness, methods)
-    console.print(words)
-    for reason in reasons:
-        console.print(f"  {reason}")
-    final = tables.final(methods, question, report.is_comparable(fairness, question))
-    show(console, final)
-    for note in final.notes:
-        console.print(note)
-    console.print(f"\nThe report is {path} and {path.with_suffix('.html')}")
+    print("\n  ".join([words, *reasons]))
+    print(tables.final(methods, question))
+    print(f"\nThe report is {path} and {path.with_suffix('.html')}")
     return 0
+
+
+def judge(config: CompareConfig, runs: list[Run]) -> int:
+    """Print how a run differs from the reference (or write that from it); return 1 if the run is worse, else 0."""
+    path = config.reference
+    if len(runs) != 1:
+        raise ConfigError(f"reference={path}: judges one run, and {len(runs)} are in {config.runs[0]}")
+    (run,) = runs
+    if config.update:
+        gate.update(run, path)
+        print(f"{path}: written from {run.config.run.name}")
+        return 0
+    reference = gate.read_reference(path)
+    found, worse = gate.judge(run, reference, config.tolerance, config.metrics)
+    print(found)
+    if reference["tokens"] not in (None, run.tokens):
+        print(f"The reference is of {reference['tokens']:,} tokens, the run of {run.tokens:,}.")
+    if worse:
+        print(f"Worse than {path} by more than {config.tolerance:.2%}, or missing: {', '.join(worse)}")
+        return 1
+    print(f"Not worse than {path} by more than {config.tolerance:.2%}.")
+    return 0
+
+
+def main(config: CompareConfig, command: str) -> int:
+    runs = gather(config)
+    return judge(config, runs) if config.reference else compare(config, runs, command)
 
 
 if __name__ == "__main__":

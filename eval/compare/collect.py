@@ -1,21 +1,30 @@
-"""What run folders hold, read as it is at this moment: also of runs that still train."""
+"""What run folders hold at this moment, also those of runs that still train."""
 
 import json
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.schema import Config
 from data.shards import MANIFEST_FILE, read_manifest
 from eval import published
 from model import counting
-from model.transformer import TransformerConfig
-from training.metrics import read_metrics
-from training.run_folder import read_config, read_events
+from training.config import Config
+from training.metrics import read_events, read_lines
+from training.run_folder import is_finished, read_config
+
+DECODING_KEYS = {"model", "scope", "batch", "length", "device", "tokens_per_second"}
+STEADY = 0.2  # how far apart the quartiles of a steady run's logged speeds lie at most, as a share of the median
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of what is not None, or None."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 @dataclass
@@ -26,15 +35,10 @@ class Run:
     config: Config
     lines: list[dict]  # of metrics.jsonl
     events: list[dict]  # of events.jsonl
-    results: dict[str, dict]  # results/<suite>.json by suite
-    decoding: list[dict]  # points of a decoding benchmark
-    facts: dict[str, Any]  # of the newest checkpoint's manifest
+    results: dict[str, dict]  # evaluations by the name of their file
+    decoding: list[dict]  # points of decoding benchmarks
+    facts: dict[str, Any]  # of the most recent checkpoint's manifest
     finished: bool
-    method: str = ""  # what it is called beside the others: `name_methods`
-
-    @property
-    def name(self) -> str:
-        return self.config.run.name
 
     @property
     def seed(self) -> int:
@@ -46,60 +50,74 @@ class Run:
 
     @cached_property
     def counts(self) -> dict[str, int | float]:
-        return counting.summary(TransformerConfig.from_config(self.config), self.config.trainer.seq_len)
+        return counting.summary(self.config.network(), self.config.trainer.seq_len)
 
     @cached_property
     def fingerprints(self) -> dict[str, str | None]:
-        """Of the tokens (`data`), the `tokenizer`, and the text before it was tokenised (`text`), as far as known.
+        """Those of the tokens (`data`), the `tokenizer`, and the text before it was tokenised (`text`); None: unknown.
 
-        The data folder is believed only where it still holds the tokens that the run's checkpoints name.
+        The data folder counts only if it still holds the tokens that the run's checkpoints name.
         """
-        known = {
-            "data": self.facts.get("data_fingerprint"),
-            "tokenizer": self.facts.get("tokenizer_fingerprint"),
-            "text": None,
-        }
+        trained_on = self.facts.get("data_fingerprint")
         folder = Path(self.config.data.dir or "")
         if (folder / MANIFEST_FILE).is_file():
             manifest = read_manifest(folder)
-            if known["data"] in (None, manifest.fingerprint):
-                found = (manifest.fingerprint, manifest.tokenizer.get("fingerprint"), manifest.source)
-                known = dict(zip(known, found, strict=True))
-        return known
+            if trained_on in (None, manifest.fingerprint):
+                tokenizer = manifest.tokenizer.get("fingerprint")
+                return {"data": manifest.fingerprint, "tokenizer": tokenizer, "text": manifest.source or None}
+        return {"data": trained_on, "tokenizer": self.facts.get("tokenizer_fingerprint"), "text": None}
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines), default=0)
 
     @property
     def tokens(self) -> int:
         return max((line["tokens"] for line in self.lines), default=0)
 
     def points(self, key: str) -> list[tuple[int, float]]:
-        """(tokens, value) of a metric in order; the last value counts where a step was logged twice."""
+        """Return (tokens, value) of a metric in order; the last value counts if a step was logged twice."""
         found = {line["tokens"]: line[key] for line in self.lines if line.get(key) is not None}
         return sorted(found.items())
 
-    def last(self, key: str) -> float | None:
+    def at(self, key: str, tokens: int | None = None) -> float | None:
+        """Return a metric at a number of tokens, or the last one; None if there is none."""
         points = self.points(key)
+        if tokens is not None:
+            return dict(points).get(tokens)
         return points[-1][1] if points else None
 
+    def lately(self, key: str, tokens: int | None) -> float | None:
+        """Return the mean of a noisy metric over the last tenth of the tokens until `tokens` (None: until the end)."""
+        end = self.tokens if tokens is None else tokens
+        return mean_of(value for at, value in self.points(key) if 0.9 * end <= at <= end)
+
     def typical(self, key: str) -> float | None:
-        """The median of a metric over the run."""
+        """Return the median of a metric over the run."""
         points = self.points(key)
         return statistics.median(value for _, value in points) if points else None
 
     @cached_property
     def seconds(self) -> dict[int, float]:
-        """Seconds of training by count of tokens, from the logged speeds: without evaluation, saving and waiting."""
+        """Seconds of training by number of tokens, from the logged speeds: without evaluation, saving and waiting."""
         spent, before, clock = 0.0, 0, {}
         for tokens, speed in self.points("perf/tokens_per_second"):
             spent += (tokens - before) / speed if speed > 0 else 0.0
             before, clock[tokens] = tokens, spent
         return clock
 
-    def restarts(self) -> int | None:
-        """Starts after the first; None where the run wrote no events."""
-        return max(0, self.count("start") - 1) if self.events else None
+    @property
+    def is_steady(self) -> bool:
+        """Whether the logged speeds vary so little that nothing else can have taken much of the machine."""
+        speeds = [speed for _, speed in self.points("perf/tokens_per_second")]
+        if len(speeds) < 3:
+            return False
+        low, middle, high = statistics.quantiles(speeds)
+        return high - low <= STEADY * middle
 
-    def count(self, event: str) -> int:
-        return sum(line.get("event") == event for line in self.events)
+    def count(self, event: str) -> int | None:
+        """Return how often an event happened; None if the run wrote no events."""
+        return sum(line.get("event") == event for line in self.events) if self.events else None
 
 
 @dataclass
@@ -107,44 +125,45 @@ class Method:
     """Runs that differ in their seed alone."""
 
     name: str
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Run]
 
     @property
     def first(self) -> Run:
         return self.runs[0]
 
     @property
+    def mechanism(self) -> str:
+        return self.first.config.model.name
+
+    @property
     def seeds(self) -> list[int]:
         return sorted(run.seed for run in self.runs)
 
-    def at(self, key: str, tokens: int | None) -> dict[int, float]:
-        """A metric by seed at a count of tokens; None: each run's last. The mean where a seed ran twice."""
-        found: dict[int, list[float]] = {}
-        for run in self.runs:
-            value = run.last(key) if tokens is None else dict(run.points(key)).get(tokens)
-            if value is not None:
-                found.setdefault(run.seed, []).append(value)
-        return {seed: sum(values) / len(values) for seed, values in found.items()}
+    def by_seed(self, of: Callable[[Run], float | None]) -> dict[int, float]:
+        """Return `of(run)` by seed, without seeds for which it is None; the mean if a seed ran twice."""
+        means = {seed: mean_of(of(run) for run in self.runs if run.seed == seed) for seed in self.seeds}
+        return {seed: mean for seed, mean in means.items() if mean is not None}
 
-    def lately(self, key: str, tokens: int | None) -> dict[int, float]:
-        """A noisy metric by seed: the mean over the last tenth of the tokens until `tokens` (None: until the end)."""
-        found: dict[int, list[float]] = {}
-        for run in self.runs:
-            end = run.tokens if tokens is None else tokens
-            values = [value for at, value in run.points(key) if 0.9 * end <= at <= end]
-            if values:
-                found.setdefault(run.seed, []).append(sum(values) / len(values))
-        return {seed: sum(values) / len(values) for seed, values in found.items()}
+    def mean(self, of: Callable[[Run], float | None]) -> float | None:
+        """Return the mean of `of(run)` over the runs for which it is not None."""
+        return mean_of(map(of, self.runs))
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """(tokens, mean over the runs) where all of them have logged the metric."""
+        """Return (tokens, mean over the runs) at the numbers of tokens at which all of them logged the metric."""
         series = [dict(run.points(key)) for run in self.runs]
-        shared = set.intersection(*(set(one) for one in series)) if series else set()
-        return [(tokens, sum(one[tokens] for one in series) / len(series)) for tokens in sorted(shared)]
+        shared = set.intersection(*map(set, series))
+        return [(tokens, statistics.fmean(one[tokens] for one in series)) for tokens in sorted(shared)]
+
+    def records(self, suite: str) -> list[dict]:
+        """Return what the runs that have been evaluated on a suite have of it."""
+        return [run.results[suite] for run in self.runs if suite in run.results]
 
 
 def run_folders(paths: Iterable[str]) -> list[Path]:
-    """The run folders that are named, and those inside of a named folder of a sweep. ConfigError for anything else."""
+    """Return the run folders that are named, and those inside of a named folder of a sweep.
+
+    ConfigError for anything else.
+    """
     found, errors = [], []
     for path in map(Path, paths):
         inside = sorted({file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml")})
@@ -152,45 +171,30 @@ def run_folders(paths: Iterable[str]) -> list[Path]:
             found.append(path)
         elif inside:
             found.extend(inside)
-        elif not path.exists():
-            errors.append(f"{path}: there is no such folder{near(path)}")
-        else:
+        elif path.exists():
             errors.append(f"{path}: is neither a run folder (it has no config.yaml) nor holds any")
+        else:
+            others = sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))
+            known = f"; in {path.parent} there are {', '.join(others)}" if others else ""
+            errors.append(f"{path}: there is no such folder{known}")
     if errors:
         raise ConfigError(*errors)
     return list(dict.fromkeys(folder.resolve() for folder in found))
 
 
-def near(path: Path) -> str:
-    others = sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))
-    return f"; in {path.parent} there are {', '.join(others)}" if others else ""
-
-
 def read_run(folder: Path) -> Run:
-    """ConfigError where its config.yaml is not of this code."""
+    """Return what a run folder holds. ConfigError if its config.yaml is not one of this code."""
     config = read_config(folder)
-    results, decoding = read_results(folder)
-    return Run(
-        folder, config, read_metrics(folder / "metrics.jsonl"), read_events(folder), results, decoding,
-        newest_facts(folder), (folder / "summary.json").is_file(),
-    )  # fmt: skip
-
-
-def read_results(folder: Path) -> tuple[dict[str, dict], list[dict]]:
-    """(evaluations by file, points of decoding benchmarks) in a run's results; what cannot be read is named."""
-    suites, decoding = {}, []
-    for path in sorted(folder.glob("results/*.json*")):
-        lines = read_metrics(path) if path.suffix == ".jsonl" else [read_json(path)]
-        for record in lines:
-            if "results" in record and "suite" in record:
-                suites[path.stem] = record
-            elif "tokens_per_second" in record and "decod" in path.stem:
-                decoding.append(record)
-    return suites, decoding
+    results = {path.stem: read_json(path) for path in sorted(folder.glob("results/*.json"))}
+    decoding = [line for path in sorted(folder.glob("results/*decod*.jsonl")) for line in read_lines(path)]
+    results = {name: record for name, record in results.items() if {"results", "suite"} <= record.keys()}
+    decoding = [point for point in decoding if point.keys() >= DECODING_KEYS]
+    lines, events = read_lines(folder / "metrics.jsonl"), read_events(folder)
+    return Run(folder, config, lines, events, results, decoding, latest_facts(folder), is_finished(folder))
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, or several of them a line (then nothing is taken from it but the points of benchmarks)."""
+    """Return a JSON object; an empty one, with a message, if the file has none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -199,42 +203,36 @@ def read_json(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def newest_facts(folder: Path) -> dict:
-    """What the manifest of the newest checkpoint says, without reading its tensors; W&B's runs have it in a file."""
+def latest_facts(folder: Path) -> dict:
+    """Return the most recent checkpoint's manifest, without reading its tensors; runs from W&B have a file of facts."""
     manifests = sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True)
     found = (read_json(path) for path in [*manifests, folder / "checkpoint_facts.json"] if path.exists())
-    return next((facts for facts in found if facts), {})
-
-
-def usual_order(run: Run) -> int:
-    """The paper's mechanisms as it lists them, then all others."""
-    known, name = list(published.NAMES), run.config.model.name
-    return known.index(name) if name in known else len(known)
+    return next(filter(None, found), {})
 
 
 def name_methods(runs: list[Run]) -> list[Method]:
-    """The runs by method, in the usual order. A method is called by its mechanism, and by what else tells it apart."""
-    by_settings: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=usual_order):
+    """Return the runs by method: the paper's mechanisms in its order, then all others."""
+    order = list(published.NAMES)
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: order.index(m) if (m := run.config.model.name) in order else len(order)):
         settings = {key: value for key, value in run.identity.items() if key != "run.seed"}
-        by_settings.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    groups = list(by_settings.values())
-    methods = []
-    for group in groups:
-        ours = group[0].identity
-        alike = [other[0].identity for other in groups if other[0].identity["model.name"] == ours["model.name"]]
-        keys = [key for key in ours if any(other.get(key) != ours[key] for other in alike)]
-        if "size.name" in keys:  # says it all about widths, layers and what follows from them
-            keys = ["size.name", *(k for k in keys if not k.startswith(("size.", "model.")))]
-        tokenizer = ["tokenizer.name"] if any(key.startswith("tokenizer.") for key in keys) else []
-        data = ["data.name"] if any(key.startswith("data.") for key in keys) else []
-        rest = [key for key in keys if not key.startswith(("tokenizer.", "data.")) and key != "run.seed"]
-        parts = [ours["size.name"]] if "size.name" in keys else []
-        parts += [f"{key}={ours[key]}" for key in [*rest, *tokenizer, *data] if key != "size.name"][:3]
-        name = " ".join([ours["model.name"], *parts])
-        taken = sum(method.name == name or method.name.startswith(f"{name} (") for method in methods)
-        method = Method(f"{name} ({taken + 1})" if taken else name, group)
-        for run in group:
-            run.method = method.name
-        methods.append(method)
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    methods, names = [], Counter()
+    for group in groups.values():
+        name = label(group[0].identity, [other[0].identity for other in groups.values()])
+        names[name] += 1
+        methods.append(Method(name if names[name] == 1 else f"{name} ({names[name]})", group))
     return methods
+
+
+def label(ours: dict[str, Any], everyone: list[dict[str, Any]]) -> str:
+    """Return the mechanism's name with what tells it from other methods of the same mechanism, three keys at most."""
+    alike = [other for other in everyone if other["model.name"] == ours["model.name"]]
+    keys = [key for key in ours if key != "run.seed" and any(other.get(key) != ours[key] for other in alike)]
+    words = [ours["model.name"]]
+    if "size.name" in keys:  # which decides widths, layers and what follows from them
+        words.append(ours["size.name"])
+        keys = [key for key in keys if not key.startswith(("size.", "model."))]
+    own = [key for key in keys if not key.startswith(("tokenizer.", "data.")) and not key.endswith("_target_")]
+    named = [f"{block}.name" for block in ("tokenizer", "data") if any(key.startswith(f"{block}.") for key in keys)]
+    return " ".join([*words, *(f"{key}={ours[key]}" for key in [*own, *named][:3])])

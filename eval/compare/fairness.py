@@ -1,151 +1,141 @@
-"""Is the comparison fair? What the methods share and what they don't, before any result."""
+"""Whether a comparison is fair: what the methods share and what they do not, before any result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.compare.collect import Method, Run
 
-MATCHED, DIFFERS, UNKNOWN = "matched", "NOT matched", "unknown"
+MATCHED, DIFFERS, UNKNOWN = "matched", "not matched", "unknown"
+SHOWN = 6  # different values that are spelled out
 
 
-@dataclass
-class Check:
-    """One property: how it stands, what the methods have, and why it matters where it differs."""
+class Check(NamedTuple):
+    """One property, the verdict on it, and which methods have which value, with the reason why a difference matters."""
 
     name: str
     verdict: str
-    values: dict[str, str]  # by method
-    why: str = ""
-
-    def grouped(self, most: int | None = None) -> str:
-        """Which methods have what; the value alone where all have it."""
-        groups: dict[str, list[str]] = {}
-        for method, value in self.values.items():
-            groups.setdefault(value, []).append(method)
-        if len(groups) == 1:
-            return next(iter(groups))
-        shown = "; ".join(f"{', '.join(methods)}: {value}" for value, methods in list(groups.items())[:most])
-        return shown + (f"; and {len(groups) - most} other values" if most and len(groups) > most else "")
-
-    def sentence(self) -> str:
-        return f"{self.name}: {self.grouped(6)}" + (f". {self.why}" if self.why else "")
+    values: str
 
 
 @dataclass
 class Fairness:
     checks: list[Check]
-    differing: dict[str, list[Any]]  # config keys in which the methods differ, a value a method
+    differing: dict[str, list[Any]]  # configuration keys in which the methods differ, with a value for each method
     same_tokens: bool  # the same tokens: losses can be compared
     same_text: bool  # the same text, whatever the tokenizer: bits per byte can be compared
 
-    @property
-    def problems(self) -> list[Check]:
-        return [check for check in self.checks if check.verdict == DIFFERS]
 
-    @property
-    def unknown(self) -> list[Check]:
-        return [check for check in self.checks if check.verdict == UNKNOWN]
-
-
-def values_of(methods: list[Method], of: Callable[[Run], Any]) -> dict[str, list]:
-    """What each method's runs have, without repetition."""
-    found = {}
-    for method in methods:
-        values = [of(run) for run in method.runs]
-        found[method.name] = [value for i, value in enumerate(values) if value not in values[:i]]
-    return found
+def grouped(values: dict[str, str], why: str = "") -> str:
+    """Return which methods have which value, or the value alone if all have the same; and `why` that matters."""
+    groups: dict[str, list[str]] = {}
+    for method, value in values.items():
+        groups.setdefault(value, []).append(method)
+    if len(groups) == 1:
+        return next(iter(groups))
+    shown = [f"{', '.join(methods)}: {value}" for value, methods in groups.items()]
+    if len(shown) > SHOWN:
+        shown = [*shown[:SHOWN], f"and {len(shown) - SHOWN} other values"]
+    return "; ".join(shown) + (f". {why}" if why else "")
 
 
-def same(name: str, methods: list[Method], of: Callable[[Run], Any], show: Callable[[Any], str] = str, why="") -> Check:
-    """Whether all runs have the same; None is what is not known of a run."""
-    found = values_of(methods, of)
+def same(
+    name: str, methods: list[Method], of: Callable[[Run], Any], show: Callable[[Any], str] = str, why: str = "",
+    tolerance: float | None = None,
+) -> Check:  # fmt: skip
+    """Return whether all runs have the same `of(run)`, or the largest within `tolerance` of the smallest.
+
+    None is a value that is not known.
+    """
+    found = {method.name: list(dict.fromkeys(of(run) for run in method.runs)) for method in methods}
     everything = [value for values in found.values() for value in values]
-    verdict = MATCHED if all(value == everything[0] for value in everything) else DIFFERS
-    if any(value is None for value in everything):
-        known = [value for value in everything if value is not None]
-        verdict = UNKNOWN if all(value == known[0] for value in known) else DIFFERS
-    return Check(name, verdict, {m: " and ".join("?" if v is None else show(v) for v in vs) for m, vs in found.items()},
-                 why)  # fmt: skip
+    known = [value for value in everything if value is not None]
+    matched = len(set(known)) <= 1
+    if tolerance is not None and not matched:
+        matched = max(known) <= (1 + tolerance) * min(known)
+        why = "" if matched else f"The largest is {max(known) / min(known):.3f} times the smallest."
+    shown = {
+        method: " and ".join("?" if value is None else show(value) for value in values)
+        for method, values in found.items()
+    }
+    if not matched:
+        return Check(name, DIFFERS, grouped(shown, why))
+    return Check(name, MATCHED if len(known) == len(everything) else UNKNOWN, grouped(shown))
 
 
-def close(name: str, methods: list[Method], of: Callable[[Run], float], show, tolerance: float, why="") -> Check:
-    """Whether the largest is within `tolerance` of the smallest."""
-    found = values_of(methods, of)
-    everything = [value for values in found.values() for value in values]
-    verdict = MATCHED if max(everything) <= (1 + tolerance) * min(everything) else DIFFERS
-    shown = {method: " and ".join(map(show, values)) for method, values in found.items()}
-    if verdict == DIFFERS:
-        why = f"The largest is {max(everything) / min(everything):.3f} x the smallest. {why}".strip()
-    return Check(name, verdict, shown, why)
-
-
-def seeds(methods: list[Method]) -> Check:
+def check_seeds(methods: list[Method]) -> Check:
     shown = {method.name: ", ".join(map(str, method.seeds)) for method in methods}
-    alike = all(method.seeds == methods[0].seeds for method in methods)
-    twice = any(len(set(method.seeds)) < len(method.seeds) for method in methods)
-    why = "A seed decides the order of the data and the initial weights." if not alike else ""
-    return Check("seeds", MATCHED if alike and not twice else DIFFERS, shown, why or "A seed ran twice." * twice)
+    if any(method.seeds != methods[0].seeds for method in methods):
+        why = "A seed decides the order of the data and the initial weights."
+        return Check("seeds", DIFFERS, grouped(shown, why))
+    if len(set(methods[0].seeds)) < len(methods[0].seeds):
+        return Check("seeds", DIFFERS, f"{grouped(shown)}. A seed ran twice.")
+    return Check("seeds", MATCHED, grouped(shown))
+
+
+def check(methods: list[Method], tolerance: float) -> Fairness:
+    """Return every check, the most telling first; parameters and FLOPs are matched within `tolerance`."""
+
+    def fingerprint(kind: str, why: str = "") -> Check:
+        return same(kind, methods, lambda run: run.fingerprints[kind], lambda value: value[:12], why)
+
+    data = fingerprint("data", "The runs saw different tokens, so their losses are not of the same thing.")
+    tokenizer = fingerprint("tokenizer", "A loss per token depends on the tokenizer; bits per byte do not.")
+    held_out = same("validation", methods, validation, why="Validation losses are over different tokens.")
+    flops = "training_flops_per_token"
+    checks = [
+        same("parameters", methods, lambda run: run.counts["params"], "{:,}".format, tolerance=tolerance),
+        same("training FLOPs per token", methods, lambda run: run.counts[flops], "{:.3e}".format, tolerance=tolerance),
+        same(
+            "tokens trained", methods, lambda run: run.tokens, "{:,}".format,
+            "Results are compared at the most tokens that all runs have reached.",
+        ),
+        same(
+            "horizon", methods, lambda run: run.config.trainer.horizon, "{:,} steps".format,
+            "The learning rate decays over the horizon, so runs differ before their ends too.",
+        ),
+        data, tokenizer, held_out,
+        same("batch", methods, lambda run: run.config.trainer.tokens_per_step, "{:,} tokens per step".format),
+        check_seeds(methods),
+        same("optimizer", methods, lambda run: settings(run, "optim.")),
+        same("schedule", methods, lambda run: settings(run, "schedule.")),
+    ]  # fmt: skip
+    identities = [method.first.identity for method in methods]
+    keys = sorted({key for identity in identities for key in identity} - {"run.seed"})
+    rows = {key: [identity.get(key) for identity in identities] for key in keys}
+    differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+    same_tokens = DIFFERS not in (data.verdict, tokenizer.verdict, held_out.verdict)
+    only_tokenizer = tokenizer.verdict == data.verdict == DIFFERS and fingerprint("text").verdict == MATCHED
+    return Fairness(checks, differing, same_tokens, same_text=same_tokens or only_tokenizer)
 
 
 def validation(run: Run) -> str:
     trainer = run.config.trainer
-    count = trainer.eval_batches and trainer.eval_batches * trainer.global_batch_size
-    return f"{f'the first {count:,}' if count else 'all'} sequences of {trainer.seq_len:,} tokens"
+    if trainer.eval_batches:
+        return f"the first {trainer.eval_batches * trainer.global_batch_size:,} sequences of {trainer.seq_len:,} tokens"
+    return f"all sequences of {trainer.seq_len:,} tokens"
 
 
-def check(methods: list[Method], tolerance: float) -> Fairness:
-    """Every check, the most telling first."""
-    shorten = lambda fingerprint: fingerprint[:12]  # noqa: E731
-    data = same("data", methods, lambda run: run.fingerprints["data"], shorten,
-                "The runs saw different tokens, so their losses are not of the same thing.")  # fmt: skip
-    tokenizer = same("tokenizer", methods, lambda run: run.fingerprints["tokenizer"], shorten,
-                     "A loss a token means something else with each tokenizer; bits per byte does not.")  # fmt: skip
-    text = same("text", methods, lambda run: run.fingerprints["text"] or None, shorten)
-    held_out = same("validation", methods, validation, why="Validation losses are over different tokens.")
-    checks = [
-        close("parameters", methods, lambda run: run.counts["params"], lambda n: f"{n:,}", tolerance),
-        close("training FLOPs a token", methods, lambda run: run.counts["training_flops_per_token"],
-              lambda n: f"{n:.3e}", tolerance),
-        same("tokens trained", methods, lambda run: run.tokens, lambda n: f"{n:,}",
-             "Results are compared at the most tokens that all have reached."),
-        same("horizon", methods, lambda run: run.config.trainer.horizon, lambda n: f"{n:,} steps",
-             "The learning rate decays over the horizon, so that runs differ before their ends too."),
-        data, tokenizer, held_out,
-        same("batch", methods, lambda run: run.config.trainer.tokens_per_step, lambda n: f"{n:,} tokens a step"),
-        seeds(methods),
-        same("optimizer", methods, lambda run: picked(run, "optim.")),
-        same("schedule", methods, lambda run: picked(run, "schedule.")),
-    ]  # fmt: skip
-    identities = [method.first.identity for method in methods]
-    keys = sorted({key for identity in identities for key in identity} - {"run.seed"})
-    differing = {key: [identity.get(key) for identity in identities] for key in keys}
-    differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
-    same_tokens = DIFFERS not in (data.verdict, tokenizer.verdict, held_out.verdict)
-    return Fairness(checks, differing, same_tokens, same_tokens or (tokenizer.verdict == DIFFERS == data.verdict
-                    and text.verdict == MATCHED))  # fmt: skip
-
-
-def picked(run: Run, prefix: str) -> str:
-    parts = (f"{key.removeprefix(prefix)}={value}" for key, value in run.identity.items() if key.startswith(prefix))
-    return ", ".join(parts)
+def settings(run: Run, prefix: str) -> str:
+    found = {key.removeprefix(prefix): value for key, value in run.identity.items() if key.startswith(prefix)}
+    return ", ".join(f"{key}={value}" for key, value in found.items())
 
 
 def verdict(fairness: Fairness, methods: list[Method]) -> tuple[str, list[str]]:
-    """The report's first words, and the reasons for them."""
+    """Return the report's first words and the reasons for them."""
     if len(methods) == 1:
         return "One method, so nothing is compared.", []
-    reasons = [check.sentence() for check in fairness.problems]
-    unknown = [f"{check.name}: not known of every run (no checkpoint, and no data in place)" for check in
-               fairness.unknown]  # fmt: skip
-    alone = [method.name for method in methods if len(set(method.seeds)) < 2]
-    if alone:
-        unknown.append(f"one seed only ({', '.join(alone)}): a difference may be chance, and no interval can be given")
-    training = [run.name for method in methods for run in method.runs if not run.finished]
-    if training:
-        unknown.append(f"not finished: {', '.join(training)}")
-    if reasons:
-        return f"NOT fair: not matched in {', '.join(check.name for check in fairness.problems)}.", reasons + unknown
-    if unknown:
-        return "Matched in what could be checked, with reservations.", unknown
+    problems = [check for check in fairness.checks if check.verdict == DIFFERS]
+    unknown = [check.name for check in fairness.checks if check.verdict == UNKNOWN]
+    doubts = [f"{name}: not known of every run (no checkpoint, and the data is not in place)" for name in unknown]
+    if alone := [method.name for method in methods if len(set(method.seeds)) < 2]:
+        doubts.append(f"one seed only ({', '.join(alone)}): a difference may be chance, and there is no interval")
+    if training := [run.config.run.name for method in methods for run in method.runs if not run.finished]:
+        doubts.append(f"not finished: {', '.join(training)}")
+    if problems:
+        names = ", ".join(check.name for check in problems)
+        reasons = [f"{check.name}: {check.values}" for check in problems]
+        return f"Not a fair comparison: not matched in {names}.", reasons + doubts
+    if doubts:
+        return "Matched in what could be checked, with reservations.", doubts
     return f"Matched in {', '.join(check.name for check in fairness.checks)}.", []

@@ -1,21 +1,26 @@
-"""Runs of a W&B project as run folders, so that they are compared as any others: `wandb:ENTITY/PROJECT[/GROUP]`.
+"""Runs of a W&B project as run folders, to be compared as any others: `wandb:ENTITY/PROJECT[/GROUP]`.
 
-It needs a network. What comes is what training/wandb_run.py sent: configuration, history, counts; not checkpoints.
+Needs a network. The folders have what training/wandb_run.py sent: configuration, history and counts, no checkpoints.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from configs.errors import ConfigError
-from training.checkpoint import write_atomic
+from data.files import write_atomic
+from training.run_folder import read_config
 
 
 def fetch(name: str, out: Path) -> list[Path]:
-    """The training runs that `name` stands for, written as folders into `out`; those folders."""
-    import wandb
+    """Write the training runs that `name` stands for as run folders into `out`, and return these folders.
+
+    ConfigError if there are none, or if W&B does not answer.
+    """
+    import wandb  # which takes a second that other runs' readers need not spend
 
     parts = name.removeprefix("wandb:").split("/")
     if len(parts) not in (2, 3) or not all(parts):
@@ -27,8 +32,6 @@ def fetch(name: str, out: Path) -> list[Path]:
             write_folder(out / "wandb" / run.id, run.config, run.scan_history(page_size=10_000), dict(run.summary))
             for run in found
         ]
-    except ConfigError:
-        raise
     except Exception as error:
         raise ConfigError(f"{name}: W&B did not answer ({error}); it needs a network and `wandb login`") from None
     if not folders:
@@ -36,8 +39,8 @@ def fetch(name: str, out: Path) -> list[Path]:
     return folders
 
 
-def write_folder(folder: Path, config: dict[str, Any], history, summary: dict[str, Any]) -> Path:
-    """A run folder from W&B's configuration (flat, `/` between the parts), history and summary."""
+def write_folder(folder: Path, config: dict[str, Any], history: Iterable[dict], summary: dict[str, Any]) -> Path:
+    """Write a run folder from W&B's configuration (flat, with `/` in the keys), history and summary; return it."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = OmegaConf.create({})
     for key, value in config.items():
@@ -46,16 +49,14 @@ def write_folder(folder: Path, config: dict[str, Any], history, summary: dict[st
     write_atomic(folder / "config.yaml", OmegaConf.to_yaml(tree))
     lines: dict[int, dict] = {}
     for item in history:
-        step, kept = item.get("step"), {}
-        for key, value in item.items():
-            if "/" in key and not key.startswith("plots/") and (value is None or isinstance(value, int | float)):
-                kept[key] = value
-        if step is not None and kept:
-            lines.setdefault(step, {"step": step, "tokens": item["tokens"]}).update(kept)
+        numbers = {key: value for key, value in item.items() if value is None or isinstance(value, int | float)}
+        kept = {key: value for key, value in numbers.items() if "/" in key and not key.startswith("plots/")}
+        if kept and item.get("step") is not None:
+            lines.setdefault(item["step"], {"step": item["step"], "tokens": item["tokens"]}).update(kept)
     write_atomic(folder / "metrics.jsonl", "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
-    facts = {"step": max(lines, default=0), "data_fingerprint": summary.get("data_fingerprint"),
-             "tokenizer_fingerprint": summary.get("tokenizer_fingerprint")}  # fmt: skip
+    facts = {key: summary.get(key) for key in ("data_fingerprint", "tokenizer_fingerprint")}
+    facts = {"step": max(lines, default=0)} | facts
     write_atomic(folder / "checkpoint_facts.json", json.dumps(facts) + "\n")
-    if "unigram_entropy" in summary:  # which a run's end adds
-        write_atomic(folder / "summary.json", json.dumps({"unigram_entropy": summary["unigram_entropy"]}) + "\n")
+    if facts["step"] >= read_config(folder).trainer.horizon:  # which a run's end leaves
+        write_atomic(folder / "summary.json", json.dumps(facts) + "\n")
     return folder

@@ -1,34 +1,32 @@
-"""The regression gate: is a run worse than a stored reference?"""
+"""The regression gate: whether a run is worse than a stored reference."""
 
 import json
 import math
 from pathlib import Path
 
-from rich.console import Console
-
 from configs.errors import ConfigError
+from data.files import write_atomic
 from eval.compare.collect import Run
 from eval.compare.tables import DASH, Table, number
-from training.checkpoint import write_atomic
 
-# Which way is better, by the end of a metric's name. Others are shown and not judged.
+# Whether less or more is better, by the end of a metric's name. Others are shown and not judged.
 LOWER = ("loss", "perplexity", "bits_per_byte", "memory_gb", "skipped_steps")
 HIGHER = ("acc", "acc_norm", "exact_match", "f1", "average", "accuracy", "tokens_per_second", "mfu")
-JUDGED = ("val/", "eval/")  # unless `metrics` says what: speeds are the machine's as much as the code's
+JUDGED = ("val/", "eval/")  # by default: speeds depend on the machine as much as on the code
 
 
 def metrics_of(run: Run) -> dict[str, float]:
-    """A run's last value of everything it logged, and its evaluations by the names that they have in metrics.jsonl."""
-    found = {key: run.last(key) for line in run.lines for key in line if key not in ("step", "tokens")}
-    for stem, record in run.results.items():
+    """Return the last value of all that a run logged, and its evaluations by their names in metrics.jsonl."""
+    found = {key: run.at(key) for line in run.lines for key in line if key not in ("step", "tokens")}
+    for suite, record in run.results.items():
         for key, value in record["results"].items():
-            name = f"eval/{key}" if key.count("/") == 1 else f"eval/{stem}/{key}"
+            name = f"eval/{key}" if key.count("/") == 1 else f"eval/{suite}/{key}"
             found.setdefault(name, value)
     return {key: value for key, value in found.items() if isinstance(value, int | float)}
 
 
 def read_reference(path: str) -> dict:
-    """{metrics, and what they are of}, from what `update=true` wrote, or from another run's summary.json."""
+    """Return {metrics, data, tokens} from what `update=true` wrote, or from another run's summary.json."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,11 +37,17 @@ def read_reference(path: str) -> dict:
     metrics = {key: value for key, value in metrics.items() if isinstance(value, int | float) and "/" in key}
     if not metrics:
         raise ConfigError(f"reference={path}: holds no metrics; it must be a summary.json, or written by update=true")
-    return {"data": None, "tokens": content.get("tokens")} | content | {"metrics": metrics}
+    return {"metrics": metrics, "data": content.get("data"), "tokens": content.get("tokens")}
 
 
 def update(run: Run, path: str) -> None:
-    content = {"run": run.name, "data": run.fingerprints["data"], "tokens": run.tokens, "metrics": metrics_of(run)}
+    """Write the reference from a run. ConfigError if it has no metrics."""
+    content = {
+        "run": run.config.run.name,
+        "data": run.fingerprints["data"],
+        "tokens": run.tokens,
+        "metrics": metrics_of(run),
+    }
     if not content["metrics"]:
         raise ConfigError(f"{run.dir}: has no metrics to make a reference of")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,55 +55,47 @@ def update(run: Run, path: str) -> None:
 
 
 def direction(metric: str) -> int:
-    """1 where more is better, -1 where less is, 0 where it is not known."""
+    """Return 1 if more is better, -1 if less is, 0 if it is not known."""
     last = metric.rpartition("/")[2]
-    return 1 if last in HIGHER else -1 if last in LOWER else 0
+    if last in HIGHER:
+        return 1
+    return -1 if last in LOWER else 0
 
 
 def judge(run: Run, reference: dict, tolerance: float, chosen: list[str]) -> tuple[Table, list[str]]:
-    """The table of differences, and the metrics in which the run is worse by more than `tolerance` (a share of the
-    reference's value) or which it does not have."""
+    """Return the table of differences, and the metrics that are missing or worse by more than `tolerance`.
+
+    `tolerance` is a share of the reference's value. ConfigError if the two cannot be compared.
+    """
     ours, theirs = metrics_of(run), reference["metrics"]
-    unknown = [key for key in chosen if key not in theirs]
-    if unknown:
+    if unknown := [key for key in chosen if key not in theirs]:
         raise ConfigError(*(f"metrics: {key} is not in the reference; it has {', '.join(theirs)}" for key in unknown))
-    known = (reference["data"], run.fingerprints["data"])
-    if None not in known and known[0] != known[1]:
+    theirs_data, our_data = reference["data"], run.fingerprints["data"]
+    if None not in (theirs_data, our_data) and theirs_data != our_data:
         raise ConfigError(
-            f"{run.dir}: was trained on other data than the reference (fingerprint {known[1][:12]}, not "
-            f"{known[0][:12]}), so that their metrics cannot be compared"
+            f"{run.dir}: was trained on other data than the reference (fingerprint {our_data[:12]}, not "
+            f"{theirs_data[:12]}), so their metrics cannot be compared"
         )
     rows, worse = [], []
     for key, expected in sorted(theirs.items()):
         by_default = key.startswith(JUDGED) and direction(key) != 0 and not key.endswith("/perplexity")  # exp(loss)
-        judged = key in chosen if chosen else by_default
-        found = ours.get(key)
-        if found is None:
-            state = "MISSING" if judged else "missing"
-        else:
-            change = (found - expected) * (direction(key) or 1)
-            beyond = not math.isfinite(found) or change < -tolerance * abs(expected)
-            state = (
-                "" if not judged else "WORSE" if beyond else "better" if change > tolerance * abs(expected) else "ok"
-            )
-        if state in ("MISSING", "WORSE"):
+        found, judged = ours.get(key), key in chosen if chosen else by_default
+        state = judgement(found, expected, direction(key) or 1, tolerance)
+        if judged and state in ("missing", "worse"):
             worse.append(key)
-        gap = None if found is None else found - expected
-        share = gap / abs(expected) if gap is not None and expected else None
-        rows.append([key, number(expected), number(found), DASH if gap is None else f"{gap:+.4f}",
-                     DASH if share is None else f"{share:+.2%}", state])  # fmt: skip
+        cells = [DASH, DASH]
+        if found is not None:
+            share = f"{(found - expected) / abs(expected):+.2%}" if expected else DASH
+            cells = [f"{found - expected:+.4f}", share]
+        rows.append([key, number(expected), number(found), *cells, state if judged or found is None else ""])
     return Table(["metric", "reference", "run", "difference", "relative", ""], rows), worse
 
 
-def gate(run: Run, path: str, tolerance: float, chosen: list[str], console: Console, show) -> int:
-    """Print the table; 0 where the run is no worse than the reference, else 1."""
-    reference = read_reference(path)
-    found, worse = judge(run, reference, tolerance, chosen)
-    show(console, found)
-    if reference["tokens"] not in (None, run.tokens):
-        console.print(f"The reference is of {reference['tokens']:,} tokens, the run of {run.tokens:,}.")
-    if worse:
-        console.print(f"WORSE than {path} by more than {tolerance:.2%}, or missing: {', '.join(worse)}")
-        return 1
-    console.print(f"Not worse than {path} by more than {tolerance:.2%}.")
-    return 0
+def judgement(found: float | None, expected: float, sign: int, tolerance: float) -> str:
+    """Return missing, worse, better or ok; `sign` is -1 if less is better."""
+    if found is None:
+        return "missing"
+    gain, margin = sign * (found - expected), tolerance * abs(expected)
+    if not math.isfinite(found) or gain < -margin:
+        return "worse"
+    return "better" if gain > margin else "ok"

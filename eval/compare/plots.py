@@ -1,195 +1,164 @@
-"""The plots of a comparison: one colour a method, in every plot the same."""
+"""The plots of a comparison: a colour for each mechanism, the same in every plot."""
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import EngFormatter
 
 from eval.compare.collect import Method, Run
 from eval.compare.statistics import pareto, smooth
 from eval.compare.tables import Question
-from eval.plots import new_figure, save_figure
+from eval.plots import label_points, plain_ticks
+from training.plots import colour_of, legend_below, new_figure, save_figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and three more.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#BCBD22")
 MARKERS = "osD^vPX*<>"
-
-TIME_UNITS = (("s", 1, 300), ("minutes", 60, 7200), ("hours", 3600, math.inf))  # and up to how many seconds
-
-Axis = tuple[str, Callable[[Run, int], float | None]]
-
-
-def axes_for(methods: list[Method]) -> list[Axis]:
-    """Tokens, operations, and time in the unit that suits the longest run."""
-    longest = max((seconds for method in methods for run in method.runs for seconds in run.seconds.values()), default=0)
-    unit, length = next((u, n) for u, n, up_to in TIME_UNITS if longest < up_to)
-    return [
-        ("tokens", lambda run, tokens: tokens),
-        ("training FLOPs", lambda run, tokens: tokens * run.counts["training_flops_per_token"]),
-        (
-            f"training time ({unit})",
-            lambda run, tokens: run.seconds[tokens] / length if tokens in run.seconds else None,
-        ),
-    ]
+LINES = ("-", "--", "-.", ":")
+LIGHTEST = 0.65  # how much white the last shade of a mechanism's colour has
+# What a curve is drawn against: a run's number of tokens, and what follows from it (None: not known).
+AXES: dict[str, Callable[[Run, int], float | None]] = {
+    "tokens": lambda run, tokens: tokens,
+    "training FLOPs": lambda run, tokens: tokens * run.counts["training_flops_per_token"],
+    "training time (minutes)": lambda run, tokens: run.seconds[tokens] / 60 if tokens in run.seconds else None,
+}
 
 
-def style(number: int) -> dict:
-    return {"color": COLORS[number % len(COLORS)]}
+def styles(methods: list[Method]) -> list[dict]:
+    """Return colour, line style and marker of each method: the mechanism's colour, in shades if several share it."""
+    sharing, seen, found = Counter(method.mechanism for method in methods), Counter(), []
+    for number, method in enumerate(methods):
+        which = seen[method.mechanism]
+        seen[method.mechanism] += 1
+        white = LIGHTEST * which / max(1, sharing[method.mechanism] - 1)
+        colour = tuple(part + white * (1 - part) for part in to_rgb(colour_of(method.mechanism)))
+        found.append({
+            "color": colour, "linestyle": LINES[which % len(LINES)], "marker": MARKERS[number % len(MARKERS)]
+        })  # fmt: skip
+    return found
 
 
-def curves(methods: list[Method], share: float, path: Path, perplexity: bool = False) -> None:
-    """Training loss (smoothed, each run's raw behind) and validation loss (marks) against tokens, FLOPs and time.
+def curves(methods: list[Method], share: float, path: Path, time: bool = False, perplexity: bool = False) -> None:
+    """Draw training loss (smoothed, with each run's raw behind) and validation loss (marks) against each axis.
 
-    A line is the mean over a method's runs; against time, where runs have different points, each run has its own.
+    A line is the mean over a method's runs; against time, at which runs have different points, each has its own.
     """
-    shown = (lambda y: math.exp(min(y, 50))) if perplexity else (lambda y: y)
-    axes = axes_for(methods)
+    shown = (lambda loss: math.exp(min(loss, 50))) if perplexity else (lambda loss: loss)
+    axes = list(AXES) if time else ["tokens", "training FLOPs"]
     figure, panels = new_figure(columns=len(axes), width=5.6, height=4.6)
-    for panel, (label, place) in zip(panels, axes, strict=True):
-        by_time = label.startswith("training time")
-        for number, method in enumerate(methods):
-            color = style(number)
-            for run in method.runs:
-                raw = placed(run, run.points("train/loss"), place)
-                panel.plot(*columns(raw, shown), **color, alpha=0.18, linewidth=0.7)
-                if by_time:
-                    draw_smooth(panel, raw, share, shown, color, method.name if run is method.first else None)
-                    held_out = placed(run, run.points("val/loss"), place)
-                    panel.plot(
-                        *columns(held_out, shown), **color, marker=MARKERS[number % 10], linestyle="", markersize=5
-                    )
-            if not by_time:
-                mean = placed(method.first, method.curve("train/loss"), place)
-                draw_smooth(panel, mean, share, shown, color, method.name)
-                held_out = placed(method.first, method.curve("val/loss"), place)
-                panel.plot(*columns(held_out, shown), **color, marker=MARKERS[number % 10], linestyle="", markersize=5)
-        panel.set_xlabel(label)
-        zoom(panel, methods, shown)
-        if not by_time:
-            import matplotlib.ticker as ticker
 
-            panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    panels[0].set_ylabel("perplexity" if perplexity else "loss (nats a token)")
-    if perplexity:
-        for panel in panels:
+    def draw(panel, axis: str, run: Run, points: list[tuple[int, float]], **style) -> None:
+        placed = [
+            (x, shown(y)) for x, y in ((AXES[axis](run, tokens), value) for tokens, value in points) if x is not None
+        ]
+        panel.plot([x for x, _ in placed], [y for _, y in placed], **style)
+
+    for panel, axis in zip(panels, axes, strict=True):
+        by_time = axis.startswith("training time")
+        for method, style in zip(methods, styles(methods), strict=True):
+            panel.plot([], [], **style, linewidth=1.4, markersize=5, label=method.name)
+            for run in method.runs:
+                draw(panel, axis, run, run.points("train/loss"), color=style["color"], alpha=0.18, linewidth=0.7)
+            for run in method.runs if by_time else [method.first]:
+                points = run.points if by_time else method.curve
+                trained = points("train/loss")
+                smoothed = zip((x for x, _ in trained), smooth([y for _, y in trained], share), strict=True)
+                draw(panel, axis, run, smoothed, **style | {"marker": ""}, linewidth=1.4)
+                draw(panel, axis, run, points("val/loss"), **style | {"linestyle": ""}, markersize=5)
+        panel.set_xlabel(axis)
+        zoom(panel, methods, shown)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if perplexity:
             panel.set_yscale("log")
-            plain_log(panel.yaxis)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        panels[0].legend(handles, labels, fontsize=8)
+            plain_ticks(panel.yaxis)
+    panels[0].set_ylabel("perplexity" if perplexity else "loss (nats per token)")
+    add_legend(figure, panels[0], methods)
     figure.suptitle("Lines: training, smoothed over raw; marks: validation", fontsize=10)
     save_figure(figure, path)
 
 
-def draw_smooth(panel, points, share: float, shown, color: dict, label: str | None) -> None:
-    smoothed = smooth([y for _, y in points], share)
-    panel.plot(
-        *columns(list(zip((x for x, _ in points), smoothed, strict=True)), shown), **color, linewidth=1.4, label=label
-    )
+def add_legend(figure, axes, methods: list[Method]) -> None:
+    longest = max(len(method.name) for method in methods)
+    legend_below(figure, axes, ncols=max(1, min(4, len(methods), round(7 * figure.get_figwidth() / (longest + 8)))))
 
 
-def placed(run: Run, points, place) -> list[tuple[float, float]]:
-    found = ((place(run, tokens), value) for tokens, value in points)
-    return [(x, y) for x, y in found if x is not None]
-
-
-def columns(points, shown) -> tuple[list, list]:
-    return [x for x, _ in points], [shown(y) for _, y in points]
-
-
-def zoom(panel, methods: list[Method], shown) -> None:
+def zoom(panel, methods: list[Method], shown: Callable[[float], float]) -> None:
     """Leave the fall of the first tenth out of the picture: what matters comes after it."""
-    ends = [run.tokens for method in methods for run in method.runs]
-    late = [
-        value
-        for method in methods
-        for run in method.runs
-        for key in ("train/loss", "val/loss")
-        for tokens, value in run.points(key)
-        if tokens >= 0.1 * max(ends)
-    ]
+    runs = [run for method in methods for run in method.runs]
+    begin = 0.1 * max(run.tokens for run in runs)
+    points = [point for run in runs for key in ("train/loss", "val/loss") for point in run.points(key)]
+    late = [shown(value) for tokens, value in points if tokens >= begin]
     if late:
-        low, high = shown(min(late)), shown(max(late))
-        margin = 0.03 * (high - low)
-        panel.set_ylim(max(low - margin, 0.97 * low), high + margin)
-
-
-def plain_log(axis) -> None:
-    import matplotlib.ticker as ticker
-
-    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-        set_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        margin = 0.03 * (max(late) - min(late))
+        panel.set_ylim(max(min(late) - margin, 0.97 * min(late)), max(late) + margin)
 
 
 def loss_against_cache(methods: list[Method], question: Question, path: Path) -> list[str]:
-    """The metric against KV-cache bytes a token, with intervals; the names on the Pareto front, which is drawn."""
-    figure, axes = new_figure(width=7, height=4.8)
-    found = {method.name: question.of(method) for method in methods}
-    points = {
-        method.name: (method.first.counts["kv_bytes_per_token"], found[method.name].mean)
-        for method in methods
-        if found[method.name] is not None
+    """Draw the metric against KV-cache bytes per token, with intervals; return the names on the Pareto front, in it."""
+    found = {
+        method.name: (method, style, question.of(method))
+        for method, style in zip(methods, styles(methods), strict=True)
     }
-    for number, method in enumerate(methods):
-        if method.name not in points:
-            continue
-        x, y = points[method.name]
-        marks = {"marker": MARKERS[number % 10], "markersize": 8, "linestyle": "", "capsize": 4, "zorder": 3}
-        axes.errorbar(x, y, yerr=found[method.name].half, **marks, **style(number))
-        crowded = any(x < other <= 1.15 * x for other, _ in points.values())  # then the label goes to the left
-        side = {"xytext": (-9, 4), "ha": "right"} if crowded else {"xytext": (9, 4)}
-        name = textwrap.fill(method.name, 30, break_long_words=False)
-        axes.annotate(name, (x, y), textcoords="offset points", fontsize=9, **side, **style(number))
+    found = {name: one for name, one in found.items() if one[2] is not None}
+    points = {name: (one[0].first.counts["kv_bytes_per_token"], one[2].mean) for name, one in found.items()}
     front = pareto(points)
-    axes.plot(
-        [points[name][0] for name in front],
-        [points[name][1] for name in front],
-        color="grey",
-        linestyle="--",
-        linewidth=1,
-        label="Pareto front",
-    )
+    figure, axes = new_figure(width=7, height=4.8)
+    for name, (_, style, estimate) in found.items():
+        look = {"color": style["color"], "marker": style["marker"], "markersize": 8, "capsize": 4, "zorder": 3}
+        axes.errorbar(*points[name], yerr=estimate.half, **look)
+    line = [points[name] for name in front]
+    if len(line) > 1:
+        axes.plot(*zip(*line, strict=True), "--", color="grey", linewidth=1, label="Pareto front")
     axes.set_xscale("log")
-    ticks = sorted({x for x, _ in points.values()})
-    from eval.plots import plain_ticks
-
-    plain_ticks(axes.xaxis, apart(ticks))
-    axes.set(xlabel="KV-cache bytes a token (bf16, all layers)", ylabel=question.label)
-    if ticks:
-        axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.5)
-    axes.legend(fontsize=8)
-    axes.set_title(f"{question.label} against cache" + interval_note(found, question.confidence), fontsize=10)
+    axes.set(xlabel="KV-cache bytes per token (bf16, all layers)", ylabel=question.label)
+    plain_ticks(axes.xaxis, apart(sorted(x for x, _ in points.values())))
+    if points:
+        axes.margins(x=0.15)
+    axes.set_title(f"{question.label} against cache\n{trained(methods, question)}", fontsize=10)
+    add_legend(figure, axes, methods)
+    if points:
+        bars = [[(points[name][0], one[2].low), (points[name][0], one[2].high)] for name, one in found.items()]
+        wrapped = {textwrap.fill(name, 30, break_long_words=False): point for name, point in points.items()}
+        label_points(axes, wrapped, [line, *bars])
     save_figure(figure, path)
     return front
 
 
 def apart(ticks: list[float]) -> list[float]:
-    """Those ticks of a logarithmic axis whose labels don't run into each other."""
+    """Return those ticks of a logarithmic axis whose labels do not run into each other."""
     kept: list[float] = []
     for tick in ticks:
-        if not kept or tick / kept[-1] > 1.15:
+        if not kept or tick > 1.2 * kept[-1]:
             kept.append(tick)
     return kept
 
 
-def interval_note(found, confidence: float) -> str:
-    n = {estimate.n for estimate in found.values() if estimate}
-    return f"; bars: {confidence:.0%} t interval over {min(n)} seeds" if n and min(n) > 1 else ""
+def trained(methods: list[Method], question: Question) -> str:
+    """Return what was trained, and on what, as far as the methods have it in common; and what the bars are."""
+    configs = [method.first.config for method in methods]
+    shared = ({config.size.name for config in configs}, {config.data.name for config in configs})
+    words = [next(iter(names)) for names in shared if len(names) == 1]
+    if question.tokens is not None:
+        words.append(f"{question.tokens:,} tokens")
+    seeds = min(len(set(method.seeds)) for method in methods)
+    if seeds > 1:
+        words.append(f"bars: {question.confidence:.0%} t interval over {seeds} seeds")
+    return ", ".join(words)
 
 
-def gradient_norms(methods: list[Method], share: float, path: Path) -> None:
-    """Gradient norms before clipping, every run of every method."""
+def gradient_norms(methods: list[Method], path: Path) -> None:
+    """Draw gradient norms before clipping, of every run of every method."""
     figure, axes = new_figure(width=7, height=4)
-    for number, method in enumerate(methods):
+    for method, style in zip(methods, styles(methods), strict=True):
         for run in method.runs:
             points = run.points("optim/grad_norm")
             label = method.name if run is method.first else None
-            axes.plot(*columns(points, lambda y: y), **style(number), alpha=0.8, linewidth=0.9, label=label)
-    import matplotlib.ticker as ticker
-
+            look = {"color": style["color"], "linestyle": style["linestyle"], "alpha": 0.8, "linewidth": 0.9}
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel="tokens", ylabel="gradient norm before clipping")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, ncols=2 if all(len(method.name) < 30 for method in methods) else 1)
+    add_legend(figure, axes, methods)
     save_figure(figure, path)

@@ -1,6 +1,7 @@
 """Means over seeds and what is known about them. Every interval is Student's t at the confidence that is asked for."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ class Estimate:
     mean: float
     half: float | None
     n: int
+    paired: bool = True  # of a difference: whether it was taken seed by seed
 
     @property
     def low(self) -> float:
@@ -23,85 +25,68 @@ class Estimate:
     def high(self) -> float:
         return self.mean + (self.half or 0.0)
 
-
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """A difference of two methods; `paired` where it was taken seed by seed."""
-
-    paired: bool
-
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether there is an interval and zero is outside of it."""
         return self.half is not None and not self.low <= 0 <= self.high
 
 
-def variance(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
 def estimate(values: Sequence[float], confidence: float) -> Estimate | None:
-    """The mean with its t interval; None of no values."""
+    """Return the mean with its t interval; None if there are no values."""
     if not values:
         return None
     n, half = len(values), None
     if n > 1:
-        half = float(student.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(variance(values) / n)
+        half = float(student.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(statistics.variance(values) / n)
     return Estimate(sum(values) / n, half, n)
 
 
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float) -> Difference | None:
-    """Ours minus theirs, both by seed.
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float) -> Estimate | None:
+    """Return ours minus theirs, both by seed; None if a side is empty.
 
-    Where the seeds are the same, runs with the same seed are compared (they saw the same data in the same order) and
-    the interval is that of the differences. Else it is Welch's for two independent samples. None where a side is empty.
+    With the same seeds on both sides, runs with the same seed are compared (they saw the same data in the same order)
+    and the interval is that of the differences. Otherwise it is Welch's for two independent samples.
     """
     if not ours or not theirs:
         return None
     if ours.keys() == theirs.keys():
-        found = estimate([ours[seed] - theirs[seed] for seed in sorted(ours)], confidence)
-        return Difference(found.mean, found.half, found.n, paired=True)
-    a, b = list(ours.values()), list(theirs.values())
-    mean, half = sum(a) / len(a) - sum(b) / len(b), None
-    if len(a) > 1 and len(b) > 1:
-        squares = [variance(values) / len(values) for values in (a, b)]
+        return estimate([ours[seed] - theirs[seed] for seed in sorted(ours)], confidence)
+    sides, half = [list(ours.values()), list(theirs.values())], None
+    if min(map(len, sides)) > 1:
+        squares = [statistics.variance(side) / len(side) for side in sides]
+        half = 0.0
         if sum(squares) > 0:
-            freedom = sum(squares) ** 2 / sum(
-                s**2 / (len(values) - 1) for s, values in zip(squares, (a, b), strict=True)
-            )
+            spread = sum(square**2 / (len(side) - 1) for square, side in zip(squares, sides, strict=True))
+            freedom = sum(squares) ** 2 / spread
             half = float(student.ppf((1 + confidence) / 2, freedom)) * math.sqrt(sum(squares))
-        else:
-            half = 0.0
-    return Difference(mean, half, min(len(a), len(b)), paired=False)
+    means = [sum(side) / len(side) for side in sides]
+    return Estimate(means[0] - means[1], half, min(map(len, sides)), paired=False)
 
 
 def reaches(points: Sequence[tuple[float, float]], target: float) -> float | None:
-    """The first x at which y falls to `target`, on straight lines between the points; None where it never does."""
-    for number, (x, y) in enumerate(points):
+    """Return the first x at which y falls to `target`, on straight lines between the points; None if it never does."""
+    before: tuple[float, float] | None = None
+    for x, y in points:
         if y <= target:
-            if number == 0:
-                return x
-            before_x, before_y = points[number - 1]
-            return before_x + (x - before_x) * (before_y - target) / (before_y - y)
+            return x if before is None else before[0] + (x - before[0]) * (before[1] - target) / (before[1] - y)
+        before = (x, y)
     return None
 
 
 def smooth(values: Sequence[float], share: float) -> list[float]:
-    """A moving average over `share` of the values, centred; at the ends over what there is on both sides."""
+    """Return a centred moving average over `share` of the values; near an end over as many as both sides have."""
     reach = round(len(values) * share / 2)
-    out = []
+    averages = []
     for i in range(len(values)):
         near = min(reach, i, len(values) - 1 - i)
-        out.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
-    return out
+        averages.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
+    return averages
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names that no other beats: less in one of the two numbers and not more in the other; by the first number."""
-    front = [
-        name
-        for name, (x, y) in points.items()
-        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
-    ]
-    return sorted(front, key=lambda name: points[name])
+    """Return the names that no other beats (less in one number and not more in the other), by the first number."""
+
+    def is_beaten(x: float, y: float) -> bool:
+        return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+
+    return sorted((name for name, point in points.items() if not is_beaten(*point)), key=lambda name: points[name])

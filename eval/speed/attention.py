@@ -9,103 +9,92 @@ import ctypes
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from configs.app import app, compose
-from configs.load import load, load_flat
-from configs.schema import ConfigError, at_least, check_machine
-from eval.speed.measure import device_name, versions
-from model.attention.base import AttentionConfig, Dense, unturned
-from model.cores.base import AttentionCore, AttentionMask
+from configs.app import app, configured
+from configs.errors import ConfigError, each
+from configs.load import Command
+from eval.speed.measure import Count, Some, milliseconds, versions
+from model.attention.base import AttentionConfig, AttentionCore, Dense
+from model.mask import AttentionMask
+from training.config import Config
+from training.device import Device, Dtype, Runtime, device_name, dtype_name, find_runtime
 
-LENGTHS = {"cpu": (1024, 4096, 16384), "cuda": (1024, 4096, 16384, 65536, 131072)}
+LENGTHS = {"cpu": [1024, 4096, 16384], "cuda": [1024, 4096, 16384, 65536, 131072]}
+Rival = tuple[AttentionConfig, AttentionCore]
 
 
-@dataclass
-class AttentionSpeedConfig:
-    cores: list[str] = field(default_factory=list)
-    model: str = "mha"
+class AttentionSpeedConfig(Command):
+    yaml: ClassVar[str] = "speed_attention"
+
+    # Names in configs/core, each perhaps with overrides: "cores=[full,'sequence_tensor core.fold=[32,32,64]']".
+    # The others are compared with the first.
+    cores: Annotated[list[str], Some] = Field(default_factory=lambda: ["full", "sliding_window", "sequence_tensor"])
+    model: str = "mha"  # whose heads: the widths of queries, keys and values
     size: str = "small"
-    n_heads: int | None = None
-    lengths: list[int] = field(default_factory=list)
-    batch: int = 1
-    rounds: int = 3
-    exponent_from: int = 4096
-    device: str = "auto"
-    dtype: str = "auto"
-    overrides: list[str] = field(default_factory=list)
-
-    def errors(self):
-        yield from at_least(1, "", self, "n_heads", "batch", "rounds")
-        if not self.cores:
-            yield "cores=[]: name at least one"
-        if any(length < 1 for length in self.lengths):
-            yield f"lengths={self.lengths}: must be at least 1"
-        yield from check_machine(self)
+    n_heads: Count | None = 2  # null: the model's
+    lengths: list[Count] = Field(default_factory=list)  # default: LENGTHS
+    batch: Count = 1
+    rounds: Count = 3  # every core is timed so many times, in turns; the median counts
+    exponent_from: int = 4096  # the length from which the exponent of growth is fitted
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    overrides: list[str] = Field(default_factory=list)  # for every core, such as ['core.window=256']
 
 
-def contestant(config: AttentionSpeedConfig, core: str, length: int) -> tuple[AttentionConfig, AttentionCore]:
-    """The mechanism and the core that `core`, a name and perhaps overrides after it, means at this length."""
-    name, *own = core.split()
+def contestant(config: AttentionSpeedConfig, core: str, length: int, runtime: Runtime) -> Rival:
+    """Return the mechanism and the core that `core`, a name with overrides, means at this length.
+
+    ConfigError if it cannot be composed, or cannot attend there.
+    """
     chosen = [f"model={config.model}", f"size={config.size}", "tokenizer=gpt2", f"trainer.seq_len={length}"]
-    whole = load(compose("train", [*chosen, f"core={name}", *config.overrides, *own]), world_size=1)
     if config.n_heads is not None:
-        whole.model.n_heads = config.n_heads
+        chosen.append(f"model.n_heads={config.n_heads}")
+    whole = configured(Config, [*chosen, *config.overrides, *f"core={core}".split()], world_size=1)
+    try:
+        whole.core.check(whole.model, runtime.device.type, runtime.dtype)
+    except ValueError as error:
+        raise ConfigError(f"cores={core}: {error}") from None
     return whole.model, whole.core
 
 
-def training_step(attention: AttentionConfig, core: AttentionCore, batch: int, length: int, device, dtype) -> Callable:
-    """A function that attends and takes the gradients of queries, keys and values, all given."""
+def training_step(rival: Rival, batch: int, length: int, runtime: Runtime) -> Callable[[], None]:
+    """Return a function that attends and takes the gradients of queries, keys and values, all given."""
     torch.manual_seed(0)
-    widths = (attention.qk_head_dim, attention.qk_head_dim, attention.v_head_dim)
+    (attention, core), options = rival, {"device": runtime.device, "dtype": runtime.dtype}
     shape = (batch, length, attention.n_heads)
-    qkv = [torch.randn(*shape, n, device=device, dtype=dtype, requires_grad=True) for n in widths]
-    positions = torch.arange(length, device=device)[None]
-    gradient = torch.randn(*shape, attention.v_head_dim, device=device, dtype=dtype)
+    widths = (attention.qk_head_dim, attention.qk_head_dim, attention.v_head_dim)
+    qkv = [torch.randn(*shape, width, **options, requires_grad=True) for width in widths]
+    hops = core.hops(torch.arange(length, device=runtime.device)[None])
+    gradient = torch.randn(*shape, attention.v_head_dim, **options)
 
     def step() -> None:
         for x in qkv:
             x.grad = None
-        core(Dense(*qkv), unturned, positions, AttentionMask(), attention.scale).backward(gradient)
+        core.attend([Dense(*qkv) for _ in hops], AttentionMask(), attention.scale).backward(gradient)
 
     return step
 
 
-def timed(step: Callable, device: torch.device) -> tuple[float, float]:
-    """(milliseconds by the clock, milliseconds to compare by) of one step: a GPU's own, or the processor's.
-
-    The processor's time tells more than the clock's on a machine that others use too.
-    """
-    if device.type != "cuda":
-        began, worked = time.perf_counter(), time.process_time()
-        step()
-        return (time.perf_counter() - began) * 1e3, (time.process_time() - worked) * 1e3
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    step()
-    ended.record()
-    ended.synchronize()
-    return (began.elapsed_time(ended),) * 2
-
-
-def peak_memory(step: Callable, device: torch.device) -> int | None:
-    """Bytes that a step needs beyond its inputs: allocated on a GPU, resident (Linux's high-water mark) on a CPU."""
+def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
+    """Return the bytes that a step needs beyond its inputs: allocated on a GPU, resident on a CPU (None: unknown)."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it is counted when it is taken again
-        Path("/proc/self/clear_refs").write_text("5")  # sets the mark back to what is resident now
+        ctypes.CDLL(None).malloc_trim(0)  # give back what was freed, so that it counts when it is taken again
+        Path("/proc/self/clear_refs").write_text("5")  # sets Linux's high-water mark to what is resident now
     except (OSError, AttributeError):
         step()
         return None
@@ -119,90 +108,60 @@ def resident(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def points(config: AttentionSpeedConfig, device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
-    """One row for each length and core."""
-    for length in config.lengths or LENGTHS[device.type]:
-        found = [contestant(config, core, length) for core in config.cores]
-        memory = []
-        for attention, core in found:  # this warms up too
-            memory.append(peak_memory(training_step(attention, core, config.batch, length, device, dtype), device))
-        steps = [training_step(attention, core, config.batch, length, device, dtype) for attention, core in found]
-        times = [[timed(step, device) for step in steps] for _ in range(config.rounds)]
-        clock, compared = ([[run[kind] for run in column] for column in zip(*times, strict=True)] for kind in (0, 1))
-        first = statistics.median(compared[0])
-        for i, (attention, core) in enumerate(found):
-            ms, work = statistics.median(clock[i]), statistics.median(compared[i])
-            tokens = config.batch * length
-            yield {
-                "model": config.model, "size": config.size, "n_heads": attention.n_heads,
-                "head_dim": attention.qk_head_dim, "core": config.cores[i], "fold": getattr(core, "fold", None),
-                "device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "batch": config.batch,
-                "length": length, "ms": ms, "processor_ms": None if device.type == "cuda" else work,
-                "tokens_per_second": 1e3 * tokens / ms, "flops": 3 * core.flops_per_token(attention, length) * tokens,
-                "memory_bytes": memory[i], "times_as_fast": first / work, "compared_ms": work,
-            }  # fmt: skip
+def rows(config: AttentionSpeedConfig, length: int, rivals: list[Rival], runtime: Runtime) -> Iterator[dict]:
+    """Yield a row for each core at a length."""
+    device, tokens = runtime.device, config.batch * length
+    steps = [training_step(rival, config.batch, length, runtime) for rival in rivals]
+    memory = [peak_memory(step, device) for step in steps]  # this warms up too
+    times = [[milliseconds(step, device) for step in steps] for _ in range(config.rounds)]
+    medians = [[statistics.median(kind) for kind in zip(*column, strict=True)] for column in zip(*times, strict=True)]
+    for name, (attention, core), used, (ms, compared) in zip(config.cores, rivals, memory, medians, strict=True):
+        yield {
+            "model": config.model, "size": config.size, "n_heads": attention.n_heads,
+            "head_dim": attention.qk_head_dim, "core": name, "kernel": core.kernel, "fold": getattr(core, "fold", None),
+            "device": device_name(device), "dtype": dtype_name(runtime.dtype), "batch": config.batch, "length": length,
+            "ms": ms, "processor_ms": None if device.type == "cuda" else compared,
+            "tokens_per_second": 1e3 * tokens / ms, "flops": 3 * core.flops_per_token(attention, length) * tokens,
+            "memory_bytes": used, "times_as_fast": medians[0][1] / compared, "compared_ms": compared,
+            "versions": versions(device),
+        }  # fmt: skip
 
 
 def exponent(rows: list[dict]) -> float | None:
-    """The slope of log(time) over log(length), by least squares; None for a single length."""
+    """Return the slope of log(time) over log(length), by least squares; None for a single length."""
     x, y = ([math.log(row[key]) for row in rows] for key in ("length", "compared_ms"))
     return statistics.linear_regression(x, y).slope if len(rows) > 1 else None
 
 
 def show(rows: list[dict], exponents: dict[str, float | None], exponent_from: int) -> None:
-    cores = list(exponents)
-    table = Table(
-        box=box.SIMPLE_HEAD, caption=f"times the speed of {cores[0]}; growth fitted from {exponent_from} tokens"
-    )
-    table.add_column("length", justify="right")
-    for core in cores:
-        table.add_column(f"{core}\nms, ratio, MiB", justify="right")
-    for length in dict.fromkeys(row["length"] for row in rows):
-        here = [row for row in rows if row["length"] == length]
+    caption = f"times the speed of {next(iter(exponents))}; growth fitted from {exponent_from} tokens"
+    table = Table("length", *(f"{core}\nms, ratio, MiB" for core in exponents), box=box.SIMPLE_HEAD, caption=caption)
+    for length, group in groupby(rows, lambda row: row["length"]):
         cells = []
-        for row in here:
+        for row in group:
             memory = "" if row["memory_bytes"] is None else f", {row['memory_bytes'] / 2**20:,.0f}"
             cells.append(f"{row['compared_ms']:,.1f}, {row['times_as_fast']:.2f}{memory}")
         table.add_row(f"{length:,}", *cells)
-    fitted = ("" if value is None else f"~ length^{value:.2f}" for value in exponents.values())
-    table.add_row("growth", *fitted)
-    Console(stderr=True, width=max(120, 30 * len(cores))).print(table)
-
-
-def device_of(config: AttentionSpeedConfig) -> torch.device:
-    return torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    table.add_row("growth", *("" if value is None else f"~ length^{value:.2f}" for value in exponents.values()))
+    Console(stderr=True, width=max(120, 30 * len(exponents))).print(table)
 
 
 def main(config: AttentionSpeedConfig) -> int:
-    device = device_of(config)
-    chosen = config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen]
-    training_step(*contestant(config, "sdpa", 64), 1, 64, device, dtype)()  # what the first use of anything costs
-    rows = []
-    for row in points(config, device, dtype):
-        rows.append(row)
-        print(json.dumps(row | {"versions": versions(device)}), flush=True)
-    fitted = {
-        core: exponent([r for r in rows if r["core"] == core and r["length"] >= config.exponent_from])
-        for core in config.cores
-    }
+    runtime = find_runtime(config.device, config.dtype)
+    lengths = config.lengths or LENGTHS[runtime.device.type]
+    by_length = each(lambda n: each(lambda core: contestant(config, core, n, runtime), config.cores), lengths)
+    training_step(by_length[0][0], 1, lengths[0], runtime)()  # what the first use of anything costs
+    found = []
+    for length, rivals in zip(lengths, by_length, strict=True):
+        for row in rows(config, length, rivals, runtime):
+            found.append(row)
+            print(json.dumps(row), flush=True)
+    long = [row for row in found if row["length"] >= config.exponent_from]
+    fitted = {core: exponent([row for row in long if row["core"] == core]) for core in config.cores}
     print(json.dumps({"exponents": fitted, "from_length": config.exponent_from}), flush=True)
-    show(rows, fitted, config.exponent_from)
+    show(found, fitted, config.exponent_from)
     return 0
 
 
-def load_speed(tree) -> AttentionSpeedConfig:
-    """ConfigError, before anything runs, for what cannot be composed or attend at one of the lengths."""
-    config = load_flat(tree, AttentionSpeedConfig)
-    for core in config.cores:
-        for length in config.lengths:
-            attention, made = contestant(config, core, length)
-            try:
-                made.check(attention, device_of(config).type, torch.float32)
-            except ValueError as error:
-                raise ConfigError(f"cores={core}: {error}") from None
-    return config
-
-
 if __name__ == "__main__":
-    app(main, "speed_attention", load=load_speed)
+    app(main, AttentionSpeedConfig)

@@ -1,94 +1,97 @@
-"""How the benchmarks time, and what they print beside a time."""
+"""How the benchmarks time, which versions they print with a time, and the kinds of values their options have."""
 
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
+from typing import Annotated
 
 import torch
-from torch import Tensor
+from pydantic import AfterValidator, Field
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+def _some(values: list) -> list:
+    if not values:
+        raise ValueError("name at least one")
+    return values
+
+
+Count = Annotated[int, Field(ge=1)]
+Some = AfterValidator(_some)  # of a list that must not be empty
+GPU_PACKAGES = ("triton", "flash-attn", "flashinfer-python", "flash-mla")
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of what a number depends on."""
+    """Return the versions of what a number depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "flash-attn", "flashinfer-python", "flash-mla") if device.type == "cuda" else ():
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | ({"cuda": torch.version.cuda} if device.type == "cuda" else {})
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        found["cuda"] = torch.version.cuda
+        for package in GPU_PACKAGES:
+            with suppress(metadata.PackageNotFoundError):
+                found[package] = metadata.version(package)
+    return found
 
 
 def timer(
     step: Callable[[], object], device: torch.device, reset: Callable[[], object] = lambda: None, captured: bool = True
-) -> Callable:
-    """A function that runs `step` once and returns its milliseconds; `reset` goes before, untimed.
+) -> Callable[[], float]:
+    """Return a function that runs `step` once and returns its milliseconds; `reset` runs before it, untimed.
 
-    On a GPU the step is captured in a CUDA graph (unless it must not be, since its host waits for the device), after a
-    few runs that compile and tune it, and timed by events.
+    On a GPU the step is captured in a CUDA graph, after a few runs that compile and tune it, and timed by events.
+    `captured=False`: not captured, for a step whose host waits for the device.
+    """
+    launch = step
+    if device.type == "cuda":
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                reset()
+                step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        reset()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            launch = graph.replay
+
+    def run() -> float:
+        reset()
+        return milliseconds(launch, device)[0]
+
+    run()
+    return run
+
+
+def milliseconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return (time by the clock, time to compare by) of one step: a GPU's own twice, or a CPU's processor time.
+
+    On a machine that others use too, the processor's time tells more than the clock's.
     """
     if device.type != "cuda":
-
-        def run() -> float:
-            reset()
-            began = time.perf_counter()
-            step()
-            return (time.perf_counter() - began) * 1e3
-
-        run()
-        return run
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            reset()
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    reset()
-    launch = step
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        launch = graph.replay
-
-    def replay() -> float:
-        reset()
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        launch()
-        ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended)
-
-    replay()
-    return replay
+        began, worked = time.perf_counter(), time.process_time()
+        step()
+        return (time.perf_counter() - began) * 1e3, (time.process_time() - worked) * 1e3
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    step()
+    ended.record()
+    ended.synchronize()
+    return (began.elapsed_time(ended),) * 2
 
 
 def in_turns(runs: list[Callable[[], float]], rounds: int) -> list[float]:
-    """The median time of each, over rounds in which every one has its turn."""
+    """Return the median time of each run, over rounds in which each has its turn."""
     times = [[run() for run in runs] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy moves, what it reads and what it writes together."""
-    numbers = 2**28 if device.type == "cuda" else 2**26
-    source: Tensor = torch.randn(numbers, device=device)
+    """Return the bytes a second that a large copy moves, those it reads and those it writes together."""
+    source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     run = timer(lambda: target.copy_(source), device)
     return 2 * source.nbytes / (statistics.median(run() for _ in range(7)) / 1e3)

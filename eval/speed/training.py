@@ -5,50 +5,42 @@ on one device, without data, DeepSpeed or logging. Keys are those of train.py, `
 """
 
 import json
+import math
 import statistics
 import time
-from dataclasses import dataclass
-from functools import partial
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
 from configs.app import app
-from configs.errors import at_least
-from configs.load import load_extended
-from configs.schema import Config, ConfigError
-from eval.speed.measure import device_name, versions
+from eval.speed.measure import versions
 from model import counting
-from model.transformer import Transformer, TransformerConfig
-from training.metrics import memory_gb, peak_flops
+from model.transformer import Transformer
+from training.checks import check_core
+from training.config import Config
+from training.device import device_name, dtype_name, find_runtime, memory_gb, peak_flops, synchronize
 from training.optim import build_optimizer
-from training.setup import find_runtime
 
 WARM_UP = 2  # steps that compile, allocate and tune
 DOCUMENT_END = 0
 
 
-@dataclass
 class SpeedConfig(Config):
-    steps: int = 10  # timed ones
-    document_tokens: int = 500  # of a document, on average, where data.document_mask is set
-
-    def own_errors(self):
-        yield from at_least(1, "", self, "steps", "document_tokens")
+    steps: int = Field(10, ge=1)  # timed ones
+    document_tokens: int = Field(500, ge=1)  # in a document, on average, with data.document_mask
 
 
 def main(config: SpeedConfig) -> int:
-    runtime, trainer = find_runtime(config), config.trainer
+    trainer = config.trainer
+    runtime = find_runtime(config.device, trainer.dtype)
     device = runtime.device
-    try:
-        config.core.check(config.model, device.type, runtime.dtype)
-    except ValueError as error:
-        raise ConfigError(f"core={config.core.name}: {error}") from None
+    check_core(config.core, config.model, runtime)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.run.seed)
-    network = TransformerConfig.from_config(config, DOCUMENT_END)
+    network = config.network(DOCUMENT_END)
     model = Transformer(network, runtime.autocast_dtype, recompute=trainer.activation_checkpointing).to(device)
     optimizer = build_optimizer(model, config.optim)
     compute = torch.compile(model) if trainer.compile else model
@@ -62,17 +54,16 @@ def main(config: SpeedConfig) -> int:
         began = time.perf_counter()
         loss = compute(tokens, targets) / targets.numel()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or float("inf"))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[WARM_UP:])
     flops = counting.training_flops_per_token(network, trainer.seq_len) * targets.numel()
     line = {
-        "model": config.model.name, "size": config.size.name, "core": config.core.name, "device": device_name(device),
-        "dtype": str(runtime.dtype).removeprefix("torch."), "batch": shape[0], "length": shape[1],
+        "model": config.model.name, "size": config.size.name, "core": config.core.name, "kernel": config.core.kernel,
+        "device": device_name(device), "dtype": dtype_name(runtime.dtype), "batch": shape[0], "length": shape[1],
         "document_tokens": config.document_tokens if config.data.document_mask else None,
         "n_heads": config.model.n_heads, "params": counting.num_params(network),
         "tokens_per_second": targets.numel() / seconds, "ms": seconds * 1e3,
@@ -85,4 +76,4 @@ def main(config: SpeedConfig) -> int:
 
 
 if __name__ == "__main__":
-    app(main, load=partial(load_extended, cls=SpeedConfig))
+    app(main, SpeedConfig)

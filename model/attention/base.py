@@ -18,7 +18,7 @@ from configs.errors import Mistakes
 from configs.load import Choice
 from model.cache import LayerCache, Shapes, bytes_per_token
 from model.mask import AttentionMask
-from model.rope import RopeScaling, apply_rope, rope_tables
+from model.rope import RopeScaling, Scaling, apply_rope, rope_tables
 
 
 class QKV(ABC):
@@ -119,7 +119,7 @@ class AttentionConfig(Choice):
     n_heads: int | None = Field(None, ge=1)
     rope_base: float = Field(10000.0, gt=1)
     rope_fraction: float = Field(1.0, ge=0, le=1)  # the share of the features that RoPE turns; 0: no position at all
-    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"  # for sequences `rope_factor` times as long
+    rope_scaling: Scaling = "none"  # for sequences `rope_factor` times as long
     rope_factor: float = Field(1.0, ge=1)
     rope_original_length: int | None = Field(None, ge=1)  # null: trainer.seq_len / rope_factor
     qk_norm: bool = False  # RMS-normalise each query and key head, without a learned weight

@@ -3,11 +3,10 @@
 import json
 import multiprocessing
 import random
-from types import SimpleNamespace
 
 import pytest
 
-from configs.schema import DataConfig, TokenizerConfig
+from data.config import DataConfig, TokenizerConfig
 from data.prepare import prepare
 
 WORDS = [
@@ -43,10 +42,10 @@ def texts(count, seed=0):
 
 
 def make_config(dir, files, *, vocab_size=320, name="files", source="files", workers=1, **data):
-    """What `prepare` needs of a configuration: local files and a small sentencepiece vocabulary."""
+    """Return (data, tokenizer) for local files and a small sentencepiece vocabulary."""
     tokenizer = TokenizerConfig(name=f"sentencepiece-{vocab_size}", kind="sentencepiece", vocab_size=vocab_size)
-    config = DataConfig(name, source, str(dir), [str(file) for file in files], workers=workers, **data)
-    return SimpleNamespace(data=config, tokenizer=tokenizer)
+    files = [str(file) for file in files]
+    return DataConfig(name=name, source=source, dir=str(dir), files=files, workers=workers, **data), tokenizer
 
 
 def write_jsonl(path, documents, column="text"):
@@ -65,9 +64,9 @@ def start_method(request):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """(config, folder): 200 documents in shards of 4,000 tokens. Read only."""
+    """Return (data and tokenizer, folder): 200 documents in shards of 4,000 tokens. Read only."""
     folder = tmp_path_factory.mktemp("small")
     file = write_jsonl(folder / "documents.jsonl", texts(200))
     config = make_config(folder / "shards", [file], shard_tokens=4000, val_fraction=0.2)
-    prepare(config, progress=False)
+    prepare(*config, progress=False)
     return config, folder / "shards"

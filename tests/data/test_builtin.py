@@ -1,7 +1,6 @@
 import pytest
 
-from data import builtin
-from data.builtin import Tree, collect
+from data.sources.builtin import Tree, builtin_corpus, collect
 
 MODULE = '''#!/usr/bin/env python
 # -*- coding: utf-8 -*-
@@ -83,7 +82,7 @@ def test_the_same_for_every_number_of_workers(tree, start_method):
 
 
 def test_full_corpus():
-    documents = builtin.documents()
+    documents = builtin_corpus()
     names = [document["name"] for document in documents]
     assert names == sorted(set(names))
     assert {name.split("/")[0] for name in names} >= {"pydoc", "stdlib", "torch", "numpy"}

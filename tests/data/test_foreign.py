@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from configs.app import compose
-from configs.load import load
-from configs.schema import ConfigError, TokenizerConfig
+from configs.app import configured
+from configs.errors import ConfigError
+from data.config import DataCommand, TokenizerConfig
 from data.prepare import ensure_prepared, prepare
 from data.shards import TokenShards, read_manifest, verify
 from tests.data.conftest import texts
@@ -26,8 +26,14 @@ def write(path, tokens, kind="llm.c"):
         file.write(np.asarray(tokens, dtype=np.uint32 if kind == "llama" else np.uint16).tobytes())
 
 
+def blocks(*overrides):
+    """Return (data, tokenizer) of a command line."""
+    command = configured(DataCommand, list(overrides))
+    return command.data, command.tokenizer
+
+
 def config(dir, *overrides):
-    return load(compose("train", ["data=shards", f"data.dir={dir}", "tokenizer=gpt2", *overrides]))
+    return blocks("data=shards", f"data.dir={dir}", "tokenizer=gpt2", *overrides)
 
 
 def rows():
@@ -43,7 +49,7 @@ def test_published_shards_drop_in(tmp_path, kind):
     for name, part in (("train_000001", tokens[:half]), ("train_000002", tokens[half:]), ("val_000000", tokens[:999])):
         write(tmp_path / f"fineweb_{name}.bin", part, kind)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    manifest = ensure_prepared(config(tmp_path, "data.workers=2"), progress=False)
+    manifest = ensure_prepared(*config(tmp_path, "data.workers=2"), progress=False)
     assert all(path.read_bytes() == content for path, content in before.items())
     assert manifest.tokens("train") == len(tokens) and manifest.documents("train") == 40
     text_bytes = sum(len(text.encode()) for text in texts(40))
@@ -53,8 +59,8 @@ def test_published_shards_drop_in(tmp_path, kind):
     starts = np.concatenate([train.documents()[0], half + train.documents()[1]])
     np.testing.assert_array_equal(starts, [0, *(np.flatnonzero(np.array(tokens) == END) + 1)])
     assert verify(tmp_path, END) == []
-    assert ensure_prepared(config(tmp_path), progress=False) == manifest == read_manifest(tmp_path)
-    assert prepare(config(tmp_path), progress=False) == manifest
+    assert ensure_prepared(*config(tmp_path), progress=False) == manifest == read_manifest(tmp_path)
+    assert prepare(*config(tmp_path), progress=False) == manifest
 
 
 def test_uint32_shards(tmp_path):
@@ -62,37 +68,42 @@ def test_uint32_shards(tmp_path):
     for split in ("train", "val"):
         write(tmp_path / f"x_{split}_0.bin", tokens, "llama")
     with pytest.raises(ConfigError, match="x_train_0.bin: holds token 99999, and tokenizer.vocab_size=50257; choose"):
-        ensure_prepared(config(tmp_path), progress=False)
+        ensure_prepared(*config(tmp_path), progress=False)
     with pytest.raises(ConfigError, match="data.token_dtype=uint16: the shards in .* are uint32"):
-        ensure_prepared(config(tmp_path, "data.token_dtype=uint16"), progress=False)
+        ensure_prepared(*config(tmp_path, "data.token_dtype=uint16"), progress=False)
 
 
 def test_mistakes(tmp_path):
     gpt2()
     with pytest.raises(ConfigError, match=r"holds no \*train\*.bin and \*val\*.bin; set data.dir"):
-        ensure_prepared(config(tmp_path), progress=False)
+        ensure_prepared(*config(tmp_path), progress=False)
     write(tmp_path / "train.bin", [1, END] * 50)
     write(tmp_path / "val.bin", [1, END] * 50)
-    with pytest.raises(ConfigError, match="tokenizer=sentencepiece-4096: shards from elsewhere need the tokenizer"):
-        ensure_prepared(load(compose("train", ["data=shards", f"data.dir={tmp_path}"])), progress=False)
+    with pytest.raises(ConfigError, match="tokenizer=sentencepiece-4096: shards of another program need the tokenizer"):
+        ensure_prepared(*blocks("data=shards", f"data.dir={tmp_path}"), progress=False)
     content = (tmp_path / "val.bin").read_bytes()
     (tmp_path / "val.bin").write_bytes(content[:-2])
     with pytest.raises(ConfigError, match="val.bin: is not whole: it has 1222 bytes; copy it again"):
-        ensure_prepared(config(tmp_path), progress=False)
+        ensure_prepared(*config(tmp_path), progress=False)
     (tmp_path / "val.bin").write_bytes(content)
+    for torn in (b"", content[:-1]):  # in the middle, where the next shard needs its last token
+        (tmp_path / "train-0.bin").write_bytes(torn)
+        with pytest.raises(ConfigError, match=f"train-0.bin: is not whole: it has {len(torn)} bytes"):
+            ensure_prepared(*config(tmp_path), progress=False)
+    (tmp_path / "train-0.bin").unlink()
     write(tmp_path / "val_2.bin", [1, END], "llama")
     with pytest.raises(ConfigError, match="holds shards of uint16 and of uint32"):
-        ensure_prepared(config(tmp_path), progress=False)
+        ensure_prepared(*config(tmp_path), progress=False)
 
 
 def test_a_torn_shard_does_not_ask_to_remove_the_others(tmp_path):
     for split in ("train", "val"):
         write(tmp_path / f"{split}_0.bin", rows())
-    ensure_prepared(config(tmp_path), progress=False)
+    ensure_prepared(*config(tmp_path), progress=False)
     shard = tmp_path / "train_0.bin"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ConfigError, match="train_0.bin: has .*; copy the shard again or") as caught:
-        ensure_prepared(config(tmp_path), progress=False)
+        ensure_prepared(*config(tmp_path), progress=False)
     assert f"remove {tmp_path}/manifest.json" in str(caught.value) and "data.prepare" not in str(caught.value)
 
 
@@ -100,13 +111,13 @@ def test_another_tokenizer_does_not_ask_to_remove_the_shards(tmp_path):
     gpt2()
     for split in ("train", "val"):
         write(tmp_path / f"{split}.bin", [1, END] * 50)
-    ensure_prepared(config(tmp_path), progress=False)
-    other = config(tmp_path)
-    other.tokenizer = TokenizerConfig("other", "tiktoken", 50281, encoding="p50k_base")
+    ensure_prepared(*config(tmp_path), progress=False)
+    data, _ = config(tmp_path)
+    other = TokenizerConfig(name="other", kind="tiktoken", vocab_size=50281, encoding="p50k_base")
     with pytest.raises(
         ConfigError, match="was prepared with tokenizer.vocab_size=50257, not 50281; .*its manifest.json"
     ):
-        ensure_prepared(other, progress=False)
+        ensure_prepared(data, other, progress=False)
 
 
 def test_a_large_vocabulary_of_ones_own(tmp_path):
@@ -123,14 +134,14 @@ def test_a_large_vocabulary_of_ones_own(tmp_path):
         "data=files", f"data.files=[{tmp_path}/a.jsonl]", f"data.dir={tmp_path}/shards", "tokenizer=huggingface",
         f"tokenizer.path={tmp_path}/tokenizer.json", "tokenizer.vocab_size=70001", "data.workers=1",
     ]  # fmt: skip
-    made = prepare(load(compose("train", overrides)), progress=False)
+    made = prepare(*blocks(*overrides), progress=False)
     assert made.token_dtype == "uint32" and verify(tmp_path / "shards", 70_000) == []
     found = np.concatenate([array for s in ("train", "val") for array in TokenShards(tmp_path / "shards", s).arrays])
     assert found.dtype == np.uint32 and len(found) == 4 * 60 and found.max() == 70_000
     shutil.rmtree(tmp_path / "shards")
     with pytest.raises(ConfigError, match="tokenizer.vocab_size=70001: data.token_dtype=uint16 holds at most 65536"):
-        load(compose("train", [*overrides, "data.token_dtype=uint16"]))
+        blocks(*overrides, "data.token_dtype=uint16")
 
 
 def test_gpt2_config_is_the_yaml():
-    assert load(compose("train", ["tokenizer=gpt2"])).tokenizer == GPT2
+    assert blocks("tokenizer=gpt2")[1] == GPT2

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from configs.schema import ConfigError
+from configs.errors import ConfigError
 from data.build import Preparation
-from data.prepare import prepare, prepare_in_parts
+from data.prepare import prepare
 from tests.data.conftest import make_config, texts, write_jsonl
 
 
@@ -33,19 +33,19 @@ def names(dir):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_parts_in_any_order_make_the_same(make, tmp_path, order):
-    prepare(make("whole"), progress=False)
+    prepare(*make("whole"), progress=False)
     for part in order:
         assert not (tmp_path / "parts").exists()
-        prepare_in_parts(make("parts"), part, 3, progress=False)
+        prepare(*make("parts"), progress=False, part=part, parts=3)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert names(tmp_path) == ["parts", "whole"]  # the parts are gone
-    assert prepare_in_parts(make("parts"), 0, 3, progress=False)  # done already
+    assert prepare(*make("parts"), progress=False, part=0, parts=3)  # done already
 
 
 @pytest.mark.parametrize("saves", [2, 15, 40])
 def test_killed_in_a_part_or_while_joining(make, tmp_path, saves):
     """Killed at its n-th journal, in the first part or in the middle of joining; then everything is started again."""
-    prepare(make("whole"), progress=False)
+    prepare(*make("whole"), progress=False)
 
     def run():
         original, calls = Preparation.save, itertools.count(1)
@@ -57,14 +57,14 @@ def test_killed_in_a_part_or_while_joining(make, tmp_path, saves):
 
         Preparation.save = killed
         for part in range(2):
-            prepare_in_parts(make("parts"), part, 2, progress=False)
+            prepare(*make("parts"), progress=False, part=part, parts=2)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     for part in range(2):
-        prepare_in_parts(make("parts"), part, 2, progress=False)
+        prepare(*make("parts"), progress=False, part=part, parts=2)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
@@ -75,5 +75,5 @@ def test_what_cannot_be_divided_is_refused(make, tmp_path):
         (0, 2, "builtin", "parts=2: data.source=builtin is prepared in one piece"),
     ):
         with pytest.raises(ConfigError, match=match):
-            prepare_in_parts(make("parts", source=source), part, parts, progress=False)
+            prepare(*make("parts", source=source), progress=False, part=part, parts=parts)
     assert names(tmp_path) == []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import ConfigError
+from configs.errors import ConfigError
 from data.build import Preparation
 from data.prepare import prepare
 from data.shards import Manifest, TokenShards, verify
@@ -37,7 +37,7 @@ def start(config):
 
     def run():
         os.setsid()
-        prepare(config, progress=False)
+        prepare(*config, progress=False)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -69,7 +69,7 @@ def test_killed_at_random_moments(tmp_path, workers):
     files = [write_jsonl(tmp_path / f"{i}.jsonl", texts(900, seed=i)) for i in range(4)]
     options = {"shard_tokens": 3000, "val_fraction": 0.1, "workers": workers}
     began = time.monotonic()
-    prepare(make_config(tmp_path / "undisturbed", files, **options), progress=False)
+    prepare(*make_config(tmp_path / "undisturbed", files, **options), progress=False)
     seconds = time.monotonic() - began
     config = make_config(tmp_path / "shards", files, **options)
     partial, dir = tmp_path / "shards.partial", tmp_path / "shards"
@@ -92,7 +92,7 @@ def test_killed_at_random_moments(tmp_path, workers):
         now = finished(partial)
         assert before.items() <= now.items()  # nothing finished was written again
         before = now
-    prepare(config, progress=False)
+    prepare(*config, progress=False)
     assert contents(dir) == contents(tmp_path / "undisturbed")  # shards, indexes, tokenizer and manifest
     assert verify(dir, end_of_text=1) == [] and not partial.exists()
 
@@ -102,7 +102,7 @@ def test_killed_at_each_moment_of_the_end(tmp_path, moment):
     """The moments that a random kill hardly ever meets: between the last shard and the folder's own name."""
     file = write_jsonl(tmp_path / "a.jsonl", texts(300))
     undisturbed = make_config(tmp_path / "undisturbed", [file], shard_tokens=3000)
-    prepare(undisturbed, progress=False)
+    prepare(*undisturbed, progress=False)
     config = make_config(tmp_path / "shards", [file], shard_tokens=3000)
     where = {
         "publish": (ShardWriter, "publish", 6), "save": (Preparation, "save", 3), "manifest": (Manifest, "save", 1),
@@ -119,19 +119,19 @@ def test_killed_at_each_moment_of_the_end(tmp_path, moment):
             return original(*args, **kwargs)
 
         setattr(owner, name, killed)
-        prepare(config, progress=False)
+        prepare(*config, progress=False)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and finished(tmp_path / "shards.partial")
     before = finished(tmp_path / "shards.partial")
-    prepare(config, progress=False)
+    prepare(*config, progress=False)
     assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
     assert before.items() <= finished(tmp_path / "shards").items()
 
 
-def test_an_interrupted_command_goes_on_and_says_so(tmp_path):
+def test_an_interrupted_command_resumes(tmp_path):
     file = write_jsonl(tmp_path / "many.jsonl", texts(20_000))
     overrides = ["data=files", f"data.files=[{file}]", f"data.dir={tmp_path}/shards", "tokenizer.vocab_size=320"]
     command = [sys.executable, "-m", "data.prepare", *overrides, "data.shard_tokens=20000", "data.workers=2"]
@@ -145,11 +145,11 @@ def test_an_interrupted_command_goes_on_and_says_so(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert nobody_left(process.pid)
-    assert process.returncode == 130 and "keeps what is finished" in said and "Traceback" not in said, said
+    assert process.returncode == 130 and "finished shards are kept" in said and "Traceback" not in said, said
     with pytest.raises(ConfigError, match="not prepared"):
         TokenShards(tmp_path / "shards", "train")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "going on after" in done.stderr and "Training" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming after" in done.stderr and "Training" not in done.stderr, done.stderr
     assert verify(tmp_path / "shards", end_of_text=1) == [] and not (tmp_path / "shards.partial").exists()
 
 
@@ -166,8 +166,8 @@ def test_other_settings_or_other_files_start_again(tmp_path):
         if change == "file":
             write_jsonl(file, texts(300, seed=5))
         options = {"shard_tokens": 2000 if change == "file" else 2500}
-        made = prepare(make_config(tmp_path / "shards", [file], **options), progress=False)
-        other = prepare(make_config(tmp_path / f"new-{change}", [file], **options), progress=False)
+        made = prepare(*make_config(tmp_path / "shards", [file], **options), progress=False)
+        other = prepare(*make_config(tmp_path / f"new-{change}", [file], **options), progress=False)
         assert made.fingerprint == other.fingerprint
         shutil.rmtree(tmp_path / "shards")
 
@@ -175,9 +175,9 @@ def test_other_settings_or_other_files_start_again(tmp_path):
 def test_a_source_that_breaks_keeps_what_is_done(tmp_path):
     good = write_jsonl(tmp_path / "a.jsonl", texts(1500))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:-2000])
-    config = make_config(tmp_path / "shards", [good, tmp_path / "b.jsonl.gz"], shard_tokens=2000)
-    config.tokenizer.path = str(tmp_path / "tokenizer.model")
-    train_sentencepiece(texts(100), config.tokenizer).save(tmp_path)
+    data, tokenizer = make_config(tmp_path / "shards", [good, tmp_path / "b.jsonl.gz"], shard_tokens=2000)
+    train_sentencepiece(texts(100), tokenizer).save(tmp_path)
+    config = data, tokenizer.replace(path=str(tmp_path / "tokenizer.model"))
     with pytest.raises(ConfigError, match="b.jsonl.gz: cannot be read .*; copy it again"):
-        prepare(config, progress=False)
+        prepare(*config, progress=False)
     assert len(finished(tmp_path / "shards.partial")) > 5

@@ -1,4 +1,4 @@
-"""Streams of documents: every kind of file, the hub's loader on local folders, mixtures, and going on in the middle."""
+"""Streams of documents: every kind of file, the hub's loader on local folders, mixtures, and resuming in the middle."""
 
 import bz2
 import gzip
@@ -13,13 +13,13 @@ import datasets
 import pyarrow
 import pytest
 
-from configs.app import compose
-from configs.load import load
-from configs.schema import ConfigError, DataConfig
+from configs.app import configured
+from configs.errors import ConfigError
 from data.build import Preparation
+from data.config import DataCommand, DataConfig
 from data.documents import NotText, Tokeniser, encoded
 from data.prepare import prepare
-from data.sources import open_documents
+from data.sources.base import source_of
 from data.tokenizers import train_sentencepiece
 from tests.data.conftest import make_config, texts, write_jsonl
 from tests.data.test_tokenizers import SENTENCEPIECE
@@ -33,7 +33,7 @@ PACK = {
 
 
 def read(config):
-    return [document["text"] for document in open_documents(config.data)]
+    return [document["text"] for document in source_of(config[0]).open()]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json.gz", "jsonl.zst", "jsonl.xz", "jsonl.bz2", "parquet", "txt", "md.gz"])
@@ -65,7 +65,7 @@ def test_bad_documents_are_counted_by_reason_and_skipped(tmp_path):
     (tmp_path / "good.jsonl").write_bytes(b"".join(good))
     made = {
         name: prepare(
-            make_config(tmp_path / name, [tmp_path / f"{name}.jsonl"], max_document_bytes=250, vocab_size=300),
+            *make_config(tmp_path / name, [tmp_path / f"{name}.jsonl"], max_document_bytes=250, vocab_size=300),
             progress=False,
         )
         for name in ("mixed", "good")
@@ -94,7 +94,7 @@ def test_a_tokeniser_splits_by_hash_and_counts():
 def test_no_document_holds_text(tmp_path):
     file = write_jsonl(tmp_path / "some.jsonl", [1, 2, None])
     with pytest.raises(ConfigError, match="data.column=text: no document holds text .2 not text, 1 missing."):
-        prepare(make_config(tmp_path / "shards", [file]), progress=False)
+        prepare(*make_config(tmp_path / "shards", [file]), progress=False)
 
 
 def test_bad_files(tmp_path):
@@ -118,7 +118,7 @@ def test_bad_files(tmp_path):
     for file in (good, tmp_path / "good.parquet"):
         with pytest.raises(ConfigError, match="data.column=body: no such column .*columns there: text"):
             load(file, column="body")
-    with pytest.raises(ConfigError, match="empty.jsonl.* cannot be read as json lines: there is nothing in it"):
+    with pytest.raises(ConfigError, match="empty.jsonl.* cannot be read as json lines: it is empty"):
         load(tmp_path / "empty.jsonl")
     with pytest.raises(ConfigError, match="cannot be read as parquet: .*"):
         load(tmp_path / "broken.parquet")
@@ -147,26 +147,26 @@ def test_packed_files_of_several_parts_and_torn_ones(tmp_path):
 
 
 def hub(path, **keys):
-    return DataConfig("hub", "hub", "shards", path=str(path), subset="sample-10", column="content", **keys)
+    return DataConfig(name="hub", source="hub", path=str(path), subset="sample-10", column="content", **keys)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_the_hubs_loader(tmp_path, streaming, monkeypatch):
     on_the_hub(tmp_path / "set", texts(30))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    found = [document["text"] for document in open_documents(hub(tmp_path / "set", streaming=streaming))]
+    found = [document["text"] for document in source_of(hub(tmp_path / "set", streaming=streaming)).open()]
     assert found == [text for i in range(3) for text in texts(30)[i::3]]
 
 
 def test_the_hubs_mistakes(tmp_path):
     on_the_hub(tmp_path / "set", texts(3), column="words")
     with pytest.raises(ConfigError, match="data.column=content: no such column in the documents; columns there: words"):
-        open_documents(hub(tmp_path / "set"))
+        source_of(hub(tmp_path / "set")).open()
     wrong = hub(tmp_path / "set", split="test")
     with pytest.raises(ConfigError, match="data.path=.*set: cannot be read as a Hugging Face data set: .*test"):
-        open_documents(wrong)
+        source_of(wrong).open()
     with pytest.raises(ConfigError, match="data.path=nobody/nothing: cannot be read as a Hugging Face data set"):
-        open_documents(hub("nobody/nothing"))
+        source_of(hub("nobody/nothing")).open()
 
 
 def sources(tmp_path):
@@ -174,56 +174,59 @@ def sources(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [f"a {i}" for i in range(40)])
     write_jsonl(tmp_path / "b.jsonl", [f"b {i}" for i in range(60)])
     on_the_hub(tmp_path / "set", [f"hub {i}" for i in range(90)])
-    files = make_config(tmp_path, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]).data
+    files = make_config(tmp_path, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"])[0]
     part = {"source": "hub", "path": str(tmp_path / "set"), "subset": "sample-10", "column": "content"}
     parts = [{"weight": 1, "source": "files", "files": [str(tmp_path / "*.jsonl")]}, {"weight": 2.5} | part]
     return {
         "files": files,
         "hub": hub(tmp_path / "set"),
-        "mixture": DataConfig("mixture", "mixture", "shards", mixture=parts),
+        "mixture": DataConfig(name="mixture", source="mixture", mixture=parts),
     }
 
 
 @pytest.mark.parametrize("kind", ["files", "hub", "mixture"])
-def test_every_stream_goes_on_where_its_state_says(tmp_path, kind):
+def test_every_stream_resumes_where_its_state_says(tmp_path, kind):
     config = sources(tmp_path)[kind]
-    stream, found, states = open_documents(config), [], []
+    stream, found, states = source_of(config).open(), [], []
     for document in stream:
         found.append(document["text"])
         states.append(json.loads(json.dumps(stream.state_dict())))
     assert len(found) > 80
     for place in (0, 1, 39, 40, 60, len(found) - 2):
-        again = open_documents(config)
+        again = source_of(config).open()
         again.load_state_dict(states[place])
         assert [document["text"] for document in again] == found[place + 1 :]
     assert [document["text"] for document in stream] == found  # and from the start where there is none
 
 
 def test_a_mixture_keeps_its_shares(tmp_path):
-    found = [document["text"].split()[0] for document in open_documents(sources(tmp_path)["mixture"])]
+    found = [document["text"].split()[0] for document in source_of(sources(tmp_path)["mixture"]).open()]
     assert 120 <= len(found) <= 127  # the hub's 90 are used up first: 90 / 2.5 of the others
     for length in (7, 35, 70, len(found)):
         assert abs(found[:length].count("hub") - length * 2.5 / 3.5) <= 1
 
 
 def test_mistakes_in_a_mixture_are_named():
-    config = DataConfig(
-        "m", "mixture", "x", mixture=[{"weight": 0, "source": "hub"}, {"source": "web", "fils": [], "files": "a"}]
-    )
-    found = "\n".join(config.errors())
-    for message in ("[0].weight=0: must be", "[0].path is not set", "[1].source='web'", "[1].weight=None",
-                    "[1].fils: unknown key", "[1].files='a': must be a list"):  # fmt: skip
+    parts = "[{weight:0,source:hub,path:x},{weight:1,source:hub},{source:web,fils:[],files:a}]"
+    with pytest.raises(ConfigError) as caught:
+        configured(DataCommand, ["data=mixture", f"data.mixture={parts}"])
+    found = str(caught.value)
+    for message in ("[0].weight=0: must be", "[1].path is not set", "[2].source=web: must be builtin, files or hub",
+                    "[2].weight is not set", "[2].fils: unknown key; did you mean files", "[2].files=a: must be a list",
+                    ):  # fmt: skip
         assert f"data.mixture{message}" in found
-    assert "data.mixture=[]" in "".join(DataConfig("m", "mixture", "x").errors())
+    with pytest.raises(ConfigError, match=r"data.mixture=\[\]: must list the sources"):
+        configured(DataCommand, ["data=mixture", "data.mixture=[]"])
 
 
 def test_the_shipped_hub_configuration_prepares_a_local_copy(tmp_path):
-    """`data=fineweb_edu_10b` as it is, but for a path that is a folder, killed in the middle and gone on with."""
+    """`data=fineweb_edu_10b` as it is, but for a path that is a folder, killed in the middle and resumed."""
     on_the_hub(tmp_path / "set", texts(1500), column="text", subset="sample-10BT")
     overrides = ["data=fineweb_edu_10b", f"data.path={tmp_path}/set", "data.val_fraction=0.01", "data.workers=1",
                  "tokenizer.vocab_size=320", "data.shard_tokens=5000"]  # fmt: skip
-    config = load(compose("train", [*overrides, f"data.dir={tmp_path}/undisturbed"]))
-    undisturbed = prepare(config, progress=False)
+    command = configured(DataCommand, [*overrides, f"data.dir={tmp_path}/undisturbed"])
+    undisturbed = prepare(command.data, command.tokenizer, progress=False)
+    config = command.data.replace(dir=str(tmp_path / "shards")), command.tokenizer
     assert undisturbed.documents("train") + undisturbed.documents("val") == 1500
 
     def killed_after(tasks):
@@ -235,11 +238,10 @@ def test_the_shipped_hub_configuration_prepares_a_local_copy(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Preparation.add = add
-        prepare(config, progress=False)
+        prepare(*config, progress=False)
 
-    config.data.dir = str(tmp_path / "shards")
     process = multiprocessing.get_context("fork").Process(target=killed_after, args=(2,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and list((tmp_path / "shards.partial").glob("*.bin"))
-    assert prepare(config, progress=False).fingerprint == undisturbed.fingerprint
+    assert prepare(*config, progress=False).fingerprint == undisturbed.fingerprint

@@ -1,16 +1,15 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import tokenizers
 import transformers
 
-from configs.schema import ConfigError, TokenizerConfig
-from data.tokenizers import MODEL_FILE, load_tokenizer, new_tokenizer, train_sentencepiece
+from configs.errors import ConfigError
+from data.config import TokenizerConfig
+from data.tokenizers import load_tokenizer, new_tokenizer, train_sentencepiece
 from tests.data.conftest import texts
 
-SENTENCEPIECE = TokenizerConfig("sentencepiece-320", "sentencepiece", 320)
-GPT2 = TokenizerConfig("gpt2", "tiktoken", 50257, encoding="gpt2")
+SENTENCEPIECE = TokenizerConfig(name="sentencepiece-320", kind="sentencepiece", vocab_size=320)
+GPT2 = TokenizerConfig(name="gpt2", kind="tiktoken", vocab_size=50257, encoding="gpt2")
 HARD = [
     "",
     " ",
@@ -86,31 +85,31 @@ def test_training_is_deterministic_and_loading_gives_the_same(trained):
 
 
 def test_too_little_text():
-    with pytest.raises(ConfigError, match=r"tokenizer.vocab_size=320: the text to train on is too small, at most \d+"):
+    with pytest.raises(ConfigError, match=r"tokenizer.vocab_size=320: the text to train on allows at most \d+"):
         train_sentencepiece(["hello world"], SENTENCEPIECE)
     with pytest.raises(ConfigError, match="there is no text"):
         train_sentencepiece([], SENTENCEPIECE)
-    with pytest.raises(ConfigError, match=r"tokenizer.vocab_size=262: the characters of the text alone need \d+"):
-        train_sentencepiece(texts(10), dataclasses.replace(SENTENCEPIECE, vocab_size=262))
+    with pytest.raises(ConfigError, match=r"vocab_size=262: the characters of the text alone need at least \d+"):
+        train_sentencepiece(texts(10), SENTENCEPIECE.replace(vocab_size=262))
 
 
 def test_load_errors(trained, tmp_path):
     _, dir = trained
-    with pytest.raises(ConfigError, match="holds no tokenizer.model: run `python -m data.prepare"):
+    with pytest.raises(ConfigError, match="holds no tokenizer.model; run `python -m data.prepare"):
         load_tokenizer(SENTENCEPIECE, tmp_path)
     with pytest.raises(ConfigError, match="tokenizer.vocab_size=512: .* has 320 tokens"):
-        load_tokenizer(dataclasses.replace(SENTENCEPIECE, vocab_size=512), dir)
-    (tmp_path / MODEL_FILE).write_bytes(b"not a model")
+        load_tokenizer(SENTENCEPIECE.replace(vocab_size=512), dir)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ConfigError, match="is not a sentencepiece model"):
         load_tokenizer(SENTENCEPIECE, tmp_path)
     with pytest.raises(ConfigError, match="tokenizer.encoding=gpt-2: .* did you mean gpt2?"):
-        load_tokenizer(dataclasses.replace(GPT2, encoding="gpt-2"), tmp_path)
+        load_tokenizer(GPT2.replace(encoding="gpt-2"), tmp_path)
 
 
 def test_vocab_size_of_an_encoding():
     gpt2()
-    with pytest.raises(ConfigError, match="tokenizer.vocab_size=50304: the encoding gpt2 has 50257 tokens"):
-        load_tokenizer(dataclasses.replace(GPT2, vocab_size=50304), ".")
+    with pytest.raises(ConfigError, match="tokenizer.vocab_size=50304: gpt2 has 50257 tokens"):
+        load_tokenizer(GPT2.replace(vocab_size=50304), ".")
 
 
 def test_no_network_and_no_cache(tmp_path, monkeypatch):
@@ -127,7 +126,7 @@ def test_no_network_and_no_cache(tmp_path, monkeypatch):
 def test_tiktoken_is_stored_with_the_data(tmp_path, monkeypatch):
     tokenizer = gpt2()
     tokenizer.save(tmp_path)
-    monkeypatch.setattr("data.tokenizers.load_tiktoken", lambda encoding: pytest.fail("asked tiktoken"))
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: pytest.fail("asked tiktoken"))
     stored = load_tokenizer(GPT2, tmp_path)
     assert stored.fingerprint == tokenizer.fingerprint and stored.end_of_text == 50256
     assert [stored.encode(text) for text in HARD] == [tokenizer.encode(text) for text in HARD]
@@ -138,12 +137,12 @@ def test_tiktoken_is_stored_with_the_data(tmp_path, monkeypatch):
 
 def test_a_given_sentencepiece_model(trained, tmp_path):
     tokenizer, dir = trained
-    given = dataclasses.replace(SENTENCEPIECE, path=str(dir / MODEL_FILE))
+    given = SENTENCEPIECE.replace(path=str(dir / "tokenizer.model"))
     assert new_tokenizer(given).fingerprint == tokenizer.fingerprint
     with pytest.raises(ConfigError, match="tokenizer.path=nowhere.model: there is no such file"):
-        new_tokenizer(dataclasses.replace(given, path="nowhere.model"))
+        new_tokenizer(given.replace(path="nowhere.model"))
     with pytest.raises(ConfigError, match="tokenizer.vocab_size=512: .* has 320 tokens"):
-        new_tokenizer(dataclasses.replace(given, vocab_size=512))
+        new_tokenizer(given.replace(vocab_size=512))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,7 @@ def hugging_face(tmp_path_factory):
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts(50), vocab_size=400, special_tokens=["<|endoftext|>", "<pad>"])
     bpe.save(str(dir / "tokenizer.json"))
-    return TokenizerConfig("mine", "huggingface", bpe.get_vocab_size(), path=str(dir)), dir
+    return TokenizerConfig(name="mine", kind="huggingface", vocab_size=bpe.get_vocab_size(), path=str(dir)), dir
 
 
 @pytest.mark.parametrize("text", HARD)
@@ -171,20 +170,20 @@ def test_hugging_face_is_stored_with_the_data(hugging_face, tmp_path):
     tokenizer = new_tokenizer(config)
     tokenizer.save(tmp_path)
     assert load_tokenizer(config, tmp_path).fingerprint == tokenizer.fingerprint
-    assert new_tokenizer(dataclasses.replace(config, path=str(dir / "tokenizer.json"))).vocab_size == config.vocab_size
+    assert new_tokenizer(config.replace(path=str(dir / "tokenizer.json"))).vocab_size == config.vocab_size
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(dir / "tokenizer.json"))
     fast.save_pretrained(tmp_path / "saved")
-    saved = new_tokenizer(dataclasses.replace(config, path=str(tmp_path / "saved")))
+    saved = new_tokenizer(config.replace(path=str(tmp_path / "saved")))
     assert saved.encode(HARD[9]) == tokenizer.encode(HARD[9])
 
 
 def test_hugging_face_errors(hugging_face, tmp_path):
     config, dir = hugging_face
     with pytest.raises(ConfigError, match="tokenizer.end_of_text='</s>': .* special tokens are '<pad>', '<|endoftext|"):
-        new_tokenizer(dataclasses.replace(config, end_of_text="</s>"))
+        new_tokenizer(config.replace(end_of_text="</s>"))
     (tmp_path / "tokenizer.json").write_text("{}")
     for path in (str(tmp_path), "nobody/has-this"):
         with pytest.raises(ConfigError, match=f"tokenizer.path={path}: is neither"):
-            new_tokenizer(dataclasses.replace(config, path=path))
-    with pytest.raises(ConfigError, match="holds no tokenizer.json: run"):
+            new_tokenizer(config.replace(path=path))
+    with pytest.raises(ConfigError, match="holds no tokenizer.json; run"):
         load_tokenizer(config, dir / "nothing")

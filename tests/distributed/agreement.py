@@ -1,6 +1,6 @@
 """Do ZeRO stages, world sizes and accumulation splits train the same? `python -m tests.distributed.agreement`
 
-Prints the largest difference of losses and gradient norms from one process at stage 0, for every combination, and exits
+Print the largest difference of losses and gradient norms from one process at stage 0, for every combination, and exit
 with 1 if one is beyond the tolerance. Options: stages=0,1,2,3,3_offload worlds=1,2,4 dtype=fp32 model=t6.
 """
 

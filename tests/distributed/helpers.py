@@ -11,56 +11,88 @@ from pathlib import Path
 import psutil
 
 import train
-from configs.app import compose
-from configs.load import load
+from configs.app import configured
 from tests.conftest import ROOT
-from training.metrics import read_metrics
+from training.config import Config
+from training.metrics import read_events, read_lines
+
+TRAIN, LAUNCH, SEVERAL = (
+    ROOT / "train.py",
+    Path(__file__).with_name("launch.py"),
+    Path(__file__).with_name("several.py"),
+)
 
 
-def torchrun(processes: int, *launcher_options: str) -> list[str]:
-    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*python, *launcher_options]
+def torchrun(processes: int, *options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
 
 
-def start(overrides: list[str], processes: int, *launcher_options: str, script: Path | str = "train.py"):
-    """A run in the background, its output in one pipe."""
-    command = [*torchrun(processes, *launcher_options), str(script), *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def python() -> list[str]:
+    return [sys.executable]
+
+
+def start(
+    launcher: list[str], overrides: list[str], faults: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen:
+    """Start a run in the background, with `faults` of launch.py, and return its process; its output is one pipe."""
+    script = [str(LAUNCH), *(f"--fault={fault}" for fault in faults)] if faults else [str(TRAIN)]
+    return start_in(folder_of(overrides).parent, [*launcher, *script, *overrides], **environment)
+
+
+def start_in(folder: Path, command: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
-def run(overrides: list[str], processes: int = 1, script: Path | str = "train.py") -> str:
-    """A run to its end, which must be a good one; its output."""
-    if processes == 1 and script == "train.py":
-        assert train.main(load(compose("train", overrides))) == 0
-        return ""
-    process = start(overrides, processes, script=script)
-    output, _ = process.communicate(timeout=300)
+def folder_of(overrides: list[str]) -> Path:
+    return [Path(word.removeprefix("run.dir=")) for word in overrides if word.startswith("run.dir=")][-1]
+
+
+def run(overrides: list[str], processes: int = 1, faults: tuple[str, ...] = ()) -> None:
+    """Train to the end, which must be a good one; one process without faults is this one."""
+    if processes == 1 and not faults:
+        assert train.main(configured(Config, overrides)) == 0
+    else:
+        finish(start(torchrun(processes), overrides, faults))
+
+
+def run_several(runs: list[list[str]], processes: int) -> None:
+    """Train runs one after the other in the same processes."""
+    finish(start_in(folder_of(runs[0]).parent, [*torchrun(processes), str(SEVERAL), json.dumps(runs)]))
+
+
+def finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-5000:]
-    return output
 
 
 def worker(process: subprocess.Popen, rank: int) -> psutil.Process:
-    """The process of a rank of a run that `start` started."""
+    """Return the process of a rank of a run that `start` started."""
     for child in psutil.Process(process.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(rank) and "train.py" in " ".join(child.cmdline()):
+        if child.environ().get("RANK") == str(rank) and {str(TRAIN), str(LAUNCH)} & set(child.cmdline()):
             return child
-    raise ProcessLookupError(f"rank {rank} is not there")
+    raise ProcessLookupError(f"there is no rank {rank}")
 
 
-def wait_for(what: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 300.0) -> None:
+    """Wait until a condition holds while a process runs."""
     deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        assert process is None or process.poll() is None, process.communicate()[0][-5000:]
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition does not hold after {seconds} s"
+        assert process.poll() is None, process.communicate()[0][-5000:]
         time.sleep(0.02)
 
 
 def curve(folder: Path) -> dict[int, tuple[float, ...]]:
+    """Return the losses and the gradient norm of each step in a run folder."""
     keys = ("train/loss", "optim/grad_norm", "val/loss")
-    return {line["step"]: tuple(line[k] for k in keys if k in line) for line in read_metrics(folder / "metrics.jsonl")}
+    return {line["step"]: tuple(line[k] for k in keys if k in line) for line in read_lines(folder / "metrics.jsonl")}
 
 
 def last_step(folder: Path) -> int:
@@ -68,11 +100,11 @@ def last_step(folder: Path) -> int:
 
 
 def deviation(ours: dict, theirs: dict) -> float:
-    """The largest difference between two curves; infinite where they don't have the same steps."""
+    """Return the largest difference between two curves, infinite if they do not have the same steps."""
     if ours.keys() != theirs.keys() or any(len(ours[step]) != len(theirs[step]) for step in ours):
         return float("inf")
     return max(abs(a - b) for step in ours for a, b in zip(ours[step], theirs[step], strict=True))
 
 
 def events(folder: Path) -> list[str]:
-    return [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [line["event"] for line in read_events(folder)]

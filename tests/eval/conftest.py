@@ -8,11 +8,11 @@ import torch
 import transformers
 
 import train
-from configs.app import compose
-from configs.load import load
+from configs.app import configured
 from data.prepare import prepare
 from eval.loading import load_run
 from tests.conftest import SMALL_RUN
+from training.config import Config
 
 END = "<|endoftext|>"
 
@@ -41,8 +41,8 @@ def trained(small_data, tokenizer_file, tmp_path_factory):
         f"tokenizer.path={tokenizer_file}", "model=mha", "optim.lr=1e-2", "trainer.max_steps=12", "trainer.samples=0",
         "trainer.eval_every=null", "trainer.keep_checkpoints=9", f"run.dir={folder}/run",
     ]  # fmt: skip
-    config = load(compose("train", overrides))
-    prepare(config, progress=False)
+    config = configured(Config, overrides)
+    prepare(config.data, config.tokenizer, progress=False)
     assert train.main(config) == 0
     return folder / "run"
 

@@ -2,26 +2,33 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.colors import to_hex
 from scipy import stats
 
 import train
-from configs.app import compose
+from configs.app import configured
 from configs.errors import ConfigError
-from configs.load import load
-from eval.compare import gate, report, tables
+from eval.compare import gate, plots, tables
 from eval.compare.__main__ import choose, default_out, main, parse
-from eval.compare.collect import name_methods, read_run, run_folders
+from eval.compare.collect import label, name_methods, read_run, run_folders
 from eval.compare.fairness import check, verdict
 from eval.compare.from_wandb import write_folder
 from eval.compare.statistics import difference, estimate, pareto, reaches, smooth
 from eval.results import Outcome
 from tests.conftest import SMALL_RUN
-from training.metrics import read_metrics
-from training.wandb_files import logged_history, read_records, wandb_files
+from tests.training.wandb_server import wandb_server
+from training.config import Config
+from training.metrics import read_lines
+from training.plots import colour_of
 
 TINY = [*SMALL_RUN, "trainer.samples=0", "trainer.eval_batches=1"]
 
@@ -34,7 +41,7 @@ def sweep(small_data, tmp_path_factory):
         for seed in (0, 1):
             overrides = [*TINY, *small_data, f"model={model}", f"run.seed={seed}", f"run.dir={folder}/{model}_{seed}"]
             overrides += ["wandb.mode=offline"] if (model, seed) == ("mha", 0) else []
-            assert train.main(load(compose("train", overrides))) == 0
+            assert train.main(configured(Config, overrides)) == 0
     return folder
 
 
@@ -52,23 +59,27 @@ def compared(*arguments) -> str:
     config = parse([str(argument) for argument in arguments])
     assert main(config, "the command") == 0
     folders = [folder for name in config.runs for folder in run_folders([name])]
-    from pathlib import Path
-
     out = Path(config.out) if config.out else default_out(folders)
-    return (out / "report.md").read_text()
+    return without_padding((out / "report.md").read_text())
+
+
+def without_padding(text: str) -> str:
+    """Return Markdown whose tables have one space around each cell."""
+    return re.sub(r" +\|", " |", re.sub(r"\| +", "| ", text))
 
 
 def test_a_sweep_becomes_a_report_with_plots(sweep, capsys):
     text = compared(sweep)
     out = sweep / "compare"
     assert text.splitlines()[2].startswith(
-        "> **Matched in parameters, training FLOPs a token, tokens trained, horizon,"
+        "> **Matched in parameters, training FLOPs per token, tokens trained, horizon,"
     )
     plots = ("loss.png", "perplexity.png", "pareto.png", "gradient_norm.png")
     assert all((out / name).stat().st_size > 10_000 and f"({name})" in text for name in plots)
     page = (out / "report.html").read_text()
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(plots)
-    assert page.count("<table>") == text.count("\n|---") and "| ---" not in page
+    assert page.count("<table>") == text.count("\n| ---") and "| ---" not in page
+    assert '<blockquote class="matched">' in page and "training time" not in text and "`time=true` adds them" in text
     assert "Matched in" in capsys.readouterr().out
 
 
@@ -77,10 +88,9 @@ def test_the_final_table_is_that_of_the_runs(sweep):
     assert [(method.name, method.seeds) for method in methods] == [("mha", [0, 1]), ("t6", [0, 1])]
     question = choose(parse([str(sweep)]), methods, check(methods, 0.05))
     assert question.baseline.name == "mha" and question.tokens == 8 * 512
-    last = {
-        (m, s): read_metrics(sweep / f"{m}_{s}/metrics.jsonl")[-1]["val/loss"] for m in ("mha", "t6") for s in (0, 1)
-    }
-    row = tables.final(methods, question, comparable=True).rows[1]
+    last = {(m, s): read_lines(sweep / f"{m}_{s}/metrics.jsonl")[-1]["val/loss"] for m in ("mha", "t6") for s in (0, 1)}
+    assert question.comparable
+    row = tables.final(methods, question).rows[1]
     gaps = [last["t6", s] - last["mha", s] for s in (0, 1)]
     low, high = stats.t.interval(0.95, 1, loc=sum(gaps) / 2, scale=stats.sem(gaps))
     assert row[-1] == f"{sum(gaps) / 2:+.4f} ± {(high - low) / 2:.4f}" and row[1] == "2"
@@ -93,10 +103,10 @@ def first_lines(text: str) -> str:
 
 def test_an_unfair_pair_is_called_unfair_in_the_first_lines(sweep, tmp_path):
     seeds = compared(sweep / "mha_0", sweep / "t6_1", f"out={tmp_path}/seeds")
-    assert "NOT fair" in first_lines(seeds) and "seeds: mha: 0; t6: 1" in first_lines(seeds)
+    assert "Not a fair comparison" in first_lines(seeds) and "seeds: mha: 0; t6: 1" in first_lines(seeds)
     copy(sweep / "t6_0", tmp_path / "wide", d_ff=(170, 300))
     wide = compared(sweep / "mha_0", tmp_path / "wide", f"out={tmp_path}/parameters")
-    assert "NOT fair" in first_lines(wide) and "parameters: mha: " in first_lines(wide)
+    assert "Not a fair comparison" in first_lines(wide) and "parameters: mha: " in first_lines(wide)
     assert "> - " in wide and "horizon" not in first_lines(wide)
 
 
@@ -106,12 +116,12 @@ def test_losses_of_different_data_are_not_subtracted(sweep, tmp_path):
     for path in (tmp_path / "other/checkpoints").glob("*/manifest.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"data_fingerprint": "0" * 64}))
     text = compared(sweep / "mha_0", tmp_path / "other", f"out={tmp_path}/out")
-    assert "NOT fair" in first_lines(text) and "data: " in first_lines(text)
+    assert "Not a fair comparison" in first_lines(text) and "data: " in first_lines(text)
     methods = name_methods([read_run(sweep / "mha_0"), read_run(tmp_path / "other")])
     fairness = check(methods, 0.05)
     question = choose(parse(["x"]), methods, fairness)
-    assert not report.is_comparable(fairness, question)
-    assert all(row[-1] == tables.DASH for row in tables.final(methods, question, comparable=False).rows)
+    assert not question.comparable
+    assert all(row[-1] == tables.DASH for row in tables.final(methods, question).rows)
     assert "## What it takes to get there" not in text
 
 
@@ -153,25 +163,26 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     row = next(line for line in text.splitlines() if line.startswith("| run | t6 | 0 | finished"))
     assert row.split(" | ")[5:8] == ["1", "1", "0"]  # one restart, one rollback
     assert "Decoding: model, batch 1 at 9 tokens on cpu" in text and text.count("| 100 |") == 1
-    assert "leaves out zero" not in text  # with one seed there is no interval
+    assert "excludes zero" not in text  # with one seed there is no interval
     text = compared(tmp_path / "run", sweep / "t6_1", f"out={tmp_path}/out")
-    assert "Not every seed has been evaluated of: t6 (1 of 2)" in text
+    assert "Not every seed has been evaluated: t6 (1 of 2)" in text
 
 
 def test_runs_of_wandb_are_compared_as_folders_are(sweep, tmp_path):
+    """From what `wandb sync` sends to a server."""
     run = sweep / "mha_0"
-    records = [record for path in wandb_files(run) for record in read_records(path)]
-    config = next(record["run"]["config"]["update"] for record in records if record["type"] == "run")
-    summary = {}
-    for record in records:
-        if record["type"] == "summary":
-            summary |= record["summary"].get("update", {})
-    folder = write_folder(tmp_path / "fetched", config, logged_history(run), summary)
-    assert read_metrics(folder / "metrics.jsonl") == read_metrics(run / "metrics.jsonl")
-    assert (folder / "config.yaml").read_text() != "" and read_run(folder).config == read_run(run).config
+    with wandb_server() as server:
+        environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+        paths = [str(path) for path in run.glob("wandb/offline-run-*")]
+        subprocess.run([sys.executable, "-m", "wandb", "sync", *paths], env=environment, check=True, timeout=120)
+    ((_, sent),) = server.items()
+    config = {key: item["value"] for key, item in sent["config"].items()}
+    folder = write_folder(tmp_path / "fetched", config, sent["history"], sent["summary"])
+    assert read_lines(folder / "metrics.jsonl") == read_lines(run / "metrics.jsonl")
+    assert read_run(folder).config == read_run(run).config and read_run(folder).finished
     methods = name_methods([read_run(folder), read_run(sweep / "t6_0")])
     words, _ = verdict(check(methods, 0.05), methods)
-    assert "NOT" not in words
+    assert "not matched" not in words
 
 
 def test_the_gate_fails_where_a_run_is_worse(sweep, tmp_path, capsys):
@@ -185,7 +196,7 @@ def test_the_gate_fails_where_a_run_is_worse(sweep, tmp_path, capsys):
     reference.write_text(json.dumps(content))
     capsys.readouterr()
     assert main(parse([run, f"reference={reference}"]), "") == 1
-    assert "WORSE than" in (shown := capsys.readouterr().out) and shown.rstrip().endswith(": val/loss")
+    assert "Worse than" in (shown := capsys.readouterr().out) and shown.rstrip().endswith(": val/loss")
     assert main(parse([run, f"reference={reference}", "tolerance=0.03"]), "") == 0
     assert main(parse([run, f"reference={reference}", "metrics=[perf/tokens_per_second]"]), "") == 1
     content["metrics"]["eval/hellaswag/acc_norm"] = 0.3
@@ -220,7 +231,7 @@ def test_more_is_better_for_accuracies():
         (["nowhere"], "nowhere: there is no such folder"),
         (["{sweep}/mha_0/results"], "is neither a run folder"),
         (["{sweep}", "tolerence=1"], "did you mean tolerance"),
-        (["{sweep}", "confidence=2"], "confidence=2.0: must lie between 0 and 1"),
+        (["{sweep}", "confidence=2"], "confidence=2: must be less than 1"),
         (["{sweep}", "--out=x"], "options are key=value"),
         (["{sweep}", "baseline=gpt"], "baseline=gpt: no such method; there are mha, t6"),
         (["{sweep}", "metric=val/lss"], "no run has logged it"),
@@ -255,7 +266,45 @@ def test_intervals_are_students(sweep):
     assert difference(ours, {}, 0.9) is None
 
 
+def test_times_are_compared_if_asked_for_and_not_trusted_if_speeds_vary(sweep, tmp_path):
+    for name, speeds in (("even", (100.0, 101.0)), ("uneven", (100.0, 30.0))):
+        copy(sweep / "mha_0", tmp_path / name)
+        lines = read_lines(tmp_path / name / "metrics.jsonl")
+        for number, line in enumerate(lines):
+            line["perf/tokens_per_second"] = speeds[number % 2]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = compared(tmp_path / "even", "time=true", f"out={tmp_path}/out")
+    assert "| training time |" in text and "Every run trained at a steady speed" in text
+    assert "no steady speed in uneven" in compared(tmp_path / "uneven", "time=true", f"out={tmp_path}/out")
+    (method,) = name_methods([read_run(tmp_path / "even")])
+    assert plots.AXES["training time (minutes)"](method.first, 512) == pytest.approx(512 / 100 / 60)
+    assert method.first.seconds[4096] == pytest.approx(2048 / 100 + 2048 / 101)
+    assert tables.seconds_at(method.first, 256) == pytest.approx(2.56)
+    assert tables.seconds_at(method.first, 5000) is None
+
+
+def test_a_mechanism_has_its_colour_and_its_variants_have_shades_of_it():
+    methods = [SimpleNamespace(mechanism=name) for name in ("mha", "t6", "t6", "t6")]
+    styles = plots.styles(methods)
+    assert [to_hex(style["color"]).upper() for style in styles[:2]] == [colour_of("mha"), colour_of("t6")]
+    assert len({style["color"] for style in styles}) == len({style["marker"] for style in styles}) == 4
+    assert [style["linestyle"] for style in styles] == ["-", "-", "--", "-."]
+
+
+def test_methods_are_named_by_what_tells_them_apart():
+    plain = {"model.name": "t6", "model.q_rank": 6, "size.name": "tiny", "size.d_model": 256, "core.name": "full",
+             "core._target_": "a.Full", "data.name": "files", "data.files": "a", "run.seed": 0}  # fmt: skip
+    others = [{"core.name": "sliding_window", "core._target_": "a.Window"}, {"size.name": "small", "size.d_model": 768},
+              {"data.files": "b"}, {"model.name": "mha"}]  # fmt: skip
+    everyone = [plain, *(plain | changes for changes in others)]
+    assert label(plain, everyone[:2]) == "t6 core.name=full"
+    assert label(everyone[2], [plain, everyone[2]]) == "t6 small"
+    assert label(everyone[3], [plain, everyone[3]]) == "t6 data.name=files"
+    assert label(everyone[4], everyone) == "mha"
+
+
 def test_small_helpers():
+    assert [tables.duration(value) for value in (None, 61, 600, 7200)] == ["-", "61 s", "10.0 min", "2.0 h"]
     assert [tables.count(value) for value in (2.62e6, 999_999, 999_499, 12.3)] == ["2.62M", "1M", "999k", "12.3"]
     assert reaches([(0, 4.0), (10, 3.0), (20, 2.0)], 2.5) == 15 and reaches([(0, 4.0)], 2.5) is None
     assert smooth([0.0, 3.0, 6.0, 3.0, 0.0], 0.4) == [0.0, 3.0, 4.0, 3.0, 0.0]

@@ -6,16 +6,16 @@ import pytest
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
+from configs.app import configured
 from configs.errors import ConfigError
-from configs.schema_compare import DashboardConfig
-from eval.dashboard import benchmark_metrics, main, panels, parse, report, workspace
+from eval.dashboard import DashboardConfig, benchmark_metrics, main, panels, report, workspace
 from eval.published import tasks
 
 SECTIONS = ["Loss & perplexity", "Benchmarks", "Speed & memory", "KV cache", "Optimisation", "Health"]
 
 
 def test_the_workspace_survives_the_library_and_back():
-    view = workspace(DashboardConfig("t6", group="night"), "me")._to_model()
+    view = workspace(DashboardConfig(project="t6", group="night"), "me")._to_model()
     text = view.spec.model_dump_json(by_alias=True, exclude_none=True)  # what `save` sends
     again = ws.Workspace._from_model(type(view).model_validate(view.model_dump() | {"spec": view.spec}))
     assert [section.name for section in again.sections] == SECTIONS
@@ -28,7 +28,7 @@ def test_the_workspace_survives_the_library_and_back():
 
 
 def test_the_report_compares_the_methods_of_a_group():
-    built = report(DashboardConfig("t6", group="night"), "me")
+    built = report(DashboardConfig(project="t6", group="night"), "me")
     model = built._to_model()
     grids = [block for block in built.blocks if isinstance(block, wr.PanelGrid)]
     assert len(grids) == len(SECTIONS) + 1 and model.display_name.endswith(": night")
@@ -57,17 +57,17 @@ def test_the_panels_show_metrics_that_runs_log():
 
 
 def test_it_can_be_printed_and_bad_input_is_named(capsys, monkeypatch, tmp_path):
-    assert main(parse(["project=t6", "dry_run=true"])) == 0
+    assert main(configured(DashboardConfig, ["project=t6", "dry_run=true"])) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"workspace", "report"}
     for arguments, message in (
         ([], "project is not set"),
         (["project=t6", "grup=x"], "did you mean group"),
         (["project=me/t6"], "must be the project alone"),
-        (["t6"], "must be key=value"),
+        (["project=t6", "max_runs=0"], "max_runs=0: must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
-            parse(arguments)
+            configured(DashboardConfig, arguments)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="needs a network and `wandb login`"):
-        main(parse(["project=t6", "entity=me"]))
+        main(configured(DashboardConfig, ["project=t6", "entity=me"]))

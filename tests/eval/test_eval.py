@@ -7,31 +7,31 @@ import pytest
 import torch
 
 import train
-from configs.app import compose
-from configs.load import load, load_flat
-from configs.schema import ConfigError
-from configs.schema_eval import EvalConfig
+from configs.app import configured
+from configs.errors import ConfigError
 from data.loader import EvalLoader
 from data.shards import TokenShards
 from eval import run as eval_run
+from eval.config import EvalConfig
 from eval.loading import load_run
 from eval.perplexity import evaluate
 from tests.conftest import SMALL_RUN
-from training.metrics import read_metrics
+from training.config import Config
+from training.metrics import read_lines
 
 
 @pytest.fixture(scope="module")
 def finished(small_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     overrides = [*SMALL_RUN, *small_data, "optim.lr=1e-2", "trainer.eval_batches=null", f"run.dir={folder}"]
-    assert train.main(load(compose("train", overrides))) == 0
+    assert train.main(configured(Config, overrides)) == 0
     return folder
 
 
 def test_a_checkpoint_evaluates_to_the_loss_that_training_logged(finished):
-    assert eval_run.main(load_flat(compose("eval", [f"run={finished}", "batch_size=3"]), EvalConfig)) == 0
+    assert eval_run.main(configured(EvalConfig, [f"run={finished}", "batch_size=3"])) == 0
     record = json.loads((finished / "results/perplexity.json").read_text())
-    *_, last, evaluated = read_metrics(finished / "metrics.jsonl")
+    *_, last, evaluated = read_lines(finished / "metrics.jsonl")
     results = record["results"]
     assert evaluated["step"] == 8 and evaluated["eval/perplexity/loss"] == results["loss"]
     assert record["step"] == 8 and record["tokens"] == last["tokens"]
@@ -51,7 +51,7 @@ def test_the_loss_does_not_depend_on_batches_or_ranks(finished):
     assert whole[1] == sum(tokens for _, tokens in parts) == 25 * 64
     assert whole[0] == pytest.approx(sum(loss * tokens for loss, tokens in parts) / whole[1], abs=1e-5)
     rows = torch.tensor(EvalLoader(shards, 64, 1).samples.read(EvalLoader(shards, 64, 1, max_samples=25).numbers))
-    logp = run.model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])
+    logp = run.model.logits(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])
     assert whole[0] == pytest.approx(-logp.mean().item(), abs=1e-5)
 
 
@@ -63,4 +63,4 @@ def test_what_is_not_a_run_is_refused(finished, tmp_path):
         load_run(str(tmp_path))
     (tmp_path / "results").write_text("no folder")
     with pytest.raises(ConfigError, match="results: cannot be written"):
-        eval_run.main(load_flat(compose("eval", [f"run={tmp_path}"]), EvalConfig))
+        eval_run.main(configured(EvalConfig, [f"run={tmp_path}"]))

@@ -9,14 +9,11 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from configs.app import compose
-from configs.load import load_flat
-from configs.schema_eval import EvalConfig
 from eval import cloze
-from eval.benchmarks import harness_suite
 from eval.harness import HarnessModel
 from eval.scoring import share_rows
 from eval.tasks import load_tasks
+from tests.eval.helpers import outcome
 
 TEXTS = [
     "The following expressions are evaluated from left to right.",
@@ -24,10 +21,6 @@ TEXTS = [
     "",
     "If",
 ]
-
-
-def suite(*overrides) -> EvalConfig:
-    return load_flat(compose("eval", ["run=x", "device=cpu", *overrides]), EvalConfig)
 
 
 def requests(*pairs):
@@ -105,12 +98,10 @@ def test_cloze_scores_are_those_of_the_harnesss_hf_model(ours, hf):
 def test_benchmark_scores_are_those_of_the_harnesss_hf_model(ours, theirs, their_tokenizer, task):
     hf = HFLM(pretrained=theirs, tokenizer=their_tokenizer, max_length=256, batch_size=8, device="cpu")
     folder = os.environ["T6_BENCHMARKS"]
-    config = suite(
-        "suite=harness", f"suite.tasks=[{task}]", f"suite.data_dir={folder}", "suite.max_length=256", "limit=200"
-    )
-    found = harness_suite(ours, config).results
+    tasks = ["suite=harness", f"suite.tasks=[{task}]", f"suite.data_dir={folder}"]
+    found = outcome(ours, *tasks, "suite.max_length=256", "limit=200").results
     expected = lm_eval.simple_evaluate(
-        hf, tasks=load_tasks(config.suite, ours), task_manager=TaskManager(include_defaults=False), limit=200,
+        hf, tasks=load_tasks([task], folder), task_manager=TaskManager(include_defaults=False), limit=200,
         bootstrap_iters=0,
     )["results"][task]  # fmt: skip
     assert found == {f"{task}/{metric}": expected[f"{metric},none"] for metric in ("acc", "acc_norm")}

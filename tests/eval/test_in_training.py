@@ -8,27 +8,26 @@ import stat
 import pytest
 
 import train
-from configs.app import compose
-from configs.load import load
-from configs.schema import ConfigError
+from configs.app import configured
+from configs.errors import ConfigError
 from eval import in_training
 from eval import run as eval_run
+from eval.benchmarks import HarnessSuite
 from tests.eval.helpers import evaluation
-from training.metrics import read_metrics
+from training.config import Config
+from training.metrics import read_lines
 
 BENCHMARKS = ["trainer.benchmark_every=4", "trainer.benchmarks=[builtin_cloze]", "trainer.benchmark_limit=6",
               "trainer.benchmark_overrides=['suite.tasks=[cloze]']"]  # fmt: skip
 
 
 def lines(folder, *, evaluations: bool) -> list[dict]:
-    return [
-        line for line in read_metrics(folder / "metrics.jsonl") if any("eval/" in key for key in line) == evaluations
-    ]
+    return [line for line in read_lines(folder / "metrics.jsonl") if any("eval/" in key for key in line) == evaluations]
 
 
 def test_benchmarks_are_logged_at_their_step_and_leave_no_trace_in_training(small_run, tmp_path):
     plain, other = [*small_run, f"run.dir={tmp_path}/plain"], [*small_run, f"run.dir={tmp_path}/other", *BENCHMARKS]
-    assert train.main(load(compose("train", plain))) == train.main(load(compose("train", other))) == 0
+    assert train.main(configured(Config, plain)) == train.main(configured(Config, other)) == 0
     before, after = (lines(tmp_path / name, evaluations=False) for name in ("plain", "other"))
     for one, two in zip(before, after, strict=True):
         assert {key: two[key] for key in one if "perf" not in key} == {
@@ -49,15 +48,15 @@ def test_a_failing_benchmark_costs_its_results_only(small_run, tmp_path, capsys,
     def fail(*_):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(eval_run, "run_suite", fail)
-    assert train.main(load(compose("train", [*small_run, *BENCHMARKS]))) == 0
-    assert "the benchmark builtin_cloze failed, training goes on: no such luck" in capsys.readouterr().out
+    monkeypatch.setattr(HarnessSuite, "run", fail)
+    assert train.main(configured(Config, [*small_run, *BENCHMARKS])) == 0
+    assert "the benchmark builtin_cloze failed, training continues: no such luck" in capsys.readouterr().out
 
 
 def test_a_run_that_is_ended_before_its_benchmarks_has_its_checkpoint_and_makes_up_for_them(
     small_run, tmp_path, monkeypatch
 ):
-    config, original, run_suite = load(compose("train", [*small_run, *BENCHMARKS])), train.seed_step, eval_run.run_suite
+    config, original, run_suite = configured(Config, [*small_run, *BENCHMARKS]), train.seed_step, HarnessSuite.run
 
     def warn(seed, step, rank):
         if step == 4:
@@ -70,21 +69,21 @@ def test_a_run_that_is_ended_before_its_benchmarks_has_its_checkpoint_and_makes_
     monkeypatch.setattr(train, "seed_step", warn)
     assert train.main(config) == 75  # at once
     monkeypatch.setattr(train, "seed_step", original)
-    monkeypatch.setattr(eval_run, "run_suite", end)
+    monkeypatch.setattr(HarnessSuite, "run", end)
     with pytest.raises(KeyboardInterrupt):
         train.main(config)  # in the benchmark that it owes
     assert not lines(tmp_path / "run", evaluations=True)
     done = []
 
-    def count(run, suite):
+    def count(suite, run, options):
         done.append(run.step)
-        return end() if run.step == 8 else run_suite(run, suite)
+        return end() if run.step == 8 else run_suite(suite, run, options)
 
-    monkeypatch.setattr(eval_run, "run_suite", count)
+    monkeypatch.setattr(HarnessSuite, "run", count)
     with pytest.raises(KeyboardInterrupt):
         train.main(config)  # in the last one
     assert (tmp_path / "run/checkpoints/step_00000008/manifest.json").exists()
-    monkeypatch.setattr(eval_run, "run_suite", run_suite)
+    monkeypatch.setattr(HarnessSuite, "run", run_suite)
     assert train.main(config) == 0
     assert done == [4, 8] and [line["step"] for line in lines(tmp_path / "run", evaluations=True)] == [4, 8]
     assert [line["step"] for line in lines(tmp_path / "run", evaluations=False)] == list(range(1, 9))
@@ -92,19 +91,20 @@ def test_a_run_that_is_ended_before_its_benchmarks_has_its_checkpoint_and_makes_
 
 def test_what_cannot_be_benchmarked_is_refused_before_anything_is_made(small_run, tmp_path):
     with pytest.raises(ConfigError, match="there is no configs/suite/imagenet.yaml"):
-        load(compose("train", [*small_run, "trainer.benchmarks=[imagenet]"]))
+        configured(Config, [*small_run, "trainer.benchmarks=[imagenet]"])
     missing = ["trainer.benchmarks=[paper_zeroshot]", f"trainer.benchmark_overrides=['suite.data_dir={tmp_path}/none']"]
     with pytest.raises(ConfigError, match="there is no such folder"):
-        train.main(load(compose("train", [*small_run, "trainer.benchmark_every=4", *missing])))
+        train.main(configured(Config, [*small_run, "trainer.benchmark_every=4", *missing]))
     for suite, override, message in (
         ("perplexity", f"suite.files=[{tmp_path}/none/*.txt]", "suite.files: no file matches"),
         ("long_context", f"suite.data_dir={tmp_path}/none", "suite.data_dir=.*/none: not prepared"),
         ("builtin_cloze", "rope_scaling=yarn,rope_factor=2", "rope_scaling=yarn, rope_factor=2.0: benchmarks take the"),
+        ("builtin_cloze", "core.kernel=sdpa", "core.kernel=sdpa: benchmarks take the model as it is trained"),
         ("builtin_cloze", "dtype=bf16", "trainer.benchmark_overrides: dtype=bf16: benchmarks take the model as it is"),
     ):
         words = [f"trainer.benchmarks=[{suite}]", f"trainer.benchmark_overrides={override.split(',')}"]
         with pytest.raises(ConfigError, match=message):
-            train.main(load(compose("train", [*small_run, "trainer.benchmark_every=4", *words])))
+            train.main(configured(Config, [*small_run, "trainer.benchmark_every=4", *words]))
     assert not (tmp_path / "run").exists()
 
 
@@ -134,7 +134,7 @@ def test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps(
         "trainer.benchmark_job=true",
         "trainer.keep_checkpoints=1",
     ]
-    assert train.main(load(compose("train", overrides))) == 0
+    assert train.main(configured(Config, overrides)) == 0
     assert [line.split()[-1] for line in submitted.read_text().splitlines()] == [f"step={n}" for n in (2, 4, 6, 8)]
     assert set((tmp_path / "leaks").read_text().split()) == {"0"}
     (scored,) = lines(run, evaluations=True)
@@ -153,7 +153,7 @@ def test_what_cannot_be_read_in_the_inbox_is_named_once_and_left(small_run, tmp_
     (inbox / "folder_step_00000002.json").mkdir()
     good = {"step": 2, "tokens": 1024, "metrics": {"eval/good/loss": 1.5}}
     (inbox / "good_step_00000002.json").write_text(json.dumps(good))
-    assert train.main(load(compose("train", small_run))) == 0
+    assert train.main(configured(Config, small_run)) == 0
     out = capsys.readouterr().out
     assert out.count("broken_step_00000002.json: these results cannot be logged (TypeError") == 1
     assert out.count("folder_step_00000002.json: these results cannot be logged (IsADirectoryError") == 1

@@ -11,17 +11,17 @@ import transformers
 from torch import nn
 
 import train
-from configs.app import compose
-from configs.load import load
-from configs.schema import ConfigError
+from configs.app import configured
+from configs.errors import ConfigError
 from eval import run as eval_run
 from eval.loading import LoadedRun
-from eval.long_context import documents_of, long_context_suite
+from eval.long_context import by_document
 from eval.passkey import prompt, retrieve
 from eval.texts import read_text
 from model.transformer import Transformer
 from tests.conftest import SMALL_RUN
-from tests.eval.helpers import evaluation
+from tests.eval.helpers import evaluation, outcome
+from training.config import Config
 
 HUGGING_FACE = {"linear": ("linear", 4.0), "ntk": ("dynamic", 1.0), "yarn": ("yarn", 4.0)}  # NTK at 4 x the length
 
@@ -37,32 +37,33 @@ def test_scaled_rope_is_transformers(ours, theirs, kind):
     llama = transformers.LlamaForCausalLM(config).eval()
     llama.load_state_dict(theirs.state_dict())
     tokens = torch.randint(512, (2, 4 * ours.context), generator=torch.Generator().manual_seed(0))
-    plain = ours.model(tokens)
+    plain = ours.model.logits(tokens)
     ours.scale_rope(kind, 4.0)
     try:
-        scaled = ours.model(tokens)
+        scaled = ours.model.logits(tokens)
     finally:
         ours.scale_rope("none", None)
     assert torch.allclose(scaled, llama(tokens).logits, atol=2e-4)
-    assert not torch.allclose(scaled, plain, atol=1e-3) and torch.equal(ours.model(tokens), plain)
+    assert not torch.allclose(scaled, plain, atol=1e-3) and torch.equal(ours.model.logits(tokens), plain)
 
 
 @torch.no_grad()
 def test_a_run_trained_with_scaled_rope_is_scaled_from_where_it_began(ours):
     """The same model, its scaling a part of its configuration or an evaluation's."""
     tokens = torch.randint(512, (2, 8 * ours.context), generator=torch.Generator().manual_seed(0))
-    attention = replace(ours.config.model, rope_scaling="yarn", rope_factor=4.0, rope_original_length=ours.context)
-    grown = Transformer(replace(ours.model.config, attention=attention)).eval()
+    changes = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": ours.context}
+    attention = ours.config.model.replace(**changes)
+    grown = Transformer(replace(ours.model.config, attention=attention.replace())).eval()
     grown.load_state_dict(ours.model.state_dict())
-    run = replace(ours, config=replace(ours.config, model=replace(attention)), model=grown)
+    run = replace(ours, config=ours.config.replace(model=attention), model=grown)
     try:
         for factor in (4.0, 8.0):
             ours.scale_rope("yarn", factor)
             run.scale_rope("yarn", factor / 4)
-            assert torch.equal(grown(tokens), ours.model(tokens))
+            assert torch.equal(grown.logits(tokens), ours.model.logits(tokens))
         run.scale_rope("none", None)
         ours.scale_rope("yarn", 4.0)
-        assert torch.equal(grown(tokens), ours.model(tokens))
+        assert torch.equal(grown.logits(tokens), ours.model.logits(tokens))
     finally:
         ours.scale_rope("none", None)
 
@@ -79,15 +80,15 @@ def book(tmp_path_factory):
 def test_every_length_is_scored_on_the_same_tokens(ours, book):
     arguments = [f"suite.files=[{book}/*.txt]", "suite.lengths=[32,128,256]", "suite.scored=20", "suite.trials=0"]
     config = evaluation("run=x", "suite=long_context", *arguments, "suite.scalings=[none,yarn]", "suite.windows=4")
-    found = long_context_suite(ours, config)
-    (document, _) = sorted(documents_of(read_text(config.suite, ours)), key=len, reverse=True)
+    found = config.suite.run(ours, config)
+    document, _ = sorted(by_document(read_text(config.suite, ours)).streams, key=len, reverse=True)
     places = range(len(document) - 1, 255, -20)
     ends = [places[n] for n in np.linspace(0, len(places) - 1, 4).round().astype(int)]
     for length in (32, 128, 256):
         losses = []
         for end in ends:
             tokens = torch.tensor(document[end - length : end + 1])
-            logits = ours.model(tokens[None, :-1])[0]
+            logits = ours.model.logits(tokens[None, :-1])[0]
             losses.append(F.cross_entropy(logits[-20:], tokens[-20:]))
         assert found.results[f"none/{length}/loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
     assert found.results["yarn/32/loss"] == found.results["none/32/loss"]  # no longer than in training
@@ -102,7 +103,7 @@ class Copier(nn.Module):
         super().__init__()
         self.vocab_size, self.sight, self.head = vocab_size, sight, nn.Identity()
 
-    def forward(self, tokens):
+    def logits(self, tokens):
         logits = torch.zeros(*tokens.shape, self.vocab_size)
         for row, ids in enumerate(tokens.tolist()):
             for place in range(3, len(ids)):
@@ -139,7 +140,7 @@ def test_prompts_have_their_length_and_depth(ours):
 def test_two_runs_side_by_side(trained, book, small_data, tokenizer_file, tmp_path, capsys):
     other = ["tokenizer=huggingface", f"tokenizer.path={tokenizer_file}", f"data.dir={trained.parent}/shards"]
     other += [small_data[0], "model=t6", "run.name=the other one", "trainer.max_steps=2", f"run.dir={tmp_path}/run"]
-    assert train.main(load(compose("train", [*SMALL_RUN, *other]))) == 0
+    assert train.main(configured(Config, [*SMALL_RUN, *other])) == 0
     arguments = [
         f"suite.files=[{book}/*.txt]",
         "suite.lengths=[64,256]",
@@ -165,9 +166,8 @@ def test_two_runs_side_by_side(trained, book, small_data, tokenizer_file, tmp_pa
 
 def test_lengths_that_no_document_has_are_refused(ours, book):
     with pytest.raises(ConfigError, match=r"suite.lengths=\[64, 100000\]: the longest document"):
-        long_context_suite(ours, evaluation("run=x", "suite=long_context", f"suite.files=[{book}/*.txt]",
-                                            "suite.lengths=[64,100000]"))  # fmt: skip
+        outcome(ours, "suite=long_context", f"suite.files=[{book}/*.txt]", "suite.lengths=[64,100000]")
     with pytest.raises(ConfigError, match="takes suite.scalings"):
         evaluation("run=x", "suite=long_context", "rope_scaling=yarn", "rope_factor=2")
-    with pytest.raises(ConfigError, match="must be one of none, linear, ntk, yarn"):
+    with pytest.raises(ConfigError, match="must be none, linear, ntk or yarn"):
         evaluation("run=x", "suite=long_context", "suite.scalings=[alibi]")

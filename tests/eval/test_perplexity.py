@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.schema import ConfigError
+from configs.errors import ConfigError
 from data.shards import TokenShards
 from eval import run as eval_run
-from eval.perplexity import perplexity_suite
-from tests.eval.helpers import evaluation
+from tests.eval.helpers import evaluation, outcome
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,7 @@ def plain_loop(llama, documents, seq_len, stride):
 
 @pytest.mark.parametrize("stride", [None, 24, 64])
 def test_perplexity_of_files_is_that_of_a_plain_loop_on_llama(ours, theirs, their_tokenizer, book, stride):
-    config = evaluation("run=x", f"suite.files=[{book}/*.txt]", "batch_size=3", f"suite.stride={stride or 'null'}")
-    found = perplexity_suite(ours, config)
+    found = outcome(ours, f"suite.files=[{book}/*.txt]", "batch_size=3", f"suite.stride={stride or 'null'}")
     texts = [path.read_text() for path in sorted(book.glob("*.txt"))]
     documents = [[ours.tokenizer.end_of_text, *their_tokenizer(text)["input_ids"]] for text in texts]
     losses = plain_loop(theirs, documents, ours.context, stride or ours.context)
@@ -65,7 +63,7 @@ def test_perplexity_of_files_is_that_of_a_plain_loop_on_llama(ours, theirs, thei
 
 
 def test_the_validation_split_counts_by_its_own_documents(ours):
-    found = perplexity_suite(ours, evaluation("run=x"))
+    found = outcome(ours)
     shards = TokenShards(ours.config.data.dir, "val")
     lengths = found.details["curves"]["by_document_length"]
     starts = [*shards.documents()[0].tolist(), len(shards.arrays[0])]
@@ -79,8 +77,8 @@ def test_rows_that_are_no_documents_are_joined(ours, tmp_path):
     lines = ["First line.\n", "\n", "Second line.\n"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     (tmp_path / "whole.txt").write_text("".join(lines))
-    joined = perplexity_suite(ours, evaluation("run=x", f"suite.files=[{tmp_path}/rows.jsonl]", "suite.join=''"))
-    whole = perplexity_suite(ours, evaluation("run=x", f"suite.files=[{tmp_path}/whole.txt]"))
+    joined = outcome(ours, f"suite.files=[{tmp_path}/rows.jsonl]", "suite.join=''")
+    whole = outcome(ours, f"suite.files=[{tmp_path}/whole.txt]")
     assert joined.results == whole.results
 
 
@@ -102,8 +100,8 @@ def test_bad_requests_name_the_key(ours, trained, small_data, tmp_path):
         (["suite.seq_len=100000000"], "has no 100000000 tokens in a row, at most"),
     ):
         with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
-            perplexity_suite(ours, evaluation("run=x", *overrides))
-    with pytest.raises(ConfigError, match="one source of text at a time"):
+            outcome(ours, *overrides)
+    with pytest.raises(ConfigError, match="suite.files and path: give one source of text"):
         evaluation("run=x", "suite.files=[a.txt]", "suite.path=wikitext")
     with pytest.raises(ConfigError, match="go together"):
         evaluation("run=x", "rope_scaling=yarn")

@@ -7,13 +7,13 @@ import shutil
 import pytest
 
 import train
-from configs.app import compose
-from configs.load import load, load_flat
-from configs.schema import ConfigError
-from configs.schema_sample import SampleConfig
+from configs.app import configured
+from configs.errors import ConfigError
 from data.tokenizers import load_tokenizer, new_tokenizer
 from eval import sample
+from eval.sample import SampleConfig
 from tests.conftest import SMALL_RUN
+from training.config import Config
 
 PROMPT = "prompt=The class statement"
 
@@ -22,7 +22,7 @@ PROMPT = "prompt=The class statement"
 def finished(small_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     overrides = [*SMALL_RUN, *small_data, "optim.lr=1e-2", "trainer.eval_every=null", f"run.dir={folder}"]
-    assert train.main(load(compose("train", overrides))) == 0
+    assert train.main(configured(Config, overrides)) == 0
     return folder
 
 
@@ -30,7 +30,7 @@ def finished(small_data, tmp_path_factory):
 def command(finished, capsys):
     def run(*overrides: str) -> tuple[str, str]:
         capsys.readouterr()
-        assert sample.main(load_flat(compose("sample", [f"run={finished}", *overrides]), SampleConfig)) == 0
+        assert sample.main(configured(SampleConfig, [f"run={finished}", *overrides])) == 0
         return capsys.readouterr()
 
     return run
@@ -47,17 +47,17 @@ def test_the_text_is_the_same_with_and_without_the_cache(command):
 
 def test_a_t6_can_attend_from_its_factors(command, finished, small_data, tmp_path):
     text, _ = command(PROMPT, "temperature=0", "max_new_tokens=80")
-    assert command(PROMPT, "temperature=0", "max_new_tokens=80", "factors=true")[0] == text
+    assert command(PROMPT, "temperature=0", "max_new_tokens=80", "core.kernel=factors")[0] == text
     other = [*SMALL_RUN, *small_data, "trainer.max_steps=1", f"run.dir={tmp_path}/other"]
     for override, why in (
-        ("model=mha", "core=flash_tpa: model=mha: has no factors"),
-        ("core=sliding_window", "was trained with core=sliding_window, not the full attention of flash_tpa"),
-        ("data.document_mask=true", "core=flash_tpa: cannot mask documents"),
+        ("model=mha", "model=mha"),
+        ("core=sliding_window", "core.kernel=factors: must be auto or sdpa"),
+        ("data.document_mask=true", "documents"),
     ):
         folder = tmp_path / override.split("=")[1]
-        assert train.main(load(compose("train", [*other, override, f"run.dir={folder}"]))) == 0
+        assert train.main(configured(Config, [*other, override, f"run.dir={folder}"])) == 0
         with pytest.raises(ConfigError, match=why):
-            sample.main(load_flat(compose("sample", [f"run={folder}", "factors=true"]), SampleConfig))
+            sample.main(configured(SampleConfig, [f"run={folder}", "core.kernel=factors"]))
 
 
 def test_samples_are_repeatable_and_numbered_by_their_seeds(command):
@@ -99,7 +99,7 @@ def test_a_conversation(command, monkeypatch):
     long, _ = command("prompt=The class", "max_new_tokens=12", "temperature=0")
     short, _ = command("prompt=The class", "max_new_tokens=4", "temperature=0")
     assert text == long + short + short
-    assert "top_p=7.0: must lie in (0, 1]" in notes and "run: cannot change any more" in notes
+    assert "top_p=7: must be at most 1" in notes and "run: cannot change any more" in notes
     settings = [line for line in notes.splitlines() if line.startswith("count=1")]
     assert len(settings) == 4 and all("temperature=0.0 top_k=50" in line for line in settings)
     assert "seed=1" in settings[0] and "seed=3" in settings[-1]
@@ -108,25 +108,27 @@ def test_a_conversation(command, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("top_p=0", "top_p=0.0: must lie in (0, 1]"),
-        ("min_p=-1", "min_p=-1.0: must lie in [0, 1]"),
-        ("temperature=inf", "temperature=inf: must be 0 (always the likeliest token) or at least 0.001"),
-        ("temperature=1e-38", "temperature=1e-38: must be 0"),
-        ("repetition_penalty=0", "repetition_penalty=0.0: must be a positive number"),
-        ("cache_dtype=int4", "cache_dtype=int4: must be auto, fp32, bf16, fp16, int8"),
+        ("top_p=0", "top_p=0: must be a positive number"),
+        ("min_p=-1", "min_p=-1: must be at least 0"),
+        ("temperature=inf", "temperature=inf: must be a finite number"),
+        ("temperature=1e-38", "temperature=1e-38: must be 0 (always the most likely token) or at least 0.001"),
+        ("repetition_penalty=0", "repetition_penalty=0: must be a positive number"),
+        ("cache_dtype=int4", "cache_dtype=int4: must be auto, fp32, bf16, fp16 or int8"),
         ("prefill_chunk=0", "prefill_chunk=0: must be at least 1"),
+        ("factors=true", "factors: is no key any more; use core.kernel=factors"),
+        ("cache=false,compile=true", "compile=true: needs cache=true"),
         ("top_q=1", "top_q: unknown key; did you mean top_"),
     ],
 )
 def test_mistakes_name_the_key(override, message):
     with pytest.raises(ConfigError) as caught:
-        load_flat(compose("sample", ["run=x", override]), SampleConfig)
+        configured(SampleConfig, ["run=x", *override.split(",")])
     assert caught.value.errors[0].startswith(message)
 
 
 @pytest.mark.parametrize("tokenizer", ["sentencepiece", "gpt2"])
 def test_streamed_pieces_make_the_whole_text(small_data, tokenizer):
-    config = load(compose("train", [*SMALL_RUN, *small_data] if tokenizer != "gpt2" else ["tokenizer=gpt2"]))
+    config = configured(Config, [*SMALL_RUN, *small_data] if tokenizer != "gpt2" else ["tokenizer=gpt2"])
     found = (
         load_tokenizer(config.tokenizer, config.data.dir) if tokenizer != "gpt2" else new_tokenizer(config.tokenizer)
     )
@@ -134,7 +136,7 @@ def test_streamed_pieces_make_the_whole_text(small_data, tokenizer):
     ids = found.encode(text)
     for split in (0, 1, len(ids) // 2, len(ids)):
         growing = sample.GrowingText(found, ids[:split])
-        pieces = [growing.text, *(growing.add(token) for token in ids[split:]), growing.finish()]
+        pieces = [growing.text, *(growing.add(token) for token in ids[split:]), growing.add(None)]
         if not found.decode(ids[:split]).endswith("\ufffd"):  # a prompt is whole text
             assert "".join(pieces) == growing.text == found.decode(ids)
             assert not any("\ufffd" in piece for piece in pieces)

@@ -1,28 +1,27 @@
 """The speed benchmarks run, and print what others' scripts read."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from configs.app import compose
-from configs.load import load_extended, load_flat
-from configs.schema import ConfigError
+from configs.app import configured
+from configs.errors import ConfigError
 from eval.speed import training
 from eval.speed.contestants import attention_inputs, contestants
-from eval.speed.decoding import DecodingConfig, groups_that_fit, main
+from eval.speed.decoding import Bench, DecodingConfig, Setting, main
 from model import counting
-from model.attention.base import unturned
 from model.transformer import Transformer
 from tests.model.helpers import SMALL, wake_up
 
-CONTRACT = {"model", "size", "core", "device", "dtype", "batch", "length", "tokens_per_second", "ms", "bytes",
+CONTRACT = {"model", "size", "core", "kernel", "device", "dtype", "batch", "length", "tokens_per_second", "ms", "bytes",
             "memory_bytes", "versions"}  # fmt: skip
 TINY = ["size=tiny", "size.n_layers=2", "size.d_model=48", "size.head_dim=16", "device=cpu", "rounds=1"]
 
 
 def decoding(*overrides: str) -> DecodingConfig:
-    return load_flat(compose("decoding", [*TINY, *overrides]), DecodingConfig)
+    return configured(DecodingConfig, [*TINY, *overrides])
 
 
 def printed(capsys) -> list[dict]:
@@ -34,16 +33,18 @@ def test_a_line_for_every_mechanism_and_point(capsys, tmp_path):
     config = decoding(f"models={models}", "lengths=[5,9]", "scopes=[attention,model]", "batches=[2]", f"out={tmp_path}")
     assert main(config) == 0
     lines = printed(capsys)
-    points = {(line["model"], line["core"], line["scope"], line["length"]) for line in lines}
+    points = {(line["model"], line["cached"], line["scope"], line["length"]) for line in lines}
     assert len(lines) == len(points) == (3 + 2) * 2 * 2
     for line in lines:
         assert line.keys() >= CONTRACT | {"bandwidth_share", "floor_ms"}
         assert line["tokens_per_second"] == pytest.approx(2 / line["ms"] * 1e3)
         assert line["bandwidth_share"] == pytest.approx(line["floor_ms"] / line["ms"])
         assert line["bytes"] >= line["memory_bytes"] > 0
-    numbers = {line["core"]: line["memory_bytes"] // (2 * 2 * 9 * 4) for line in lines[-2:]}  # of t6's whole model
+    assert {line["core"] for line in lines} == {"full"}
+    assert {line["kernel"] for line in lines if line["cached"] == "factors"} == {"factors"}
+    numbers = {line["cached"]: line["memory_bytes"] // (2 * 2 * 9 * 4) for line in lines[-2:]}  # of t6's whole model
     heads = lines[-1]["n_heads"]
-    assert numbers == {"flash_tpa": 4 * (heads + 16), "sdpa (k, v cached)": 2 * heads * 16}
+    assert numbers == {"factors": 4 * (heads + 16), "k, v": 2 * heads * 16}
     saved = (tmp_path / "decoding.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in saved] == lines
     assert {path.name for path in tmp_path.glob("*.png")} == {
@@ -54,12 +55,16 @@ def test_a_line_for_every_mechanism_and_point(capsys, tmp_path):
 
 def test_folds_are_timed_over_a_block_beside_the_whole_length(capsys):
     assert main(decoding("models=[gqa,t6]", "lengths=[32]", "scopes=[model]", "folds=[[4,8],[2,4,4]]")) == 0
-    lines = {(line["model"], line["core"]): line for line in printed(capsys)}
-    assert len(lines) == 2 * 3 + 1
-    for model, plain in (("gqa", "sdpa"), ("t6", "flash_tpa")):
-        folded = lines[model, "folded [4, 8]"]
-        assert folded["tokens"] == 4 and lines[model, "folded [2, 4, 4]"]["tokens"] == 2
-        assert folded["bytes"] < lines[model, plain]["bytes"]  # it reads two axes, not the whole length
+    found = printed(capsys)
+    assert len(found) == 2 * 3 + 1
+    lines = {
+        (line["model"], str(line["fold"])): line for line in found if line["cached"] != "k, v" or line["model"] != "t6"
+    }
+    for model in ("gqa", "t6"):
+        folded = lines[model, "[4, 8]"]
+        assert folded["core"] == "sequence_tensor" and folded["tokens"] == 4
+        assert lines[model, "[2, 4, 4]"]["tokens"] == 2
+        assert folded["bytes"] < lines[model, "None"]["bytes"]  # it reads two axes, not the whole length
         assert folded["tokens_per_second"] == pytest.approx(1e3 / folded["ms"])
     with pytest.raises(ConfigError, match="only whole steps can be timed"):
         decoding("folds=[[4,8]]")
@@ -69,12 +74,12 @@ def test_folds_are_timed_over_a_block_beside_the_whole_length(capsys):
 
 def test_the_papers_setting(capsys):
     made = {
-        (rival.model, rival.core): rival.network
+        rival.model: rival.network
         for rival in contestants(["mha", "gqa", "mla", "t6"], decoding().size, [2048], [], materialized=False)
     }
     assert {network.attention.n_heads for network in made.values()} == {32}
     assert {network.d_model for network in made.values()} == {2048}
-    numbers = {model: counting.kv_numbers_per_token(network.attention) for (model, _), network in made.items()}
+    numbers = {model: counting.kv_numbers_per_token(network.attention) for model, network in made.items()}
     assert numbers == {"mha": 4096, "gqa": 512, "mla": 576, "t6": 192}
 
 
@@ -82,8 +87,16 @@ def test_what_does_not_fit_is_said_and_skipped(capsys):
     assert main(decoding("models=[mha,mqa]", "lengths=[4096]", "memory=6MB")) == 0
     out = capsys.readouterr()
     assert [json.loads(line)["model"] for line in out.out.splitlines()] == []
-    assert "mha sdpa, batch 1, 4096 tokens: skipped" in out.err
-    assert groups_that_fit([(3, "a"), (2, "b"), (4, "c"), (1, "d")], 5) == [["a", "b"], ["c", "d"]]
+    assert "mha (k, v cached), attention, batch 1, 4,096 tokens: skipped, it needs" in out.err
+
+
+def test_as_many_are_timed_together_as_fit(monkeypatch):
+    groups, needs = [], {"a": 3, "b": 2, "c": 4, "d": 1}
+    bench = Bench(torch.device("cpu"), torch.float32, 1.0, 5, 1, print)
+    monkeypatch.setattr(Bench, "needed", lambda self, rival, setting: needs[rival.model])
+    monkeypatch.setattr(Bench, "run_in_turns", lambda self, rivals, _: groups.append([r.model for r in rivals]) or [])
+    list(bench.lines([SimpleNamespace(model=name, is_folded=False) for name in needs], Setting("model", 1, 8)))
+    assert groups == [["a", "b"], ["c", "d"]]
 
 
 def test_the_materialized_side_is_the_same_model():
@@ -94,11 +107,11 @@ def test_the_materialized_side_is_the_same_model():
     explicit.load_state_dict(factored.state_dict())
     tokens = torch.randint(0, 300, (2, 9))
     with torch.no_grad():
-        expected = factored(tokens)[:, -1]
+        expected = factored.logits(tokens)[:, -1]
         for model in (factored, explicit):
             cache = model.new_cache(2)
-            model(tokens[:, :-1], cache=cache)
-            assert torch.allclose(model(tokens[:, -1:], cache=cache, last=True), expected, atol=1e-4)
+            model.decode(tokens[:, :-1], cache)
+            assert torch.allclose(model.decode(tokens[:, -1:], cache), expected, atol=1e-4)
     assert rivals[1].network.attention.cache_shapes()["k"] == (rivals[0].network.attention.n_heads, 16)
 
 
@@ -108,24 +121,18 @@ def test_the_attention_step_is_over_the_whole_cache(model):
     calls, cache_bytes = attention_inputs(rival.network, 2, 11, 3, torch.device("cpu"), torch.float32)
     assert len(calls) == 3
     assert cache_bytes == counting.kv_numbers_per_token(rival.network.attention) * 2 * 11 * 4
-    for qkv, mask, scale in calls:
-        out = rival.network.core(qkv, unturned, None, mask, scale)
+    for call in calls:
+        out = rival.network.core.attend(*call)
         assert out.shape[:3] == (2, 1, rival.network.attention.n_heads) and out.isfinite().all()
-
-
-def test_the_plan_shows_both_ways(capsys):
-    assert main(decoding("models=[mha,t6]", "plan=true")) == 0
-    out = capsys.readouterr().out
-    assert "6/2/2" in out and "materialized" in out
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("models=[mhaa]", r"models=\['mhaa'\]: no such model"),
+        ("models=[mhaa]", "there is no configs/model/mhaa.yaml; did you mean mha"),
         ("models=[]", "name at least one"),
-        ("scopes=[layer]", "must be of attention and model"),
-        ("lengths=[0]", r"lengths=\[0\]: must be at least 1 each"),
+        ("scopes=[layer]", "must be attention or model"),
+        ("lengths=[0]", "lengths.0=0: must be at least 1"),
         ("d_models=[100]", "multiples of 64"),
         ("memory=much", "must be a size such as 24GiB"),
     ],
@@ -146,13 +153,13 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tm
     "options",
     [
         ["data.document_mask=true", "document_tokens=5"],
-        ["core=flash_tpa"],
+        ["core.kernel=factors"],
         ["model=mha", "trainer.activation_checkpointing=true"],
     ],
 )
 def test_training_prints_one_line(capsys, options):
     overrides = [*SMALL, "trainer.seq_len=16", "steps=2", "device=cpu", *options]
-    assert training.main(load_extended(compose("train", overrides), training.SpeedConfig)) == 0
+    assert training.main(configured(training.SpeedConfig, overrides)) == 0
     (line,) = printed(capsys)
     assert line.keys() >= CONTRACT | {"mfu"}
     assert line["tokens_per_second"] == pytest.approx(4 * 16 / line["ms"] * 1e3)
@@ -161,6 +168,6 @@ def test_training_prints_one_line(capsys, options):
 
 
 def test_training_refuses_what_the_core_cannot_do():
-    config = load_extended(compose("train", [*SMALL, "model=mha", "core=flash_tpa"]), training.SpeedConfig)
+    config = configured(training.SpeedConfig, [*SMALL, "model=mha", "core.kernel=factors"])
     with pytest.raises(ConfigError, match="has no factors"):
         training.main(config)

@@ -10,15 +10,14 @@ import sys
 import pytest
 import torch
 
-from configs.schema import ConfigError
+from configs.errors import ConfigError
 from eval import cloze, published
 from eval import run as eval_run
-from eval.benchmarks import harness_suite
 from eval.harness import HarnessModel
 from eval.loading import LoadedRun
 from eval.tasks import find_tasks, load_tasks
 from tests.conftest import ROOT
-from tests.eval.helpers import evaluation
+from tests.eval.helpers import evaluation, outcome
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +27,7 @@ def asked(ours):
 
 def accuracy(run: LoadedRun, asked: list[dict], monkeypatch) -> float:
     monkeypatch.setattr(cloze, "questions", lambda texts: asked)
-    results = harness_suite(run, evaluation("run=x", "suite=builtin_cloze", "suite.tasks=[cloze]")).results
-    return results["cloze/acc_norm"]
+    return outcome(run, "suite=builtin_cloze", "suite.tasks=[cloze]").results["cloze/acc_norm"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def knowing(ours, asked):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         optimizer.zero_grad()
-        (model(rows[:, :-1], rows[:, 1:]) / rows[:, 1:].numel()).backward()
+        (model.loss(rows[:, :-1], rows[:, 1:]) / rows[:, 1:].numel()).backward()
         optimizer.step()
     return LoadedRun(ours.dir, ours.config, 0, 0, model.eval(), ours.tokenizer, ours.runtime)
 
@@ -118,14 +116,8 @@ def test_the_paper_suites_are_the_papers():
 
 
 def test_examples_come_from_training_questions_or_never_show_the_question(ours, benchmarks):
-    config = evaluation(
-        "run=x",
-        "suite=paper_twoshot",
-        "suite.tasks=[arc_easy,boolq]",
-        f"suite.data_dir={benchmarks}",
-        "suite.samples=true",
-    )
-    found = harness_suite(ours, config)
+    tasks = ["suite.tasks=[arc_easy,boolq]", f"suite.data_dir={benchmarks}"]
+    found = outcome(ours, "suite=paper_twoshot", *tasks, "suite.samples=true")
     assert found.tasks == {"arc_easy": "arc_easy_2shot", "boolq": "boolq_2shot"}
     samples = [json.loads(line) for line in found.files["_samples.jsonl"].splitlines()]
     for sample in samples:
@@ -139,8 +131,7 @@ def test_a_groups_tasks_may_share_a_file(ours, tmp_path):
     subjects = [task.removeprefix("mmlu_") for task in find_tasks(["mmlu_stem"]).task_index["mmlu_stem_tasks"].tags]
     rows = [row | {"subject": subject} for subject in subjects for row in numbered(MMLU, 2)]
     write(tmp_path / "mmlu_test_half.jsonl", rows)
-    config = evaluation("run=x", "suite=harness", "suite.tasks=[mmlu_stem]", f"suite.data_dir={tmp_path}")
-    found = harness_suite(ours, config)
+    found = outcome(ours, "suite=harness", "suite.tasks=[mmlu_stem]", f"suite.data_dir={tmp_path}")
     assert len(found.details["questions"]) == len(subjects) and found.details["metrics"] == {"mmlu_stem": "acc"}
     per_subject = [value for key, value in found.results.items() if key.startswith("mmlu_") and key != "mmlu_stem/acc"]
     assert found.results["mmlu_stem/acc"] == pytest.approx(sum(per_subject) / len(subjects))
@@ -150,34 +141,30 @@ def test_prefetched_files_give_what_the_data_sets_give(ours, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)  # a folder laid out like the hub's data set stands for the hub
     for split, count in (("train", 3), ("validation", 2), ("test", 5)):
         write(tmp_path / f"allenai/sciq/{split}.jsonl", numbered(SCIQ, count))
-    config = evaluation("run=x", "suite=harness", "suite.tasks=[sciq]")
-    direct = harness_suite(ours, config)
+    direct = outcome(ours, "suite=harness", "suite.tasks=[sciq]")
     arguments = ["suite=harness", "suite.tasks=[sciq]", "suite.data_dir=copies"]
     assert eval_run.main(evaluation(*arguments, "suite.prefetch=true")) == 0
     assert {path.name for path in (tmp_path / "copies").iterdir()} == {
         f"sciq_{s}.jsonl" for s in ("train", "validation", "test")
     }
-    assert harness_suite(ours, evaluation("run=x", *arguments)).results == direct.results
+    assert outcome(ours, *arguments).results == direct.results
     assert direct.details["questions"] == {"sciq": 5}
 
 
 def test_missing_tasks_and_files_are_named_together(ours, benchmarks):
-    def suite(tasks: str, folder):
-        return evaluation("run=x", "suite=harness", f"suite.tasks=[{tasks}]", f"suite.data_dir={folder}").suite
-
     with pytest.raises(ConfigError) as caught:
-        load_tasks(suite("piqa,winogrande,arc_easy", benchmarks), ours)
+        load_tasks(["piqa", "winogrande", "arc_easy"], str(benchmarks), ours)
     assert len(caught.value.errors) == 2
     assert "has no piqa_<split>.jsonl" in str(caught.value) and "has no winogrande_<split>.jsonl" in str(caught.value)
     with pytest.raises(ConfigError, match="there is no such folder"):
-        load_tasks(suite("piqa", "none"), ours)
+        load_tasks(["piqa"], "none", ours)
     with pytest.raises(ConfigError, match="suite.data_dir is not set"):
         evaluation("suite=harness", "suite.tasks=[piqa]", "suite.prefetch=true")
     with pytest.raises(ConfigError, match="run is not set"):
         evaluation("suite=paper_zeroshot")
     (benchmarks / "arc_easy_test.jsonl").write_text("no JSON")
     with pytest.raises(ConfigError, match="arc_easy_test.jsonl: is not JSON lines"):
-        load_tasks(suite("arc_easy", benchmarks), ours)
+        load_tasks(["arc_easy"], str(benchmarks), ours)
 
 
 SUITES = [

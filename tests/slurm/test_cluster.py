@@ -16,17 +16,15 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
-from configs.app import compose
+from configs.app import configured
 from configs.errors import ConfigError
-from configs.load import load
 from data.prepare import prepare
 from slurm import status, submit
 from slurm.jobs import read_jobs
 from tests.conftest import ROOT, SMALL_RUN
 from tests.slurm.cluster import Cluster, is_pending
-from training.metrics import read_metrics
-
-pytestmark = pytest.mark.distributed
+from training.config import Config
+from training.metrics import read_lines
 
 SECONDS = 400  # for one scenario on a busy machine
 STEPS, TINY_STEPS = 30, 12
@@ -83,7 +81,7 @@ class Scenarios:
 
     def wait_for_steps(self, name: str, count: int) -> None:
         metrics = self.run_dir(name) / "metrics.jsonl"
-        self.cluster.wait(lambda: len(read_metrics(metrics)) >= count, SECONDS, f"{count} steps of {name}")
+        self.cluster.wait(lambda: len(read_lines(metrics)) >= count, SECONDS, f"{count} steps of {name}")
 
     def wait_for_end(self, job: str) -> dict[str, str]:
         self.cluster.wait(lambda: self.cluster.ended(job), SECONDS, f"end of job {job}")
@@ -173,7 +171,7 @@ class Scenarios:
         self.cluster.wait(lambda: "is Slurm job" in self.log("benchmarked"), SECONDS, "benchmark's job")
         with self.cluster.held(job) as held:
             first = self.wait_for_end(re.search(r"is Slurm job (\d+)", self.log("benchmarked"))[1])
-            before = read_metrics(self.run_dir("benchmarked") / "metrics.jsonl")
+            before = read_lines(self.run_dir("benchmarked") / "metrics.jsonl")
         self.wait_for_end(job)
         last = self.wait_for_end(re.findall(r"is Slurm job (\d+)", self.log("benchmarked"))[-1])
         return first, last, bool(held), before
@@ -200,8 +198,8 @@ class Scenarios:
         array = ["--job-name=prepare", "--array=0-1", "--exclude=node2", "--cpus-per-task=1", "slurm/prepare.sbatch"]
         self.sbatch(*array, *words, "data.dir=data/array")
         with one_at_a_time:
-            whole = load(compose("train", [*words, "data.dir=data/whole", "data.workers=1"]))
-        prepare(whole, progress=False)
+            whole = configured(Config, [*words, "data.dir=data/whole", "data.workers=1"])
+        prepare(whole.data, whole.tokenizer, progress=False)
         self.wait_for_end_of("prepare")
 
 
@@ -230,7 +228,7 @@ def scenarios(cluster, checkout, shell, small_data, tmp_path_factory):
 def reference(scenarios, tmp_path_factory):
     """The losses of the same run on one process, undisturbed."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    assert train.main(load(compose("train", [*scenarios.overrides(None), f"run.dir={folder}"]))) == 0
+    assert train.main(configured(Config, [*scenarios.overrides(None), f"run.dir={folder}"])) == 0
     return curve(folder)
 
 
@@ -251,7 +249,7 @@ def outcome(scenarios, reference):
 
 
 def curve(folder: Path) -> dict[int, float]:
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if "train/loss" in line]
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
     return {line["step"]: line["train/loss"] for line in lines}
 
@@ -311,7 +309,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(outcome, scenarios):
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     assert list(scenarios.run_dir("cancelled").glob("checkpoints/*/manifest.json"))
     found = status.read_status(scenarios.run_dir("cancelled"), {})
-    assert found.state == "stopped" and "CANCELLED" in found.problem and found.checkpoint == found.step
+    assert found.state == "stopped" and "CANCELLED" in found.problem and found.checkpoint[0] == found.metrics["step"]
 
 
 def test_a_killed_node(outcome, scenarios, reference):
@@ -323,7 +321,7 @@ def test_benchmarks_as_jobs_are_logged_at_their_steps(outcome, scenarios):
     assert held and first["JobState"] == last["JobState"] == "COMPLETED", scenarios.log("benchmarked")
     assert not any("eval/cloze/acc_norm" in line for line in before)  # the run has one writer
     folder = scenarios.run_dir("benchmarked")
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl")
     scored = [line["step"] for line in lines if "eval/cloze/acc_norm" in line]
     assert scored == [20, 40] and len(curve(folder)) == 40
     assert json.loads((folder / "results/builtin_cloze.json").read_text())["step"] == 40

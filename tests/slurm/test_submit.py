@@ -1,23 +1,27 @@
 """What slurm.submit decides before there is a queue: estimates, scripts, snapshots, the site's settings."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from configs.app import compose
+from configs.app import configured
 from configs.errors import ConfigError
-from configs.load import load
 from slurm import scheduler, snapshot, submit
 from slurm.estimate import GIB, estimate
 from slurm.jobs import quoted
+from slurm.options import Options
 from tests.conftest import SMALL_RUN
+from training.config import Config
+from training.device import Runtime
 
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """An empty folder, and no cluster."""
+    """Work in an empty folder, without a cluster."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLURM_CONF", raising=False)
     return tmp_path
@@ -28,15 +32,18 @@ def words(small_data, *more: str) -> list[str]:
 
 
 def test_the_estimate_is_counted():
-    config = load(compose("train", ["size=xl", "tokenizer=gpt2", "deepspeed=zero2", "trainer.global_batch_size=32"]), 8)
-    config.trainer.max_steps, config.trainer.max_tokens = None, 50 * 10**9
-    made = estimate(config, gpus=8, gpu="H100", peak=1e15, mfu=0.4)
-    params = 1.55e9
+    given = ["size=xl", "tokenizer=gpt2", "deepspeed=zero2", "trainer.global_batch_size=32", "trainer.max_steps=null",
+             "trainer.max_tokens=50000000000"]  # fmt: skip
+    config = configured(Config, given, world_size=8)
+    runtime = Runtime(torch.device("cuda"), torch.bfloat16, world_size=8)
+    made = estimate(config, runtime, Options(gpu="H100", mfu=0.4))
+    params, peak = 1.55e9, 989e12
     assert made.memory["weights"] == pytest.approx(4 * params, rel=0.02)
     assert made.memory["optimizer"] == pytest.approx(12 * params / 8, rel=0.02)
     assert made.gib == pytest.approx(sum(made.memory.values()) / GIB)
-    assert made.hours == pytest.approx(50e9 * 6 * params / (8 * 0.4e15) / 3600, rel=0.1)  # 6N a token
-    assert estimate(config, 8, "H100", 1e15, 0.4, tokens_per_second=50e9 / 7200).hours == pytest.approx(2, rel=1e-3)
+    assert made.hours == pytest.approx(50e9 * 6 * params / (8 * 0.4 * peak) / 3600, rel=0.1)  # 6N a token
+    measured = estimate(config, runtime, Options(tokens_per_second=50e9 / 7200))
+    assert measured.hours == pytest.approx(2, rel=1e-3)
 
 
 def test_a_dry_run_prints_scripts_that_run_and_creates_nothing(small_data, alone, capsys):
@@ -44,7 +51,7 @@ def test_a_dry_run_prints_scripts_that_run_and_creates_nothing(small_data, alone
     given = words(small_data, f"run.name={quoted(name)}", "wandb.tags=[a, b c]")
     assert submit.main(["--dry-run", "--nodes=2", "--ntasks-per-node=1", "--partition=big", "--time=1:00", *given]) == 0
     out = capsys.readouterr().out
-    assert list(alone.iterdir()) == [] and "GiB a GPU" in out and "assumed" in out
+    assert list(alone.iterdir()) == [] and "GiB for each GPU" in out and "assumed" in out
     train, evaluation = out.split("\n$ sbatch ")[1:]
     assert "--nodes=2 --ntasks-per-node=1 --partition=big --time=1:00" in train
     assert "--partition=big" in evaluation and "--nodes=2" not in evaluation and "--time=1:00" not in evaluation
@@ -72,18 +79,22 @@ def test_mistakes_come_together_and_name_what_was_given(small_data, alone):
             submit.main([*given, *words(small_data)])
         return str(raised.value)
 
-    assert "-N" not in errors("--nodes", "0", "--gpu=Z9") and "--gpu=Z9: must be one of A10" in errors("--gpu=Z9")
+    found = errors("--nodes", "0", "--gpu=Z9", "--mfu=abc")
+    assert "--nodes=0: must be at least 1" in found and "--gpu=Z9: must be A10" in found
+    assert "--mfu=abc: must be a number (or T6_MFU)" in found
     assert "4: is not an override (KEY=VALUE); give options of sbatch as --OPTION=VALUE" in errors("-N", "4")
     assert "--eval=nothing: must be none or some of" in errors("--eval=nothing")
     found = errors("-m", "--ntasks-per-node=1", "optim.lr=-1,-2")
-    assert "optim.lr=-1.0: must be" in found and "optim.lr=-2.0: must be" in found
+    assert "optim.lr=-1: must be" in found and "optim.lr=-2: must be" in found
     assert "would share it" in errors("-m", "--ntasks-per-node=1", "run.name=same", "optim.lr=1e-3,2e-3")
     assert "no Slurm cluster answers here" in errors("--ntasks-per-node=1")
     assert list(alone.iterdir()) == []
 
 
-def test_a_command_ends_with_code_2_and_one_message():
-    done = subprocess.run([sys.executable, "-m", "slurm.submit", "model=nothing"], capture_output=True, text=True)
+def test_a_command_ends_with_code_2_and_one_message(tmp_path):
+    elsewhere = os.environ | {"PYTHONPATH": str(snapshot.ROOT)}
+    command = [sys.executable, "-m", "slurm.submit", "model=nothing"]
+    done = subprocess.run(command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "model=nothing: there is no configs/model/nothing.yaml" in done.stderr
 
@@ -101,7 +112,7 @@ def test_a_snapshot_runs_and_is_never_written_again(tmp_path):
     assert done.returncode == 0 and "kv_lora_rank" in done.stdout, done.stderr
 
 
-def test_the_sites_settings_reach_sbatch_and_fill_what_is_not_given(alone, capsys, small_data):
+def test_the_sites_settings_reach_sbatch_and_are_the_defaults(alone, capsys, small_data):
     Path("slurm").mkdir()
     Path("slurm/site.env").write_text(
         'export SBATCH_ACCOUNT="a b" T6_GPUS_PER_NODE=2 T6_GPU=H100\nCONTAINER=(x y)\nT6_GPU_MEMORY=1MiB\n'
@@ -110,7 +121,7 @@ def test_the_sites_settings_reach_sbatch_and_fill_what_is_not_given(alone, capsy
     assert environment["SBATCH_ACCOUNT"] == "a b" and environment["T6_GPU"] == "H100"
     assert submit.main(["--dry-run", *words(small_data, "device=auto", "trainer.micro_batch_size=4")]) == 0
     out = capsys.readouterr().out
-    assert "on 1 x 2 = 2 tasks" in out and "35% MFU of 2 x H100" in out and "more than the 0 GiB" in out
+    assert "on 1 x 2 = 2 tasks" in out and "35% MFU of 2 x H100" in out and "more than the 1.0 MB" in out
     Path("slurm/site.env").write_text("export X=$(false)\nbroken (\n")
     with pytest.raises(ConfigError, match="slurm/site.env: cannot be read"):
         scheduler.site_environment()

@@ -1,4 +1,8 @@
-"""The few calls of W&B's server that `wandb sync` makes, kept in memory: what a run would look like there."""
+"""The few calls of W&B's server that a run and `wandb sync` make, kept in memory: what a run would look like there.
+
+A row of a run's history is known by its number, `_step`, as W&B's client expects when it sends a file a second time.
+Whether the second of two rows with one number replaces the first is not documented, so the server can do both.
+"""
 
 import contextlib
 import gzip
@@ -12,20 +16,26 @@ ENTITY, PROJECT = {"id": "1", "name": "me"}, {"id": "1", "name": "t6"}
 class Runs(dict):
     """By run id: {"history": [...], "events": [...], "summary": {...}, "config": {...}, "facts": {...}}."""
 
+    replaces = True  # whether a row replaces one with the same number
+    is_away = False  # whether nothing is accepted
+
     def stream(self, run_id: str, files: dict) -> None:
         for name, content in files.items():
-            lines = content["content"]
+            lines = [json.loads(line) for line in content["content"]] if "json" in name else []
             if name == "wandb-summary.json":
-                self[run_id]["summary"] = json.loads(lines[-1])
-            elif name.endswith(".jsonl"):
-                kept = self[run_id].setdefault(name.removeprefix("wandb-").removesuffix(".jsonl"), [])
-                kept[content["offset"] :] = map(json.loads, lines)
+                self[run_id]["summary"] = lines[-1]
+            elif name == "wandb-events.jsonl":
+                self[run_id]["events"][content["offset"] :] = lines
+            elif name == "wandb-history.jsonl":
+                old = {row["_step"]: row for row in self[run_id]["history"]}
+                new = {row["_step"]: row for row in lines}
+                rows = old | new if self.replaces else new | old
+                self[run_id]["history"] = [row for _, row in sorted(rows.items())]
 
     def answer(self, query: str, given: dict) -> dict:
         if "upsertBucket" in query:
-            run = self.setdefault(
-                given["name"], {"history": [], "events": [], "summary": {}, "config": {}, "facts": {}}
-            )
+            new = {"history": [], "events": [], "summary": {}, "config": {}, "facts": {}}
+            run = self.setdefault(given["name"], new)
             run["facts"] |= {key: value for key, value in given.items() if value is not None}
             run["config"] |= json.loads(given["config"]) if given.get("config") else {}
             bucket = {"id": "UnVu", "name": given["name"], "displayName": given.get("displayName"), "description": None,
@@ -55,7 +65,7 @@ class Runs(dict):
 
 @contextlib.contextmanager
 def wandb_server():
-    """Yields what it is sent, with its address in `url`."""
+    """Yields what it is sent, with its address in `url` and the environment of its clients in `environment`."""
     runs = Runs()
 
     class Handler(BaseHTTPRequestHandler):
@@ -69,7 +79,9 @@ def wandb_server():
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            if self.path.endswith("file_stream"):
+            if runs.is_away:
+                self.reply({}, status=503)
+            elif self.path.endswith("file_stream"):
                 runs.stream(self.path.split("/")[-2], json.loads(body).get("files") or {})
                 self.reply({})
             elif "graphql" in self.path:
@@ -80,9 +92,9 @@ def wandb_server():
 
         do_PUT = do_POST
 
-        def reply(self, content: dict):
+        def reply(self, content: dict, status: int = 200):
             data = json.dumps(content).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -90,6 +102,7 @@ def wandb_server():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     runs.url = f"http://127.0.0.1:{server.server_address[1]}"
+    runs.environment = {"WANDB_BASE_URL": runs.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield runs

@@ -1,10 +1,11 @@
 """The built-in corpus: the English that comes with every Python.
 
-Docstrings and comments of the standard library, pydoc's topics, and the docstrings of the installed torch and numpy,
-read from their source with `ast`. Nothing is imported, and the same versions give the same documents.
+Docstrings and comments of the standard library, the topics of pydoc, and the docstrings of the installed torch and
+numpy, read from their source with `ast`. Nothing is imported, and the same versions give the same documents.
 """
 
 import ast
+import functools
 import importlib.util
 import inspect
 import re
@@ -16,7 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+
 from data.parallel import Rates, ordered_map
+from data.sources.base import Source, Stream
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 MIN_PARAGRAPH = 40  # characters that are not blanks
@@ -27,15 +31,34 @@ NOT_PROSE = re.compile(r"#!|#.*coding[:=]")
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder of Python source; its documents are called `name/<path in the folder>`."""
+    """A folder of Python source; its documents are named `<name>/<path in the folder>`."""
 
     name: str
     root: Path
     comments: bool = False  # take full-line comments too
 
 
+class Builtin(Source):
+    """The corpus of this Python; its documents have names."""
+
+    on_first_use = True
+
+    def open(self, progress: bool = False) -> Stream:
+        return datasets.Dataset.from_list(builtin_corpus(self.config.workers, progress)).to_iterable_dataset()
+
+    def facts(self, progress: bool = False) -> list:
+        corpus = builtin_corpus(self.config.workers, progress)
+        return [[document["name"], document["text"]] for document in corpus]
+
+
+@functools.cache
+def builtin_corpus(workers: int | None = None, progress: bool = False) -> list[dict[str, str]]:
+    """Return the corpus as [{"name", "text"}], sorted by name, whatever the number of workers; read once a process."""
+    return collect(installed(), workers, progress)
+
+
 def installed() -> list[Tree]:
-    """The standard library, and torch and numpy where they are installed."""
+    """Return the standard library, and torch and numpy if they are installed."""
     trees = [Tree("stdlib", Path(sysconfig.get_path("stdlib")), comments=True)]
     for package in ("torch", "numpy"):
         spec = importlib.util.find_spec(package)
@@ -44,32 +67,27 @@ def installed() -> list[Tree]:
     return trees
 
 
-def documents(workers: int | None = None, progress: bool = False) -> list[dict[str, str]]:
-    """The corpus as [{"name", "text"}], sorted by name; the same for every number of workers."""
-    return collect(installed(), workers, progress)
-
-
 def collect(trees: list[Tree], workers: int | None = None, progress: bool = False) -> list[dict[str, str]]:
-    """The documents of `trees`: one a module, paragraphs in source order, each paragraph once in the corpus."""
+    """Return a document for each module of `trees`: paragraphs in source order, each once in the corpus."""
     files = sorted((name, path, tree.comments) for tree in trees for name, path in python_files(tree))
     found = []
-    with Rates("Reading the built-in corpus", progress, total=len(files)) as rates:
+    with Rates("Reading the built-in corpus", progress) as rates:
         for module in ordered_map(extract, files, workers):
             found.extend(module)
             rates.advance(modules=1)
-    seen = set()
-    result = []
+    seen: set[str] = set()
+    documents = []
     for name, paragraphs in sorted(found):
         fresh = []
         for paragraph in paragraphs:
-            key = " ".join(paragraph.split())
-            if key not in seen:
-                seen.add(key)
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                seen.add(words)
                 fresh.append(paragraph)
         text = "\n\n".join(fresh)
         if len(text) >= MIN_DOCUMENT:
-            result.append({"name": name, "text": text})
-    return result
+            documents.append({"name": name, "text": text})
+    return documents
 
 
 def python_files(tree: Tree) -> Iterator[tuple[str, Path]]:
@@ -80,7 +98,7 @@ def python_files(tree: Tree) -> Iterator[tuple[str, Path]]:
 
 
 def extract(file: tuple[str, Path, bool]) -> list[tuple[str, list[str]]]:
-    """(document name, paragraphs) of a module; nothing where the file cannot be read or parsed."""
+    """Return the documents of a module as (name, paragraphs); none if the file cannot be read or parsed."""
     name, path, comments = file
     try:
         with tokenize.open(path) as stream, warnings.catch_warnings():
@@ -98,7 +116,7 @@ def extract(file: tuple[str, Path, bool]) -> list[tuple[str, list[str]]]:
 
 
 def topics(module: ast.Module) -> Iterator[tuple[str, str]]:
-    """The entries of pydoc's `topics = {name: text}`."""
+    """Yield the entries of pydoc's `topics = {name: text}`."""
     for node in ast.walk(module):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
@@ -107,7 +125,7 @@ def topics(module: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def prose_strings(module: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, text) of every docstring, and of the strings in calls that attach documentation."""
+    """Yield (line, text) of every docstring, and of the strings in calls that attach documentation."""
     for node in ast.walk(module):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if text := ast.get_docstring(node, clean=False):
@@ -123,7 +141,7 @@ def called(call: ast.Call) -> str:
 
 
 def comment_blocks(source: str, module: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, text) of each run of full-line comments; lines inside a string that look like comments are none."""
+    """Yield (line, text) of each run of full-line comments; a line inside a string that looks like one is none."""
     in_string = set()
     for node in ast.walk(module):
         if isinstance(node, ast.Constant | ast.JoinedStr):
@@ -140,8 +158,8 @@ def comment_blocks(source: str, module: ast.Module) -> Iterator[tuple[int, str]]
 
 
 def paragraphs_of(text: str) -> Iterator[str]:
-    """The paragraphs of a docstring that hold words: dedented, with no blanks at line ends."""
-    text = text.encode("utf-8", "replace").decode()  # a "\ud800" in a docstring is no character
+    """Yield the paragraphs of a docstring that hold words: dedented, with no blanks at the ends of lines."""
+    text = text.encode("utf-8", "replace").decode()  # a "\ud800" in a docstring is not a character
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         paragraph = "\n".join(line.rstrip() for line in textwrap.dedent(paragraph).strip("\n").split("\n"))
         characters = "".join(paragraph.split())

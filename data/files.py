@@ -1,0 +1,38 @@
+"""Files that are written whole or not at all, and their checksums."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_atomic(path: str | Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Write `content` so that a reader sees the old file or the new one, never part of one."""
+    path = Path(path)
+    if isinstance(content, str):
+        content = content.encode()
+    chunks = [content] if isinstance(content, bytes) else content
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # next to it, so that renaming is atomic
+    try:
+        with open(partial, "xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_partial(dir: Path) -> None:
+    """Remove what a process that was killed in the middle of `write_atomic` has left in a folder."""
+    for partial in dir.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the checksum of a whole file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

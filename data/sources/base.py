@@ -1,0 +1,146 @@
+"""What a source of documents is, which configuration keys it may read, and how it is found by its name."""
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol
+
+from pydantic import Field, field_validator, model_validator
+
+from configs.errors import ConfigError, Mistakes
+from configs.load import Block
+
+IDENTITY_KEYS = (
+    "name", "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
+    "document_mask",
+)  # fmt: skip
+SETTINGS_KEYS = (
+    "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
+    "max_document_bytes", "shard_tokens", "token_dtype",
+)  # fmt: skip
+
+
+class Stream(Protocol):
+    """Documents `{"text": ..., "name": ...}` (only some have a name), in an order that can be resumed.
+
+    A Hugging Face `IterableDataset` is one. Nothing has to fit in memory.
+    """
+
+    def __iter__(self) -> Iterator[dict]: ...
+
+    def state_dict(self) -> dict:
+        """Return where the iteration stands, as plain values."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Make the next iteration start at `state`."""
+
+
+class SourceConfig(Block):
+    """The keys of `data` that sources read."""
+
+    source: str  # a file in data/sources
+    dir: str | None = None  # where the shards are; default: data/shards/<data.name>-<tokenizer.name>
+    files: list[str] = Field(default_factory=list)  # globs of parquet, jsonl or text files
+    path: str | None = None  # hub: the name of a data set, or a folder laid out like one
+    subset: str | None = None  # hub: its configuration
+    split: str = "train"  # hub
+    revision: str | None = None  # hub: a commit, tag or branch; null: the most recent
+    streaming: bool = True  # hub: read while downloading; false: download everything first
+    mixture: list[dict[str, Any]] = Field(default_factory=list)  # each with a weight, a source and the source's keys
+    column: str = "text"
+    max_document_bytes: int = Field(10_000_000, ge=1)  # longer documents are skipped
+    workers: int | None = Field(None, ge=1)  # processes; null: one for each core
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, value: str) -> str:
+        *names, last = source_names()
+        if value not in (*names, last):
+            raise ValueError(f"must be {', '.join(names)} or {last}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_keys(self):
+        if lines := list(source_of(self).mistakes()):
+            raise Mistakes(*lines)
+        return self
+
+
+class Source:
+    """A source as `data` describes it. A source that reads a key of its own adds it to `SourceConfig`, and to
+    `identity_keys` and `settings_keys` if it decides what the documents are."""
+
+    on_first_use: ClassVar[bool] = False  # a run prepares it, without a command
+    mixable: ClassVar[bool] = True  # it can be part of a mixture
+    divisible: ClassVar[bool] = False  # it consists of files and can be prepared in parts
+    in_place: ClassVar[bool] = False  # its shards are in data.dir already; its `adopt(job)` indexes them
+    identity_keys: ClassVar[tuple[str, ...]] = IDENTITY_KEYS  # what of `data` makes a run that run
+    settings_keys: ClassVar[tuple[str, ...]] = SETTINGS_KEYS  # what of `data` decides the contents of shards
+
+    def __init__(self, config: SourceConfig):
+        self.config = config
+
+    def mistakes(self) -> Iterator[str]:
+        """Yield what is wrong with the configuration by itself, as `key=value: what would be right`."""
+        yield from ()
+
+    def check(self) -> None:
+        """Raise ConfigError if a quick look finds no documents."""
+
+    def open(self, progress: bool = False) -> Stream:
+        """Return the documents from the first one. ConfigError if there are none, or they lack the column."""
+        raise NotImplementedError
+
+    def facts(self, progress: bool = False) -> list:
+        """Return, as plain values, what changes whenever the documents do."""
+        raise NotImplementedError
+
+    def fingerprint(self, progress: bool = False) -> str:
+        """Return the SHA-256 of the facts."""
+        return hashlib.sha256(json.dumps(self.facts(progress)).encode()).hexdigest()
+
+
+def source_names() -> list[str]:
+    """Return the names of all sources, sorted."""
+    folders = importlib.import_module(__package__).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(folders) if module.name != "base")
+
+
+def source_class(name: str) -> type[Source]:
+    """Return the class that stands in data/sources/<name>.py."""
+    module = importlib.import_module(f"{__package__}.{name}")
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Source)]
+    return next(cls for cls in classes if cls.__module__ == module.__name__)
+
+
+def source_of(config: SourceConfig) -> Source:
+    """Return the source that `data` names."""
+    return source_class(config.source)(config)
+
+
+def batches(stream: Stream, documents: int, characters: int) -> Iterator[tuple[list[dict], dict]]:
+    """Yield (documents, the state of the stream after them); a batch ends after so many documents or characters.
+
+    ConfigError if the source breaks off, as when a file is broken or the network is down for too long.
+    """
+    batch, size = [], 0
+    remaining = iter(stream)
+    while True:
+        try:
+            document = next(remaining, None)
+        except ConfigError:
+            raise
+        except Exception as error:  # of any of the libraries that read and download
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ConfigError(f"the source broke off ({reason}); the same command resumes here") from error
+        if document is None:
+            break
+        batch.append(document)
+        size += len(document["text"]) if isinstance(document["text"], str) else 0
+        if len(batch) >= documents or size >= characters:
+            yield batch, stream.state_dict()
+            batch, size = [], 0
+    if batch:
+        yield batch, stream.state_dict()
