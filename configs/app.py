@@ -41,7 +41,7 @@ def config_errors() -> Iterator[None]:
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
         if f"{group}={name}" in RENAMED:
-            raise ConfigError(f"{group}={name}: has a new name; use {RENAMED[f'{group}={name}']}") from error
+            raise ConfigError(f"{group}={name}: has a new name; {RENAMED[f'{group}={name}']}") from error
         raise ConfigError(
             f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, choices(group))}"
         ) from error

@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, m
 from configs.errors import ConfigError, Mistakes, did_you_mean
 
 RENAMED = {  # what older command lines say, and what to say now
-    "core=sdpa": "core=full",
-    "core=flash_tpa": "core=full core.kernel=factors",
-    "factors": "core.kernel=factors",
+    "core=sdpa": "use core=full",
+    "core=flash_tpa": "use core=full core.kernel=factors",
+    "factors": "use core.kernel=factors",
     "core.training": "leave it out: training always forms keys and values",
     "core.scores": "leave it out: every slice has its own scores",
 } | {
-    f"experiment=paper/{model}_{size}": f"experiment=paper/{size} model={model}"
+    f"experiment=paper/{model}_{size}": f"use experiment=paper/{size} model={model}"
     for model in ("mha", "mqa", "gqa", "mla", "t6", "t6_kvonly")
     for size in ("small", "medium", "large", "xl")
 }
@@ -109,19 +109,21 @@ def load(tree: Mapping | DictConfig, schema: type[T], **context: Any) -> T:
     """
     if isinstance(tree, DictConfig):
         tree = resolved(tree, schema)
-    try:
-        return schema.model_validate(tree, context=context)
-    except ValidationError as error:
-        lines = {line: key for detail in error.errors() for key, line in explain(detail, tree, schema)}
-    wrong = set(lines.values())
-    try:  # without the wrong keys, for the mistakes between keys that they hid
-        schema.model_validate(without(tree, wrong), context=context)
-    except ValidationError as error:
-        more = [
-            pair for detail in error.errors() for pair in explain(detail, tree, schema) if detail["type"] != "missing"
-        ]
-        lines |= {line: key for key, line in more if key not in wrong}
-    raise ConfigError(*lines)
+    messages: list[str] = []
+    wrong: set[str] = set()
+    while True:  # again without the keys that are wrong, for the mistakes that they hid
+        found = []
+        try:
+            config = schema.model_validate(without(tree, wrong), context=context)
+        except ValidationError as error:
+            details = [detail for detail in error.errors() if not (wrong and detail["type"] == "missing")]
+            found = [pair for detail in details for pair in explain(detail, tree, schema) if pair[0] not in wrong]
+        if not (messages or found):
+            return config
+        if not found:
+            raise ConfigError(*messages)
+        messages += [message for _, message in found]
+        wrong |= {key for key, _ in found}
 
 
 def resolved(tree: DictConfig, schema: type[Block]) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def explain(error: dict[str, Any], tree: Mapping, schema: type[Block]) -> list[t
         dot = f"{key}." if key else ""
         return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.lines]
     if key in RENAMED:
-        return [(key, f"{key}: is no key any more; use {RENAMED[key]}")]
+        return [(key, f"{key}: is no key any more; {RENAMED[key]}")]
     if error["type"] == "extra_forbidden":
         return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(parents, tree, schema), prefix)}")]
     if error["type"] == "missing" or error["input"] is None:

@@ -126,44 +126,30 @@ class Preparation:
         """Finish the last shards and write the manifest. ConfigError if a split is empty."""
         check_splits(self.documents, self.skipped, self.job.data)
         self.close()
-        splits = {
-            split: Split(
-                writer.shards,
-                self.tokens[split],
-                self.documents[split],
-                self.bytes[split],
-                bytes_per_token=self.bytes[split] / self.tokens[split],
-            )
-            for split, writer in self.writers.items()
-        }
+        splits = {}
+        for split, writer in self.writers.items():
+            tokens, size = self.tokens[split], self.bytes[split]
+            splits[split] = Split(writer.shards, tokens, self.documents[split], size, bytes_per_token=size / tokens)
         skipped = dict(sorted(self.skipped.items()))
-        manifest = write_manifest(
-            self.dir, self.job, self.tokenizer, splits, self.token_counts, skipped, token_dtype=self.dtype
-        )
+        manifest = write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, skipped, self.dtype)
         (self.dir / JOURNAL_FILE).unlink()
         return manifest
 
 
 def write_manifest(
-    dir: Path,
-    job: Job,
-    tokenizer: Tokenizer,
-    splits: dict[str, Split],
-    token_counts: np.ndarray,
-    skipped: dict[str, int],
-    token_dtype: str,
+    dir: Path, job: Job, tokenizer: Tokenizer, splits: dict[str, Split], counts: np.ndarray, skipped: dict, dtype: str
 ) -> Manifest:
-    """Write the manifest of the shards in `dir` and return it; `token_counts` are those of the train split."""
+    """Write the manifest of the shards in `dir` and return it; `counts` are of the tokens of the train split."""
     manifest = Manifest(
         name=job.data.name,
         settings=job.identity["settings"],
         splits=splits,
         tokenizer=job.identity["tokenizer"] | {"fingerprint": tokenizer.fingerprint},
-        unigram_entropy=entropy(token_counts),
+        unigram_entropy=entropy(counts),
         skipped=skipped,
         fingerprint=fingerprint_of(splits, tokenizer.fingerprint),
         source=job.identity["source"],
-        token_dtype=token_dtype,
+        token_dtype=dtype,
     )
     manifest.save(dir)
     return manifest

@@ -123,7 +123,6 @@ def statistics(manifest: Manifest, counts: dict[str, np.ndarray]) -> Table:
         "tokens": lambda split: f"{manifest.tokens(split):,}",
         "bytes of text": lambda split: f"{manifest.splits[split].bytes:,}",
         "bytes per token": lambda split: f"{manifest.bytes_per_token(split):.3f}",
-        "tokens per byte": lambda split: f"{1 / manifest.bytes_per_token(split):.3f}",
         "vocabulary used": lambda split: f"{np.count_nonzero(counts[split]):,} of {len(counts[split]):,}",
         "unigram entropy": lambda split: f"{manifest.unigram_entropy:.4f} nats" if split == "train" else "",
     }

@@ -6,9 +6,10 @@ of processes, the micro-batch size and restarts only decide who reads them. So a
 """
 
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -146,38 +147,18 @@ class TrainLoader:
         A step for which `passed_over` is n reads the data of n steps later.
         """
         device = torch.device(device)
-        ready: queue.Queue = queue.Queue(PREFETCH)
-        stopped = threading.Event()
+        places = ((step, micro) for step in range(start_step, last_step) for micro in range(self.accumulation_steps))
 
-        def put(item) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    pass
+        def read(step: int, micro: int) -> torch.Tensor:
+            rows = torch.from_numpy(self.micro_batch(step + passed_over(step), micro))
+            return rows.pin_memory() if device.type == "cuda" else rows
 
-        def read_ahead() -> None:
-            try:
-                for step in range(start_step, last_step):
-                    for micro in range(self.accumulation_steps):
-                        rows = torch.from_numpy(self.micro_batch(step + passed_over(step), micro))
-                        put(rows.pin_memory() if device.type == "cuda" else rows)
-                        if stopped.is_set():
-                            return
-                put(None)
-            except BaseException as error:  # raised where the batch is awaited
-                put(error)
-
-        thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield split_targets(item, device)
-        finally:
-            stopped.set()
-            thread.join()
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+            ahead = deque(thread.submit(read, *place) for place in islice(places, PREFETCH))
+            while ahead:
+                rows = ahead.popleft().result()
+                ahead.extend(thread.submit(read, *place) for place in islice(places, 1))
+                yield split_targets(rows, device)
 
 
 class EvalLoader:

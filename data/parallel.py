@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-LINE_EVERY = 60  # seconds between progress lines if there is no terminal for a bar
+REPORT_EVERY = 60  # seconds, if there is no terminal
 
 
 def count_workers(workers: int | None) -> int:
@@ -67,34 +66,34 @@ def report(text: str, enabled: bool = True) -> None:
 
 
 class Rates:
-    """Counts and their rates: a bar on a terminal, else a line now and then; a summary line at the end.
+    """Counts and their rates: a changing line on a terminal, else a line now and then; a summary line at the end.
 
-    `total` is of the first unit, if it is known; `done` is what an earlier start counted, which is not in the rates.
-    Use it as a context and count as in `advance(documents=5, tokens=9)`.
+    `done` is what an earlier start counted, which is not in the rates. Use it as a context and count as in
+    `advance(documents=5, tokens=9)`.
     """
 
-    def __init__(self, label: str, enabled: bool, total: int | None = None, **done: int):
-        self.label, self.enabled, self.total = label, enabled, total
+    def __init__(self, label: str, enabled: bool, **done: int):
+        self.label, self.enabled = label, enabled
         self.counts, self.done = Counter(done), Counter(done)
-        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rates]}")]
-        hidden = not (enabled and console.is_terminal)
-        self.bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=hidden)
+        self.line = console.status(label) if enabled and console.is_terminal else None
 
     def __enter__(self) -> "Rates":
-        self.start = self.last_line = time.monotonic()
-        self.bar.start()
-        self.task = self.bar.add_task(self.label, total=self.total, rates="")
+        self.start = self.last_report = time.monotonic()
+        if self.line:
+            self.line.start()
         return self
 
     def __exit__(self, *error) -> None:
-        self.bar.stop()
+        if self.line:
+            self.line.stop()
         report(f"{self.label}: {self.rates()} in {time.monotonic() - self.start:.1f} s", self.enabled)
 
     def advance(self, **counts: int) -> None:
         self.counts.update(counts)
-        self.bar.update(self.task, completed=next(iter(self.counts.values())), rates=self.rates())
-        if not console.is_terminal and time.monotonic() - self.last_line > LINE_EVERY:
-            self.last_line = time.monotonic()
+        if self.line:
+            self.line.update(f"{self.label}: {self.rates()}")
+        elif time.monotonic() - self.last_report > REPORT_EVERY:
+            self.last_report = time.monotonic()
             report(f"{self.label}: {self.rates()}", self.enabled)
 
     def rates(self) -> str:

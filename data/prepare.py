@@ -17,7 +17,7 @@ from typing import Any
 import filelock
 from pydantic import Field, model_validator
 
-from configs.app import app, choices, configured, verbatim
+from configs.app import app, choices, configured
 from configs.errors import ConfigError, Mistakes, writing
 from configs.load import shown
 from data.build import Job, build, has_finished_shards
@@ -124,7 +124,7 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     not_ours = manifest.is_foreign or source_of(data).in_place
     remedy = f"choose another data.dir or remove {f'its {MANIFEST_FILE}' if not_ours else 'the folder'}"
     errors = [
-        f"data.dir={dir}: was prepared with {key}={theirs.get(key)}, not {value}; {remedy}"
+        f"data.dir={dir}: was prepared with {key}={shown(theirs.get(key))}, not {shown(value)}; {remedy}"
         for key, value in ours.items()
         if theirs.get(key) != value
     ]
@@ -156,18 +156,23 @@ def not_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> ConfigError:
 
 def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:
     """Return the command that prepares exactly this: the closest choices, and the keys in which they differ."""
-    names = {"data": (data.name, data.source), "tokenizer": (tokenizer.name, tokenizer.kind, "gpt2")}
-    words = [f"{group}={next(name for name in names[group] if name in choices(group))}" for group in names]
+    words = [f"data={closest('data', data.name, data.source)}"]
+    words += [f"tokenizer={closest('tokenizer', tokenizer.name, tokenizer.kind)}"]
     command = configured(DataCommand, words)
-    skipped = {"workers", "document_mask"}  # of no effect on what is prepared
+    left_out = {"workers", "document_mask"}  # they do not change what is prepared
     if data == fill_data_dir(data.replace(dir=None), tokenizer):
-        skipped.add("dir")
+        left_out.add("dir")
     for group, block, chosen in (("data", data, command.data), ("tokenizer", tokenizer, command.tokenizer)):
-        for key, value in block.model_dump(exclude=skipped).items():
+        for key, value in block.model_dump(exclude=left_out).items():
             follows = key == "name" and value == f"{tokenizer.kind}-{tokenizer.vocab_size}"
             if value != getattr(chosen, key) and not follows:
                 words.append(f"{group}.{key}={shlex.quote(hydra_value(value))}")
     return " ".join(["python -m data.prepare", *words])
+
+
+def closest(group: str, *names: str) -> str:
+    """Return the first of the names that is a choice of the group, or any choice."""
+    return next(name for name in (*names, *choices(group)) if name in choices(group))
 
 
 def hydra_value(value: Any) -> str:
@@ -177,7 +182,7 @@ def hydra_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(hydra_value, value))}]"
     if isinstance(value, str) and not PLAIN.fullmatch(value):
-        return verbatim(f"text={value}", ("text",)).removeprefix("text=") if set(value) & set('"\\$') else f'"{value}"'
+        return f"'{value}'" if '"' in value else f'"{value}"'
     return shown(value)
 
 

@@ -105,7 +105,7 @@ def document_index(tokens: np.ndarray, end_of_text: int, at_start: bool) -> tupl
     """Return (the offsets at which documents start, the number that end) in a shard; `at_start`: it starts with one."""
     ends = np.flatnonzero(tokens == end_of_text)
     starts = ends[ends < len(tokens) - 1] + 1
-    return np.concatenate(([0] * at_start, starts)).astype(np.uint32), len(ends)
+    return np.concatenate(([0] if at_start else [], starts)).astype(np.uint32), len(ends)
 
 
 def index_file(shard: Path) -> Path:

@@ -40,13 +40,10 @@ class Tokenizer:
     @classmethod
     def read(cls, config: TokenizerConfig) -> "Tokenizer | None":
         """Return the tokenizer that `config` names, None if it is to be trained. ConfigError if it is unavailable."""
-        raise NotImplementedError
 
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+    def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Iterable[int]) -> str:
-        raise NotImplementedError
+    def decode(self, ids: Iterable[int]) -> str: ...
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """Return the tokens of all `texts` in a row, uint32, with end-of-text after each."""

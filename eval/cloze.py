@@ -15,9 +15,10 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from configs.errors import ConfigError
-from data import documents, sources
+from data.documents import place
 from data.loader import EVAL_KEY, permute
 from data.shards import TokenShards
+from data.sources.builtin import builtin_corpus
 from eval.loading import LoadedRun
 from training.ranks import from_main
 
@@ -65,8 +66,7 @@ def texts_of(name: str, run: LoadedRun) -> Iterable[str]:
     """Return validation documents: from the run's shards if they have what is asked for, else from the modules."""
     if name == "cloze" or run.config.data.source == "builtin":
         return shard_texts(run)
-    corpus = sources.builtin_corpus(None, True)
-    return (one["text"] for one in corpus if documents.place(one["name"].encode()) <= VAL_FRACTION)
+    return (one["text"] for one in builtin_corpus(progress=True) if place(one["name"].encode()) <= VAL_FRACTION)
 
 
 def shard_texts(run: LoadedRun) -> Iterator[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from eval.perplexity import perplexity
 from eval.plots import plain_ticks
 from eval.results import ResultTable
-from training.plots import new_figure, save_figure
+from training.plots import legend_below, new_figure, save_figure
 
 COLUMNS = ["run", "RoPE", "tokens", "loss", "±", "perplexity", "passkey", "tokens/s", "memory GB"]
 
@@ -75,16 +75,14 @@ def plot(sweeps: list[Sweep], path: Path) -> None:
             loss.errorbar(sweep.lengths, [point.loss for point in values], **bars, marker="o", label=label)
             speed.plot(sweep.lengths, [point.tokens_per_second for point in values], marker="o")
             memory.plot(sweep.lengths, [point.memory_gb for point in values], marker="o")
-    loss.axvline(first.trained, color="grey", linestyle="--", linewidth=1)
-    note = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": "grey"}
-    loss.annotate(" trained", (first.trained, 1), **note)
+    loss.axvline(first.trained, color="grey", linestyle="--", linewidth=1, label=f"trained at {first.trained}")
     loss.set_ylabel(f"loss of the last {first.scored} tokens (nats a token)")
-    loss.legend(fontsize=8)
-    speed.set(ylabel="tokens a second", ylim=(0, None))
-    memory.set(ylabel="peak memory (GB)", ylim=(0, None))
+    speed.set(ylabel="tokens a second", ylim=(0, 1.1 * speed.get_ylim()[1]))
+    memory.set(ylabel="peak memory (GB)", ylim=(0, 1.1 * memory.get_ylim()[1]))
     for one in axes:
         one.set(xscale="log", xlabel="tokens seen")
         plain_ticks(one.xaxis, first.lengths)
+    legend_below(figure, loss)
     figure.suptitle(title(first), fontsize=10)
     save_figure(figure, path)
 
@@ -109,10 +107,11 @@ def heat_map(axes, sweep: Sweep, by_length: list[list[float] | None], text: str,
     """Draw values by depth for each length, with their numbers formatted by `text`; None leaves a column blank."""
     blank = [np.nan] * len(sweep.depths)
     grid = np.array([values or blank for values in by_length]).T
-    axes.imshow(grid, aspect="auto", cmap="RdYlGn", **limits)
+    axes.imshow(grid, aspect="auto", cmap="cividis", **limits)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
     for (y, x), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            axes.text(x, y, text.format(value), ha="center", va="center", fontsize=8)
+            axes.text(x, y, text.format(value), ha="center", va="center", fontsize=8, bbox=box)
     axes.set_xticks(range(len(sweep.lengths)), [f"{length:,}" for length in sweep.lengths])
     axes.set_yticks(range(len(sweep.depths)), [f"{depth:.0%}" for depth in sweep.depths])
     axes.set(xlabel="tokens", ylabel="depth of the key")

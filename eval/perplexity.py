@@ -153,16 +153,16 @@ def plot(curves: dict, seq_len: int, title: str, path: Path) -> None:
     figure, (left, right) = new_figure(columns=2)
     by_position, by_length = curves["by_position"], curves["by_document_length"]
     positions, losses, counts = (np.array(by_position[key]) for key in ("up_to", "loss", "tokens"))
-    left.plot(positions, losses, alpha=0.3, linewidth=0.8)
+    (raw,) = left.plot(positions, losses, alpha=0.3, linewidth=0.8)
     edges = np.unique(np.geomspace(1, seq_len + 1, 17).astype(int))
     inside = [found for low, high in pairwise(edges) if (found := (positions >= low) & (positions < high)).any()]
     centres, averages = ([np.average(values[i], weights=counts[i]) for i in inside] for values in (positions, losses))
-    left.plot(centres, averages, marker="o", markersize=4)
+    left.plot(centres, averages, color=raw.get_color(), marker="o", markersize=4)
     left.set(xscale="log", xlabel="position in the context", ylabel="loss (nats a token)", title=title)
     plain_ticks(left.xaxis, [4**n for n in range(12) if 4**n <= seq_len])
     right.plot(by_length["up_to"], by_length["loss"], marker="o")
-    for x, y, count in zip(by_length["up_to"], by_length["loss"], by_length["tokens"], strict=True):
-        right.annotate(f"{count:,}", (x, y), textcoords="offset points", xytext=(0, 6), fontsize=7, ha="center")
-    right.set(xscale="log", xlabel="length of the document, up to (tokens)", title="by document (tokens scored)")
-    plain_ticks(right.xaxis, by_length["up_to"])
+    right.set(xscale="log", xlabel="length of the document, at most (and number of tokens scored)", title="by document")
+    labels = [f"{x:,}\n({count:,})" for x, count in zip(by_length["up_to"], by_length["tokens"], strict=True)]
+    right.set_xticks(by_length["up_to"], labels, fontsize=8)
+    right.minorticks_off()
     save_figure(figure, path)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError
+from configs.load import to_dict
 from data.files import write_atomic
 from eval.loading import LoadedRun
 from training.checkpoint import newest
@@ -138,7 +139,15 @@ def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> No
     write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(found))
     if is_finished(run.dir):
         collect(run.dir, lambda *found: append_line(run.dir / "metrics.jsonl", metrics_line(*found)))
-    log_evaluation(run.dir, path.stem, json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png")))
+    log_evaluation(
+        run.dir,
+        run.config.wandb,
+        to_dict(run.config),
+        path.stem,
+        json.loads(path.read_text()),
+        sorted(path.parent.glob(f"{path.stem}*.png")),
+        is_finished(run.dir),
+    )
 
 
 def collect(

@@ -23,7 +23,8 @@ from configs.load import Command, load, shown, to_dict
 from data.tokenizers import Tokenizer
 from eval.config import KernelConfig
 from eval.loading import LoadedRun, load_run
-from model.cache import CACHE_DTYPES, bytes_per_token
+from model.cache import CACHE_DTYPES
+from model.counting import kv_bytes_per_token
 from model.generation import stream
 from model.sampling import Sampling
 from model.transformer import Transformer
@@ -171,7 +172,7 @@ def facts(run: LoadedRun, config: SampleConfig, prompt: int, made: list[int], ti
     if config.cache:
         model = run.model
         dtype = CACHE_DTYPES.get(config.cache_dtype) or model.autocast_dtype or model.embedding.weight.dtype
-        found.append(f"a {dtype_name(dtype)} cache of {bytes_per_token(model.config, dtype):,} bytes a token")
+        found.append(f"a {dtype_name(dtype)} cache of {kv_bytes_per_token(model.config, dtype):,} bytes a token")
     if prompt + len(times) > run.context:
         found.append(f"longer than the {run.context} tokens that the run was trained on, where text gets worse")
     return ", ".join(found)

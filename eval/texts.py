@@ -10,10 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from configs.errors import ConfigError, Mistakes
-from data.config import DataConfig
 from data.loader import EVAL_KEY, IGNORED, permute
 from data.shards import TokenShards
-from data.sources.base import source_of
+from data.sources.base import SourceConfig, source_of
 from eval.config import SuiteConfig
 from eval.loading import LoadedRun
 from training.ranks import rank, world_size
@@ -96,10 +95,8 @@ def open_shards(folder: str) -> TokenShards:
 
 def texts_of(source: TextSource) -> Iterator[str]:
     """Yield the rows of files or of the hub that are texts."""
-    config = DataConfig(
-        name="suite", source="hub" if source.path else "files", dir="", files=source.files, path=source.path,
-        subset=source.subset, split=source.split, column=source.column,
-    )  # fmt: skip
+    kind, keys = "hub" if source.path else "files", ("files", "path", "subset", "split", "column")
+    config = SourceConfig(source=kind, **{key: getattr(source, key) for key in keys})
     try:
         yield from (row["text"] for row in source_of(config).open() if isinstance(row["text"], str))
     except ConfigError as error:  # which names keys of the data block

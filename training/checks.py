@@ -42,15 +42,12 @@ def check_sweep(configs: list[Config]) -> None:
 
 def check_folders(folders: Iterable[str]) -> None:
     """Raise a ConfigError if runs of a sweep would share a folder."""
+    folders = list(folders)
     count = Counter(Path(folder).absolute() for folder in folders)
-    shared = [str(os.path.relpath(folder)) for folder, runs in sorted(count.items()) if runs > 1]
+    shared = sorted({folder for folder in folders if count[Path(folder).absolute()] > 1})
     if shared:
-        raise ConfigError(
-            *(
-                f"run.dir={folder}: several runs of the sweep would share it; leave run.name and run.dir unset"
-                for folder in shared
-            )
-        )
+        remedy = "several runs of the sweep would share it; leave run.name and run.dir unset"
+        raise ConfigError(*(f"run.dir={folder}: {remedy}" for folder in shared))
 
 
 def check_nodes(zero: dict, world_size: int) -> None:

@@ -27,7 +27,7 @@ class OptimConfig(Block):
     """`args` are further arguments of the optimizer's constructor, as in `++optim.args.momentum=0.9`."""
 
     name: str = "adamw"  # of a class in torch.optim, in any case
-    lr: float = Field(gt=0)  # the peak of the schedule
+    lr: float = Field(4e-3, gt=0)  # the peak of the schedule
     weight_decay: float = Field(0.1, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)

@@ -75,7 +75,7 @@ class Source:
     on_first_use: ClassVar[bool] = False  # a run prepares it, without a command
     mixable: ClassVar[bool] = True  # it can be part of a mixture
     divisible: ClassVar[bool] = False  # it consists of files and can be prepared in parts
-    in_place: ClassVar[bool] = False  # its shards are in data.dir already and are only indexed
+    in_place: ClassVar[bool] = False  # its shards are in data.dir already; its `adopt(job)` indexes them
     identity_keys: ClassVar[tuple[str, ...]] = IDENTITY_KEYS  # what of `data` makes a run that run
     settings_keys: ClassVar[tuple[str, ...]] = SETTINGS_KEYS  # what of `data` decides the contents of shards
 

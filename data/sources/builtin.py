@@ -71,7 +71,7 @@ def collect(trees: list[Tree], workers: int | None = None, progress: bool = Fals
     """Return a document for each module of `trees`: paragraphs in source order, each once in the corpus."""
     files = sorted((name, path, tree.comments) for tree in trees for name, path in python_files(tree))
     found = []
-    with Rates("Reading the built-in corpus", progress, total=len(files)) as rates:
+    with Rates("Reading the built-in corpus", progress) as rates:
         for module in ordered_map(extract, files, workers):
             found.extend(module)
             rates.advance(modules=1)

@@ -36,7 +36,7 @@ class Shards(Source):
         raise ConfigError("data.source=shards: holds tokens and no documents; choose another source")
 
     def fingerprint(self, progress: bool = False) -> str:
-        return ""
+        return ""  # by which a manifest shows that another program wrote the shards
 
     def files(self) -> dict[str, list[Path]]:
         """Return the files of each split, sorted by name. ConfigError if a split has none."""
@@ -63,7 +63,7 @@ class Shards(Source):
         tokenizer.save(dir)
         dtype = common_dtype(files, job, tokenizer)
         splits, counts = {}, {}
-        with Rates("Indexing", job.progress, total=sum(map(len, files.values()))) as rates:
+        with Rates("Indexing", job.progress) as rates:
             for split, paths in files.items():
                 shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
                 at_start = [True, *(bool(read_tokens(path)[-1] == tokenizer.end_of_text) for path in paths[:-1])]
@@ -73,7 +73,7 @@ class Shards(Source):
                     counts[split] += seen
                     rates.advance(shards=1, tokens=shard.tokens)
                 splits[split] = measured(shards, read_tokens(paths[0]), tokenizer)
-        return write_manifest(dir, job, tokenizer, splits, counts["train"], skipped={}, token_dtype=dtype)
+        return write_manifest(dir, job, tokenizer, splits, counts["train"], {}, dtype)
 
 
 def common_dtype(files: dict[str, list[Path]], job: Job, tokenizer: Tokenizer) -> str:

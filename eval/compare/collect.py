@@ -17,6 +17,7 @@ from training.config import Config
 from training.metrics import read_events, read_lines
 from training.run_folder import is_finished, read_config
 
+DECODING_KEYS = {"model", "scope", "batch", "length", "device", "tokens_per_second"}
 STEADY = 0.2  # how far apart the quartiles of a steady run's logged speeds lie at most, as a share of the median
 
 
@@ -187,6 +188,7 @@ def read_run(folder: Path) -> Run:
     results = {path.stem: read_json(path) for path in sorted(folder.glob("results/*.json"))}
     decoding = [line for path in sorted(folder.glob("results/*decod*.jsonl")) for line in read_lines(path)]
     results = {name: record for name, record in results.items() if {"results", "suite"} <= record.keys()}
+    decoding = [point for point in decoding if point.keys() >= DECODING_KEYS]
     lines, events = read_lines(folder / "metrics.jsonl"), read_events(folder)
     return Run(folder, config, lines, events, results, decoding, latest_facts(folder), is_finished(folder))
 

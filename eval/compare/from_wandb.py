@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from configs.errors import ConfigError
 from data.files import write_atomic
+from training.run_folder import read_config
 
 
 def fetch(name: str, out: Path) -> list[Path]:
@@ -56,6 +57,6 @@ def write_folder(folder: Path, config: dict[str, Any], history: Iterable[dict], 
     facts = {key: summary.get(key) for key in ("data_fingerprint", "tokenizer_fingerprint")}
     facts = {"step": max(lines, default=0)} | facts
     write_atomic(folder / "checkpoint_facts.json", json.dumps(facts) + "\n")
-    if "unigram_entropy" in summary:  # which a run's end adds
-        write_atomic(folder / "summary.json", json.dumps({"unigram_entropy": summary["unigram_entropy"]}) + "\n")
+    if facts["step"] >= read_config(folder).trainer.horizon:  # which a run's end leaves
+        write_atomic(folder / "summary.json", json.dumps(facts) + "\n")
     return folder

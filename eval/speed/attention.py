@@ -118,7 +118,7 @@ def rows(config: AttentionSpeedConfig, length: int, rivals: list[Rival], runtime
     for name, (attention, core), used, (ms, compared) in zip(config.cores, rivals, memory, medians, strict=True):
         yield {
             "model": config.model, "size": config.size, "n_heads": attention.n_heads,
-            "head_dim": attention.qk_head_dim, "core": name, "fold": getattr(core, "fold", None),
+            "head_dim": attention.qk_head_dim, "core": name, "kernel": core.kernel, "fold": getattr(core, "fold", None),
             "device": device_name(device), "dtype": dtype_name(runtime.dtype), "batch": config.batch, "length": length,
             "ms": ms, "processor_ms": None if device.type == "cuda" else compared,
             "tokens_per_second": 1e3 * tokens / ms, "flops": 3 * core.flops_per_token(attention, length) * tokens,

@@ -62,8 +62,8 @@ def main(config: SpeedConfig) -> int:
     seconds = statistics.median(times[WARM_UP:])
     flops = counting.training_flops_per_token(network, trainer.seq_len) * targets.numel()
     line = {
-        "model": config.model.name, "size": config.size.name, "core": config.core.name, "device": device_name(device),
-        "dtype": dtype_name(runtime.dtype), "batch": shape[0], "length": shape[1],
+        "model": config.model.name, "size": config.size.name, "core": config.core.name, "kernel": config.core.kernel,
+        "device": device_name(device), "dtype": dtype_name(runtime.dtype), "batch": shape[0], "length": shape[1],
         "document_tokens": config.document_tokens if config.data.document_mask else None,
         "n_heads": config.model.n_heads, "params": counting.num_params(network),
         "tokens_per_second": targets.numel() / seconds, "ms": seconds * 1e3,

@@ -86,6 +86,11 @@ def test_mistakes(tmp_path):
     with pytest.raises(ConfigError, match="val.bin: is not whole: it has 1222 bytes; copy it again"):
         ensure_prepared(*config(tmp_path), progress=False)
     (tmp_path / "val.bin").write_bytes(content)
+    for torn in (b"", content[:-1]):  # in the middle, where the next shard needs its last token
+        (tmp_path / "train-0.bin").write_bytes(torn)
+        with pytest.raises(ConfigError, match=f"train-0.bin: is not whole: it has {len(torn)} bytes"):
+            ensure_prepared(*config(tmp_path), progress=False)
+    (tmp_path / "train-0.bin").unlink()
     write(tmp_path / "val_2.bin", [1, END], "llama")
     with pytest.raises(ConfigError, match="holds shards of uint16 and of uint32"):
         ensure_prepared(*config(tmp_path), progress=False)

@@ -142,6 +142,15 @@ def test_gpt2(small, tmp_path):
     assert manifest.tokenizer["vocab_size"] == 50257 and (tmp_path / "shards" / "tokenizer.tiktoken.json").exists()
 
 
+def test_preparing_imports_no_torch():
+    """The command and its worker processes start without it."""
+    code = (
+        "import sys; import data.prepare; from data.sources.base import source_class, source_names; "
+        "print([source_class(name).__name__ for name in source_names()]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_two_at_once_prepare_once(tmp_path):
     file = write_jsonl(tmp_path / "documents.jsonl", texts(300))
     code = (
@@ -166,7 +175,7 @@ def test_inspect(small, tmp_path):
     console = Console(record=True, width=120, file=open(os.devnull, "w"))
     assert inspect(dir, console, seq_len=100, out=tmp_path / "plot.png") == []
     shown = console.export_text()
-    for part in ("unigram entropy", "tokens per byte", "all shards match", "Document 0.", "plot.png",
+    for part in ("unigram entropy", "bytes per token", "all shards match", "Document 0.", "plot.png",
                  "documents that fit into seq_len=100", "most frequent tokens"):  # fmt: skip
         assert part in shown, part
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

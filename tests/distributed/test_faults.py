@@ -39,7 +39,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(pair, tmp_path):
     hung.resume()  # torchrun would give a stopped process half a minute to end
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert f"pid {hung.pid}) has not been heard of for" in output and "The job ends: rank 1 (" in output
+    assert f"pid {hung.pid}) has been silent for" in output and "The job ends: rank 1 (" in output
     assert checkpoint.newest(tmp_path / "run", print)
     # The preflight of several ranks
     assert "2 ranks agree" in output and "x the median time of a matrix product" in output and "clocks  " in output
@@ -152,7 +152,7 @@ def test_a_host_that_is_cut_off_ends_the_job_which_resumes_when_it_is_back(two_h
     two_hosts("down")
     outputs = [host.communicate(timeout=300)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [1, 1]
-    assert "The job ends: rank 1 (" in outputs[0] and "has not been heard of for" in outputs[0]
+    assert "The job ends: rank 1 (" in outputs[0] and "has been silent for" in outputs[0]
     # The other host has lost the rendezvous and rank 0, which are on the same host: either may be noticed first.
     no_rendezvous = f"has had no contact with the rendezvous at {HOSTS['t6a']}:29512"
     assert no_rendezvous in outputs[1] or "The job ends: rank 0 (" in outputs[1]

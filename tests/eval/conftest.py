@@ -42,7 +42,7 @@ def trained(small_data, tokenizer_file, tmp_path_factory):
         "trainer.eval_every=null", "trainer.keep_checkpoints=9", f"run.dir={folder}/run",
     ]  # fmt: skip
     config = configured(Config, overrides)
-    prepare(config, progress=False)
+    prepare(config.data, config.tokenizer, progress=False)
     assert train.main(config) == 0
     return folder / "run"
 

@@ -179,7 +179,7 @@ def test_runs_of_wandb_are_compared_as_folders_are(sweep, tmp_path):
     config = {key: item["value"] for key, item in sent["config"].items()}
     folder = write_folder(tmp_path / "fetched", config, sent["history"], sent["summary"])
     assert read_lines(folder / "metrics.jsonl") == read_lines(run / "metrics.jsonl")
-    assert read_run(folder).config == read_run(run).config
+    assert read_run(folder).config == read_run(run).config and read_run(folder).finished
     methods = name_methods([read_run(folder), read_run(sweep / "t6_0")])
     words, _ = verdict(check(methods, 0.05), methods)
     assert "not matched" not in words

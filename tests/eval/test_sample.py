@@ -101,7 +101,7 @@ def test_a_conversation(command, monkeypatch):
     assert text == long + short + short
     assert "top_p=7: must be at most 1" in notes and "run: cannot change any more" in notes
     settings = [line for line in notes.splitlines() if line.startswith("count=1")]
-    assert len(settings) == 4 and all("temperature=0 top_k=50" in line for line in settings)
+    assert len(settings) == 4 and all("temperature=0.0 top_k=50" in line for line in settings)
     assert "seed=1" in settings[0] and "seed=3" in settings[-1]
 
 

@@ -39,7 +39,7 @@ def test_mistakes_are_named_before_anything_runs(capsys):
         ("cores=['sequence_tensor core.fold=[0]']", "core.fold"),
         ("cores=['full core.kernel=factors']", "no factors"),
         ("cores=[flash_tpa]", "use core=full core.kernel=factors"),
-        ("cores=[full,'sliding_window core.windw=2']", "core.windw: unknown key"),
+        ("cores=[full,'sliding_window core.windw=2']", "did you mean core.window"),
     ):
         with pytest.raises(ConfigError, match=message):
             main(config("lengths=[48]", override))

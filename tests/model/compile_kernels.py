@@ -6,10 +6,10 @@ A kernel is built in a usual configuration and in its last, which must fit where
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from model.cores.kernels.decode import merge_kernel, split_kernel
-from model.cores.kernels.prefill import prefill_kernel
-from model.cores.kernels.two_tracks import forward_kernel
-from model.cores.kernels.two_tracks_backward import keys_kernel, queries_kernel, rows_kernel
+from model.cores.kernels.gpu.decode import merge_kernel, split_kernel
+from model.cores.kernels.gpu.prefill import prefill_kernel
+from model.cores.kernels.gpu.two_tracks import forward_kernel
+from model.cores.kernels.gpu.two_tracks_backward import keys_kernel, queries_kernel, rows_kernel
 
 SHARED_MEMORY = 232448  # bytes of a multiprocessor of an H100
 FP32 = {"partial", "lse", "opened_lse", "closed_lse", "delta_both", "delta_closed", "diagonal"}
@@ -19,7 +19,7 @@ BF16 = {f"{letter}_{part}" for letter in "abc" for part in "qkv"} | {
 }  # fmt: skip
 FACTORS = {
     "H": 34, "R_Q": 6, "R_K": 2, "R_V": 2, "DENSE_Q": False, "D": 64, "D_B": 64, "E": 64, "E_B": 64, "BLOCK_D": 64,
-    "BLOCK_E": 64, "CAUSAL": True, "RAGGED": True, "SIGMOID": True, "PRECISION": "ieee",
+    "BLOCK_E": 64, "CAUSAL": True, "RAGGED": True, "PRECISION": "ieee",
 }  # fmt: skip
 TRACKS = {
     "GROUP_K": 1, "GROUP_V": 1, "GROUP_OWN": 1, "D": 64, "E": 64, "BLOCK_D": 64, "BLOCK_E": 64, "PRECISION": "ieee",

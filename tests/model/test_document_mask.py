@@ -1,34 +1,30 @@
 """With `data.document_mask` a row of documents is what its documents are alone, for every mechanism."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from configs.schema import ConfigError
-from model.attention.base import Dense, unturned
-from model.cores import sdpa
-from model.cores.base import AttentionMask
-from model.cores.sdpa import SDPA, attend_documents
-from model.transformer import Transformer, TransformerConfig, split_documents
-from tests.model.helpers import MODELS, small_config, wake_up
+from configs.errors import ConfigError
+from model.attention.base import AttentionCore, Dense
+from model.cores.full import Full
+from model.cores.kernels import sdpa
+from model.mask import AttentionMask
+from model.transformer import Transformer, split_documents
+from tests.model.helpers import MODELS, small_config, small_network, wake_up
 
 END = 7
 
 
-@dataclass
-class Blind(SDPA):
+class Blind(Full):
     """A core that does not say that it masks documents."""
 
     name: str = "blind"
-    masks_documents = False
+    why_no_documents = AttentionCore.why_no_documents
 
 
 def masked(model, **options):
     torch.manual_seed(0)
-    config = TransformerConfig.from_config(small_config(model, "data.document_mask=true"), end_of_text=END)
-    return wake_up(Transformer(config, **options))
+    return wake_up(Transformer(small_network(model, document_end=END), **options))
 
 
 def row_of(lengths, end_last=True):
@@ -60,10 +56,10 @@ def test_a_row_equals_its_documents_alone(model, recompute):
     net = masked(model, recompute=recompute)
     lengths = [[5, 1, 9, 4], [13, 6]]
     rows = torch.stack([row_of(lengths[0]), row_of(lengths[1], end_last=False)])
-    together = net(rows)
+    together = net.logits(rows)
     for row, logits, sizes in zip(rows, together, lengths, strict=True):
         for document, ours in zip(row.split(sizes), logits.split(sizes), strict=True):
-            torch.testing.assert_close(ours, net(document[None])[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours, net.logits(document[None])[0], atol=1e-5, rtol=1e-4)
     targets = torch.randint(0, 300, rows.shape)
     net(rows, targets).backward()
     whole = [p.grad.clone() for p in net.parameters()]
@@ -87,8 +83,8 @@ def test_packed_documents_equal_the_mask_spelt_out():
     qkv, documents = packed_inputs()
     packed, spelt_out = AttentionMask(documents=documents), AttentionMask(documents=documents, window=9)
     assert packed.document_lengths == [3, 2, 4, 8, 1]
-    assert packed.square(9) and not spelt_out.square(9) and not packed.square(1)
-    ours, wanted = (SDPA()(Dense(*qkv), unturned, None, mask, 0.4) for mask in (packed, spelt_out))
+    assert packed.packs(9) and not spelt_out.packs(9) and not packed.packs(1)
+    ours, wanted = (Full().attend([Dense(*qkv)], mask, 0.4) for mask in (packed, spelt_out))
     torch.testing.assert_close(ours, wanted)
     weight = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad((x * weight).sum(), qkv) for x in (ours, wanted)), strict=True):
@@ -106,7 +102,7 @@ def test_the_kernel_for_packed_documents_is_given_what_it_takes(monkeypatch):
 
     monkeypatch.setattr(sdpa, "varlen_attn", checked)
     qkv, documents = packed_inputs("meta")
-    out = attend_documents(Dense(*qkv), AttentionMask(documents=documents), 0.4, window=3)
+    out = sdpa.attend_documents(Dense(*qkv), AttentionMask(documents=documents), 0.4, window=3)
     assert out.is_meta and out.shape == (2, 9, 4, 6)
     out.sum().backward()
     assert [x.grad.shape for x in qkv] == [x.shape for x in qkv]
@@ -125,13 +121,14 @@ def test_without_the_mask_documents_see_each_other(model):
     net = masked(model)
     net.config.document_end = None
     row = row_of([5, 6])
-    assert not torch.allclose(net(row[None])[0, 5:], net(row[None, 5:])[0], atol=1e-4)
+    assert not torch.allclose(net.logits(row[None])[0, 5:], net.logits(row[None, 5:])[0], atol=1e-4)
 
 
 def test_cores_that_cannot_are_refused():
-    with pytest.raises(ConfigError, match="data.document_mask=true: core=blind cannot mask documents; use core=sdpa"):
+    with pytest.raises(ConfigError, match="data.document_mask=true: core=blind cannot mask documents; use core=full"):
         small_config("mha", "data.document_mask=true", f"core._target_={__name__}.Blind", "core.name=blind")
-    config = TransformerConfig.from_config(small_config("mha", "data.document_mask=true"), end_of_text=END)
-    config.core = Blind()
-    with pytest.raises(ValueError, match="core=blind: cannot mask documents"):
-        Transformer(config)
+    network = small_network("mha", document_end=END)
+    for core, message in ((Blind(), "core=blind cannot"), (Full(kernel="factors"), "use core.kernel=sdpa")):
+        network.core = core
+        with pytest.raises(ValueError, match=message):
+            Transformer(network)

@@ -1,24 +1,23 @@
 """What must hold for every core with every mechanism that fits it: a new YAML in configs/core/ is tested here too."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
-from configs.app import CONFIGS
-from model.transformer import Transformer, TransformerConfig
+from configs.app import choices
+from model.transformer import Transformer
 from tests.model.helpers import MODELS, small_config, wake_up
 
-# Full attention is in test_every_mechanism.
-CORES = sorted(path.stem for path in Path(CONFIGS, "core").glob("*.yaml") if path.stem != "sdpa")
+# Full attention through explicit keys and values is in test_every_mechanism.
+CORES = ["full core.kernel=factors", *(core for core in choices("core") if core != "full")]
 # Sizes at which 13 tokens span several blocks and end inside of one.
 SMALL_BY_CORE = {"sequence_tensor": ["core.fold=[3,4]"], "sliding_window": ["core.window=4"]}
 
 
 @cache
 def configured(model: str, core: str, *overrides: str):
-    return small_config(model, f"core={core}", *SMALL_BY_CORE.get(core, []), *overrides)
+    return small_config(model, *f"core={core}".split(), *SMALL_BY_CORE.get(core, []), *overrides)
 
 
 def network(model: str, core: str, *overrides: str) -> Transformer:
@@ -28,7 +27,7 @@ def network(model: str, core: str, *overrides: str) -> Transformer:
     except ValueError as error:
         pytest.skip(str(error))
     torch.manual_seed(0)
-    return wake_up(Transformer(TransformerConfig.from_config(config)))
+    return wake_up(Transformer(config.network()))
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -36,11 +35,11 @@ def network(model: str, core: str, *overrides: str) -> Transformer:
 def test_a_later_token_changes_no_earlier_logit(model, core):
     net = network(model, core)
     tokens = torch.randint(0, 300, (2, 13))
-    before = net(tokens)
+    before = net.logits(tokens)
     for t in (1, 7):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % 300
-        after = net(changed)
+        after = net.logits(changed)
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.allclose(before[:, t:], after[:, t:])
 
@@ -77,5 +76,5 @@ def test_decoding_from_a_cache_equals_the_full_pass(model, core):
     mixed = ["core.full_every=2"] if core in SMALL_BY_CORE else []
     net, tokens = network(model, core, *mixed).eval(), torch.randint(0, 300, (2, 14))
     cache = net.new_cache(2)
-    steps = [net(piece, cache=cache) for piece in tokens.split([5, 2, *[1] * 7], dim=1)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), net(tokens), atol=1e-5, rtol=1e-4)
+    steps = [net.decode(piece, cache, last=False) for piece in tokens.split([5, 2, *[1] * 7], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), net.logits(tokens), atol=1e-5, rtol=1e-4)

@@ -1,34 +1,27 @@
 """What must hold for every mechanism: a new YAML in configs/model/ is tested here without being written down."""
 
-import dataclasses
 from math import prod
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from configs.app import compose
-from configs.load import load
+from configs.app import choices
 from data.loader import IGNORED
 from model import counting, transformer
-from model.cores.base import AttentionMask
-from model.transformer import Transformer, TransformerConfig
-from tests.model.helpers import MODELS, SEARCH, SIZES, small_network, wake_up
+from model.mask import AttentionMask
+from model.transformer import Transformer
+from tests.model.helpers import MODELS, config_of, small_network, wake_up
 
 
 def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", choices("size"))
 @pytest.mark.parametrize("model", MODELS)
 def test_every_size_builds_with_the_counted_parameters_and_the_parameters_of_mha(model, size):
-    def network(name):
-        return TransformerConfig.from_config(
-            load(compose("train", [*SEARCH, f"model={name}", f"size={size}", "tokenizer=gpt2"]))
-        )
-
-    ours, mha = network(model), network("mha")
+    ours, mha = (config_of(name, f"size={size}", "tokenizer=gpt2").network() for name in (model, "mha"))
     with torch.device("meta"):
         built = Transformer(ours)
     assert count(built) == counting.num_params(ours)
@@ -43,7 +36,7 @@ def test_head_counts_are_matched_for_a_size_of_ones_own(model):
     for change in (-1, 1):
         n_heads = network.attention.n_heads + change * network.attention.head_multiple
         if n_heads > 0:
-            other = dataclasses.replace(network.attention, n_heads=n_heads)
+            other = network.attention.replace(n_heads=n_heads)
             assert abs(other.num_params(network.d_model) - budget) >= abs(ours - budget)
 
 
@@ -52,11 +45,11 @@ def test_a_later_token_changes_no_earlier_logit(model):
     torch.manual_seed(0)
     net = wake_up(Transformer(small_network(model)))
     tokens = torch.randint(0, 300, (2, 13))
-    before = net(tokens)
+    before = net.logits(tokens)
     for t in (1, 7, 12):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % 300
-        after = net(changed)
+        after = net.logits(changed)
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.allclose(before[:, t:], after[:, t:])
 
@@ -124,7 +117,7 @@ def test_logits_are_formed_by_chunks_where_nothing_is_kept_of_them(monkeypatch):
         net(tokens, targets).backward()
         with torch.no_grad():
             losses = [net(tokens, targets, reduction=reduction) for reduction in ("sum", "none")]
-            logits = net(tokens).transpose(1, 2)
+            logits = net.logits(tokens).transpose(1, 2)
         for loss, reduction in zip(losses, ("sum", "none"), strict=True):
             torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction=reduction))
         return [*losses, *(p.grad.clone() for p in net.parameters())]

@@ -7,10 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.app import compose
-from configs.load import load
 from model.transformer import Transformer
-from tests.model.helpers import small_network, wake_up
+from tests.model.helpers import config_of, small_network, wake_up
 
 FOLDS = ["[7]", "[3,4]", "[4,1]", "[2,3,2]"]
 
@@ -22,7 +20,7 @@ def network(model: str, fold: str, *overrides: str) -> Transformer:
 
 def decode(net: Transformer, tokens, chunks: list[int], dtype=None):
     cache = net.new_cache(len(tokens), dtype=dtype)
-    pieces = [net(piece, cache=cache) for piece in tokens.split(chunks, dim=1)]
+    pieces = [net.decode(piece, cache, last=False) for piece in tokens.split(chunks, dim=1)]
     return torch.cat(pieces, dim=1), cache
 
 
@@ -30,7 +28,7 @@ def decode(net: Transformer, tokens, chunks: list[int], dtype=None):
 @pytest.mark.parametrize("model", ["gqa", "t6"])
 def test_chunks_of_any_size_equal_the_full_pass(model, fold):
     net, tokens = network(model, fold), torch.randint(0, 300, (2, 15))
-    whole = net(tokens)
+    whole = net.logits(tokens)
     for chunks in ([1] * 15, [4, 1, 1, 7, 1, 1], [15], [5, 10]):
         torch.testing.assert_close(decode(net, tokens, chunks)[0], whole, atol=1e-5, rtol=1e-4)
 
@@ -44,7 +42,7 @@ def test_a_token_costs_what_its_axes_hold(fold):
         decode(net, tokens, [1] * seq_len)
     with FlopCounterMode(display=False) as rest, sdpa_kernel(SDPBackend.MATH):
         for token in tokens.split(1, dim=1):
-            net(token)  # attends to itself alone
+            net.logits(token)  # attends to itself alone
     config, core = net.config.attention, net.config.core
     a_key = 2 * 2 * config.n_heads * config.head_dim
     keys = (counter.get_total_flops() - rest.get_total_flops()) / a_key / seq_len
@@ -78,7 +76,7 @@ def test_the_bytes_are_the_counted_ones_beside_the_unfinished_blocks(model, fold
 
 
 def test_tpa_keeps_its_keys_as_factors():
-    config = load(compose("train", ["model=t6", "size=small", "tokenizer=gpt2", "core=sequence_tensor"]))
+    config = config_of("t6", "size=small", "core=sequence_tensor")
     shapes = config.core.cache_shapes(config.model)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 2372  # 392 without the fold
 
@@ -90,9 +88,9 @@ def test_what_its_cache_cannot_do_is_refused():
     cache = decode(net, tokens, [8])[1]
     cache.set_lengths(4)
     with pytest.raises(ValueError, match=r"cannot go back, from \[8\] to \[4\] tokens"):
-        net(tokens[:, :1], cache=cache)
+        net.decode(tokens[:, :1], cache)
     cache.set_lengths(0)
-    torch.testing.assert_close(net(tokens, cache=cache), net(tokens), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net.decode(tokens, cache, last=False), net.logits(tokens), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="decode without compiling"):
         net.generate([[1, 2]], 2, compiled=True)
     for dtype, compiled in ((torch.int8, False), (None, True)):

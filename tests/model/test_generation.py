@@ -31,7 +31,7 @@ def test_batches_chunks_and_caches_change_nothing(net, sampling):
 
 def test_greedy_is_the_argmax_of_the_full_pass(net):
     for prompt, new in zip(PROMPTS, net.generate(PROMPTS, 12), strict=True):
-        logits = net(torch.tensor([prompt + new]))[0]
+        logits = net.logits(torch.tensor([prompt + new]))[0]
         assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == new
 
 

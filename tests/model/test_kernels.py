@@ -10,12 +10,12 @@ import torch
 pytest.importorskip("triton")
 
 from model.attention.tensor_product import Factors
-from model.cores.factor_space import reference
-from model.cores.kernels import decode, prefill
-from model.cores.kernels.common import INTERPRETED, worth_trying
-from model.cores.kernels.decode import split_kernel
+from model.cores.kernels.gpu import decode, prefill
+from model.cores.kernels.gpu.common import INTERPRETED, worth_trying
+from model.cores.kernels.gpu.decode import split_kernel
 from tests.conftest import ROOT
-from tests.model.test_flash_tpa import SHAPES, random_factors, spoil
+from tests.model.references import factor_attention
+from tests.model.test_factors import SHAPES, random_factors, spoil
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(
@@ -49,7 +49,7 @@ def test_kernels_equal_the_reference(kernel, shape, ragged):
     if ragged:
         spoil(factored, starts)
     out = kernel(factored, 0.2, True, starts, **({"n_splits": 3} if kernel is decode else {}))
-    expected = reference(factored, 0.2, True, starts)
+    expected = factor_attention(factored, 0.2, True, starts)
     assert expected.isfinite().all()
     assert torch.allclose(out, expected, atol=2e-5 * rest[3] ** 2)
 
@@ -60,20 +60,18 @@ def test_one_start_for_all_rows(kernel):
     torch.manual_seed(0)
     factored = to_device(random_factors(3, 2, 19, 3, (2, 2, 1), 8, 8))
     starts = torch.tensor([4, 17, 17], device=DEVICE)[:1].expand(3)
-    assert torch.allclose(kernel(factored, 0.2, True, starts), reference(factored, 0.2, True, starts), atol=2e-5)
+    assert torch.allclose(kernel(factored, 0.2, True, starts), factor_attention(factored, 0.2, True, starts), atol=2e-5)
 
 
 @pytest.mark.parametrize("kernel", [decode, prefill])
-def test_sigmoid_half_precision_constants_and_no_mask(kernel):
+def test_half_precision_constants_and_no_mask(kernel):
     torch.manual_seed(0)
     factored = random_factors(2, 3, 40, 5, (2, 2, 2), 16, 16, dtype=torch.float16)
     factored.k.b = factored.k.b[:1, :1].expand(2, 40, -1, -1)  # one for all tokens
     factored.v.a = factored.v.a.transpose(2, 3).contiguous().transpose(2, 3)  # ranks apart
     factored = to_device(factored)
-    out = kernel(factored, 0.2, causal=False, sigmoid=True)
-    for part in (factored.q, factored.k, factored.v):
-        part.a = part.a.float().sigmoid()
-    expected = reference(factored, 0.2, causal=False)
+    out = kernel(factored, 0.2, causal=False)
+    expected = factor_attention(factored, 0.2, causal=False)
     assert out.dtype == torch.float16
     assert (out - expected).norm() < 2e-3 * expected.norm()
 

@@ -1,6 +1,6 @@
 """What lies further back than a window: a folded sequence finds it, a sliding window of the fold's block cannot."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,18 +37,18 @@ def copying(rows: int):
 def accuracy(task, core: str, steps: int) -> float:
     """The share of targets that are the likeliest token, on fresh data, after `steps` of training."""
     torch.manual_seed(0)
-    network = dataclasses.replace(small_network("mha", f"core={core}", CORES[core]), vocab_size=ASK + 1)
+    network = replace(small_network("mha", f"core={core}", CORES[core]), vocab_size=ASK + 1)
     net = Transformer(network)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(steps):
         tokens, targets = task(24)
-        loss = F.cross_entropy(net(tokens).flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(net.logits(tokens).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
         tokens, targets = task(128)
-        right = net(tokens).argmax(-1) == targets
+        right = net.logits(tokens).argmax(-1) == targets
     return right[targets >= 0].float().mean().item()
 
 

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from configs.load import load
-from configs.schema import ConfigError, to_dict
+from configs.errors import ConfigError
+from configs.load import load, to_dict
 from model import counting
-from model.cores.sdpa import SDPA
+from model.cores.full import Full
 from model.cores.sequence_tensor import SequenceTensor
 from model.transformer import Transformer
 from tests.model.helpers import small_config, small_network, wake_up
+from training.config import Config
 
 
 def test_every_so_many_layers_attend_in_full():
     network = small_network("mha", "core=sequence_tensor", "core.full_every=4", "size.n_layers=9", "core.fold=[3,4]")
     net = Transformer(network)
     kinds = [type(block.attention.core) for block in net.blocks]
-    assert kinds == [SequenceTensor, SequenceTensor, SequenceTensor, SDPA] * 2 + [SequenceTensor]
-    folded, full = (core.flops_per_token(network.attention, 96) for core in (network.core, SDPA()))
+    assert kinds == [SequenceTensor, SequenceTensor, SequenceTensor, Full] * 2 + [SequenceTensor]
+    folded, full = (core.flops_per_token(network.attention, 96) for core in (network.core, Full()))
     alone = small_network("mha", "core=sequence_tensor", "size.n_layers=9", "core.fold=[3,4]")
     more = counting.training_flops_per_token(network, 96) - counting.training_flops_per_token(alone, 96)
     assert more == pytest.approx(3 * 2 * (full - folded))
@@ -30,15 +30,15 @@ def test_full_every_layer_is_full_attention():
     mixed = wake_up(Transformer(small_network("t6", "core=sequence_tensor", "core.fold=[3,4]", "core.full_every=1")))
     plain = Transformer(small_network("t6"))
     plain.load_state_dict(mixed.state_dict())
-    assert torch.equal(mixed(tokens), plain(tokens))
+    assert torch.equal(mixed.logits(tokens), plain.logits(tokens))
 
 
 def test_the_fold_is_resolved_once_from_the_training_length_and_kept():
     config = small_config("mha", "core=sequence_tensor", "trainer.seq_len=512")
     assert config.core.fold == [16, 32]
-    tree = OmegaConf.create(to_dict(config))
-    tree.trainer.seq_len = 4096  # another length, as an evaluation has: the inner axis stays, the last one grows
-    again = load(tree, world_size=1)
+    tree = to_dict(config)
+    tree["trainer"]["seq_len"] = 4096  # another length, as in evaluation: the inner axis stays, the last one grows
+    again = load(tree, Config, world_size=1)
     assert again.core.fold == [16, 32] and again.core.sizes(4096) == [16, 256]
     assert config.identity()["core.fold"] == [16, 32]
 
@@ -52,11 +52,8 @@ def test_folds_that_are_none(fold):
 def test_what_does_not_fit_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match="core=sequence_tensor cannot mask documents, since a query reaches a past"):
         small_config("mha", "core=sequence_tensor", "data.document_mask=true")
-    for key, value in (("scores", "own"), ("rope", "none"), ("full_every", "0")):
+    for key, value in (("rope", "none"), ("full_every", "0")):
         with pytest.raises(ConfigError, match=f"core.{key}="):
             small_config("mha", "core=sequence_tensor", f"core.{key}={value}")
     with pytest.raises(ConfigError, match="core.window=0: must be at least 1"):
         small_config("mha", "core=sliding_window", "core.window=0")
-    config = small_config("mha", "core=sequence_tensor", "core.scores=shared")
-    with pytest.raises(ValueError, match="scores of all slices, future tokens included"):
-        config.core.check(config.model, "cpu", torch.float32)

@@ -10,20 +10,21 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from configs.app import compose
-from configs.load import load
-from model.attention.base import Dense, unturned
+from configs.app import configured
+from model.attention.base import Dense
 from model.attention.tensor_product import Factored, Factors
-from model.cores.base import AttentionMask
-from model.cores.factor_space import reference
-from model.cores.flash_tpa import flash_tpa
-from model.cores.sdpa import SDPA
-from model.cores.sequence_tensor import SequenceTensor, auto_fold
+from model.cores.folding import auto_fold
+from model.cores.full import Full
+from model.cores.kernels import factors
+from model.cores.sequence_tensor import SequenceTensor
 from model.cores.sliding_window import SlidingWindow
+from model.mask import AttentionMask
 from model.transformer import Transformer, split_documents
-from tests.model.helpers import PACKAGED, small_network, wake_up
-from tests.model.test_flash_tpa import FACTORED, random_factors
-from training.metrics import read_metrics
+from tests.model.helpers import FACTORED, PACKAGED, small_network, wake_up
+from tests.model.references import factor_attention
+from tests.model.test_factors import random_factors
+from training.config import Config
+from training.metrics import read_lines
 
 DEVICE = os.environ.get("T6_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "")
 LARGE = DEVICE == "cuda"
@@ -58,8 +59,8 @@ def test_flash_tpa_in_bf16(heads, ranks, width, n_queries):
     factored = on_device(random_factors(2, n_queries, n_keys, heads, ranks, width, width), torch.bfloat16)
     starts = torch.tensor([n_keys - n_queries, (n_keys - n_queries) // 3], device=DEVICE)
     for given in (None, starts):
-        exact = reference(on_device(factored, torch.float32), 0.1, True, given)
-        assert relative(flash_tpa(factored, 0.1, True, given), exact) < 0.02
+        exact = factor_attention(on_device(factored, torch.float32), 0.1, True, given)
+        assert relative(factors.attend(factored, AttentionMask(starts=given), 0.1), exact) < 0.02
 
 
 @pytest.mark.parametrize("length", [1000, 4096, 16384] if LARGE else [70])
@@ -74,8 +75,7 @@ def test_both_tracks_of_a_fold_in_bf16(length, n_axes):
     def gradients(dtype, kernel):
         inputs = [x.to(dtype).requires_grad_() for x in exact]
         core = SequenceTensor(fold=fold, kernel=kernel)
-        positions = torch.arange(length, device=DEVICE)[None]
-        out = core(Dense(*inputs), unturned, positions, AttentionMask(), 0.125)
+        out = core.attend([Dense(*inputs)] * n_axes, AttentionMask(), 0.125)
         return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
 
     rough = torch.bfloat16 if LARGE else torch.float32  # the interpreter does not multiply bf16
@@ -85,20 +85,20 @@ def test_both_tracks_of_a_fold_in_bf16(length, n_axes):
 
 
 @pytest.mark.parametrize(
-    "model,core",
-    [*((m, "sdpa") for m in PACKAGED), *((m, "flash_tpa") for m in FACTORED)] if LARGE else [("t6", "sdpa")],
+    ("model", "kernel"),
+    [*((m, "sdpa") for m in PACKAGED), *((m, "factors") for m in FACTORED)] if LARGE else [("t6", "sdpa")],
 )
-def test_cuda_graphs_generate_the_same_text(model, core):
+def test_cuda_graphs_generate_the_same_text(model, kernel):
     """Rows of different lengths, twice, so that the second text replays what the first recorded."""
     torch.manual_seed(0)
-    net = wake_up(Transformer(small_network(model, f"core={core}", "size.n_layers=1"))).to(DEVICE)
+    net = wake_up(Transformer(small_network(model, f"core.kernel={kernel}", "size.n_layers=1"))).to(DEVICE)
     prompts = [[5, 9, 13], list(range(20, 31)), [7]]
     wanted = net.generate(prompts, 40)
     for _ in range(2):
         assert net.generate(prompts, 40, compiled=True) == wanted
 
 
-@pytest.mark.parametrize("core", ["sdpa", "flash_tpa", "sequence_tensor", "sliding_window"])
+@pytest.mark.parametrize("core", ["full", "sequence_tensor", "sliding_window"])
 def test_losses_and_gradients_are_the_cpus(core):
     torch.manual_seed(0)
     own = ["core.fold=[8,16]"] if core == "sequence_tensor" else []
@@ -125,8 +125,8 @@ def test_a_run_learns_as_on_a_cpu(small_run, tmp_path):
     )):  # fmt: skip
         folder = tmp_path / str(i)
         overrides = [*small_run, *options, f"device={device}", f"run.dir={folder}"]
-        assert train.main(load(compose("train", overrides))) == 0
-        lines = read_metrics(folder / "metrics.jsonl")
+        assert train.main(configured(Config, overrides)) == 0
+        lines = read_lines(folder / "metrics.jsonl")
         losses.append(torch.tensor([line["train/loss"] for line in lines if "train/loss" in line]))
     cpu, exact, rough = losses
     torch.testing.assert_close(exact, cpu, atol=1e-3, rtol=0)
@@ -137,14 +137,14 @@ def test_sdpa_masks_what_lies_beyond_a_row_on_every_backend():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, heads, 64, device=DEVICE) for n, heads in ((1, 8), (300, 2), (300, 2)))
     starts = torch.tensor([7, 299], device=DEVICE)
-    ours = SDPA()(Dense(q, k, v), unturned, None, AttentionMask(starts=starts), 0.125)
+    ours = Full().attend([Dense(q, k, v)], AttentionMask(starts=starts), 0.125)
     for row, start in enumerate(starts.tolist()):
         here = slice(row, row + 1)
         alone = Dense(q[here], k[here, : start + 1], v[here, : start + 1])
-        torch.testing.assert_close(ours[here], SDPA()(alone, unturned, None, AttentionMask(), 0.125))
+        torch.testing.assert_close(ours[here], Full().attend([alone], AttentionMask(), 0.125))
 
 
-@pytest.mark.parametrize("core", [SDPA(), SlidingWindow(window=30)])
+@pytest.mark.parametrize("core", [Full(), SlidingWindow(window=30)])
 @pytest.mark.parametrize("n_groups", [8, 2])
 def test_no_mask_takes_the_path_that_forms_all_scores(core, n_groups):
     """Documents, windows, a cache's rows, in bf16 and fp32, with shared heads, of a width that kernels want padded: as
@@ -155,7 +155,7 @@ def test_no_mask_takes_the_path_that_forms_all_scores(core, n_groups):
     def gradients(dtype, device, n_queries, given):
         mask = AttentionMask(**{key: value.to(device) for key, value in given.items()})
         q, k, v = (x.to(device, dtype).requires_grad_() for x in exact)
-        out = core(Dense(q[:, :n_queries], k, v), unturned, None, mask, 0.125)
+        out = core.attend([Dense(q[:, :n_queries], k, v)], mask, 0.125)
         return [out.cpu(), *(x.cpu() for x in torch.autograd.grad(out.float().square().sum(), (q, k, v)))]
 
     documents = split_documents(torch.randint(0, 50, (2, 200)), document_end=0)[1]

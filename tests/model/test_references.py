@@ -9,8 +9,8 @@ from model.attention.base import Dense, unit_rms
 from model.attention.latent import LatentAttention
 from model.attention.multi_head import MultiHeadAttention, MultiHeadConfig
 from model.attention.tensor_product import Factors, TensorProductAttention, TensorProductConfig, from_multi_head
-from model.cores.base import AttentionMask
-from model.cores.sdpa import SDPA
+from model.cores.full import Full
+from model.mask import AttentionMask
 from model.rope import apply_rope, rope_tables
 from model.transformer import Transformer
 from tests.model.helpers import PACKAGED, small_network, wake_up
@@ -189,12 +189,12 @@ def test_rope_on_the_factors_equals_rope_on_the_product(c_dim):
 
 @pytest.mark.parametrize(("d_qk", "d_v"), [(16, 16), (24, 16), (16, 24)])
 @pytest.mark.parametrize("n_queries", [T, 3, 1])
-def test_sdpa_core_equals_explicit_softmax(n_queries, d_qk, d_v):
+def test_full_attention_equals_explicit_softmax(n_queries, d_qk, d_v):
     """Widths of values and keys may differ, and the queries may be the last few of the positions (a cache)."""
     torch.manual_seed(0)
     q, k = torch.randn(2, n_queries, 6, d_qk), torch.randn(2, T, 3, d_qk)
     v = torch.randn(2, T, 3, d_v)
-    out = SDPA()(Dense(q, k, v), lambda qkv, positions: qkv, torch.arange(n_queries)[None], AttentionMask(), 0.3)
+    out = Full().attend([Dense(q, k, v)], AttentionMask(), 0.3)
     k, v = k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * 0.3
     future = torch.arange(T)[None, :] > torch.arange(T - n_queries, T)[:, None]
@@ -206,8 +206,8 @@ def test_sdpa_core_equals_explicit_softmax(n_queries, d_qk, d_v):
 def test_factor_weights_start_within_their_bounds(init):
     torch.manual_seed(0)
     d_model, heads, width = 256, 9, 16
-    config = TensorProductConfig("t6", width, heads, q_rank=6, k_rank=2, v_rank=3, init=init)
-    attention = config.build(d_model, 0, SDPA())
+    config = TensorProductConfig(name="t6", head_dim=width, n_heads=heads, q_rank=6, k_rank=2, v_rank=3, init=init)
+    attention = config.build(d_model, 0, Full())
     weights = dict(zip(attention.projected, attention.factor_weights(), strict=True))
     for part, rank in config.ranks.items():
         if init == "xavier":
@@ -227,8 +227,8 @@ def test_a_constant_factor_starts_with_the_spread_of_a_contextual_one():
     for option, names in (("contextual_a", ("q", "k", "v")), ("contextual_b", ("q", "k", "v"))):
         made = {}
         for contextual in (True, False):
-            config = TensorProductConfig("t6", 64, 40, **{option: contextual})
-            factored = config.build(256, 0, SDPA()).project(x)
+            config = TensorProductConfig(name="t6", head_dim=64, n_heads=40, **{option: contextual})
+            factored = config.build(256, 0, Full()).project(x)
             letter = option[-1]
             made[contextual] = [getattr(getattr(factored, name), letter).std().item() for name in names]
         assert made[True] == pytest.approx(made[False], rel=0.2)
@@ -245,7 +245,7 @@ def test_blocks_start_as_the_identity_and_the_head_is_tied():
 def test_grouped_heads_share_keys_in_order():
     """Query heads 0 and 1 use key head 0, heads 2 and 3 key head 1."""
     torch.manual_seed(0)
-    attention = MultiHeadConfig("gqa", 8, n_heads=4, n_kv_heads=2).build(32, 0, SDPA())
+    attention = MultiHeadConfig(name="gqa", head_dim=8, n_heads=4, n_kv_heads=2).build(32, 0, Full())
     torch.nn.init.eye_(attention.out_proj.weight)
     x = torch.randn(1, 5, 32)
     before = attention(x, torch.arange(5)[None], AttentionMask()).view(5, 4, 8)

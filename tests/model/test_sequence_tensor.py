@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention.base import Dense
 from model.attention.multi_head import MultiHeadConfig
-from model.cores.base import AttentionMask
-from model.cores.sdpa import SDPA
-from model.cores.sequence_tensor import SequenceTensor, auto_fold
-from model.cores.sequence_tensor_reference import causal, shared
+from model.cores.folding import Axis, auto_fold
+from model.cores.full import Full
+from model.cores.sequence_tensor import SequenceTensor
+from model.mask import AttentionMask
 from model.rope import apply_rope, rope_tables
+from tests.model.references import folded_attention, kronecker_attention, shared_hop
 
 HEADS, WIDTH, SCALE = 2, 4, 0.6
 FOLDS = [
@@ -44,7 +45,8 @@ def random_qkv(seq_len: int, rows: int = 2, dtype=torch.float64, groups: int = H
 
 
 def attend(core, dense: Dense, causal: bool = True):
-    return core(dense, rotate, torch.arange(dense.q.size(1))[None], AttentionMask(causal=causal), SCALE)
+    views = [rotate(dense, places) for places in core.hops(torch.arange(dense.q.size(1))[None])]
+    return core.attend(views, AttentionMask(causal=causal), SCALE)
 
 
 def inputs(dense: Dense):
@@ -65,23 +67,28 @@ def test_the_causal_form_equals_the_loops(fold, seq_len):
         dense = random_qkv(seq_len, dtype=dtype)
         # the last axis grows: more positions on it, if that is what the length asks for
         grown = [*fold[:-1], max(fold[-1], seq_len)]
-        slow = torch.stack([causal(*row, grown, SCALE, turn) for row in zip(*inputs(dense), strict=True)])
+        slow = torch.stack([folded_attention(*row, grown, SCALE, turn) for row in zip(*inputs(dense), strict=True)])
         compare(attend(SequenceTensor(fold=fold), dense), slow, dense, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("fold", [[6], [3, 4], [4, 3], [2, 3, 2]])
 def test_shared_scores_are_the_kronecker_product(fold):
+    """The paper's form: hops whose slices share one matrix are attention by the matrices' Kronecker product."""
     dense = random_qkv(prod(fold), rows=1)
-    slow = shared(dense.q[0], dense.k[0], dense.v[0], fold, SCALE, turn)[None]
-    compare(attend(SequenceTensor(fold=fold, scores="shared"), dense, causal=False), slow, dense, atol=1e-6, rtol=1e-5)
+    values = dense.v
+    for d, places in enumerate(SequenceTensor(fold=fold).hops(torch.arange(prod(fold))[None])):
+        turned, axis = rotate(dense, places), Axis(1, prod(fold[d + 1 :]), fold[d], prod(fold[:d]))
+        values = shared_hop(axis, turned.q, turned.k, values, SCALE)
+    slow = kronecker_attention(dense.q[0], dense.k[0], dense.v[0], fold, SCALE, turn)[None]
+    compare(values, slow, dense, atol=1e-6, rtol=1e-5)
 
 
 def test_each_slice_of_a_bidirectional_fold_has_scores_of_its_own():
     dense, core = random_qkv(12, rows=1), SequenceTensor(fold=[3, 4])
     blocks = [Dense(*(x[:, i : i + 3] for x in inputs(dense))) for i in range(0, 12, 3)]
-    closed = torch.cat([attend(SDPA(), block, causal=False) for block in blocks], dim=1)
+    closed = torch.cat([attend(Full(), block, causal=False) for block in blocks], dim=1)
     slices = [Dense(dense.q[:, i::3], dense.k[:, i::3], closed[:, i::3]) for i in range(3)]
-    wanted = torch.stack([attend(SDPA(), s, causal=False) for s in slices], dim=2).flatten(1, 2)
+    wanted = torch.stack([attend(Full(), s, causal=False) for s in slices], dim=2).flatten(1, 2)
     torch.testing.assert_close(attend(core, dense, causal=False), wanted)
 
 
@@ -117,9 +124,9 @@ def test_a_fold_of_one_axis_is_full_attention_to_the_bit(groups):
     for seq_len in (1, 2, 13):
         dense = random_qkv(seq_len, dtype=torch.float32, groups=groups)
         for fold in ([seq_len], [seq_len, 1], [64, 4]):
-            compare(attend(SequenceTensor(fold=fold), dense), attend(SDPA(), dense), dense, atol=0, rtol=0)
+            compare(attend(SequenceTensor(fold=fold), dense), attend(Full(), dense), dense, atol=0, rtol=0)
         other = attend(SequenceTensor(fold=[1, seq_len]), dense)
-        compare(other, attend(SDPA(), dense), dense, atol=1e-5, rtol=1e-5)
+        compare(other, attend(Full(), dense), dense, atol=1e-5, rtol=1e-5)
 
 
 def test_key_heads_are_shared():
@@ -132,8 +139,7 @@ def test_key_heads_are_shared():
 def test_global_positions_turn_by_the_place_in_the_sequence():
     dense, core = random_qkv(10), SequenceTensor(fold=[3, 4], rope="global")
     turned = rotate(dense, torch.arange(10)[None])
-    unturned = core(turned, lambda x, _: x, torch.arange(10)[None], AttentionMask(), SCALE)
-    torch.testing.assert_close(attend(core, dense), unturned)
+    torch.testing.assert_close(attend(core, dense), core.attend([turned, turned], AttentionMask(), SCALE))
     assert not torch.allclose(attend(core, dense), attend(SequenceTensor(fold=[3, 4]), dense))
 
 
@@ -142,15 +148,10 @@ def test_bf16_stays_close_to_fp32_where_scores_are_large():
     dense = random_qkv(12, dtype=torch.float32)
     rough = Dense(*((x * 3).bfloat16() for x in inputs(dense)))
     exact = Dense(*(x.float() for x in inputs(rough)))
-    core, whole = SequenceTensor(fold=[1, 12]), SDPA()
-
-    def same(dense, _):
-        return dense
-
-    mask, scale = AttentionMask(), 1.0
-    wanted = whole(exact, same, None, mask, scale)
-    ours = (core(rough, same, torch.arange(12)[None], mask, scale).float() - wanted).abs().max()
-    sdpa = (whole(rough, same, None, mask, scale).float() - wanted).abs().max()
+    core, whole, mask = SequenceTensor(fold=[1, 12]), Full(), AttentionMask()
+    wanted = whole.attend([exact], mask, 1.0)
+    ours = (core.attend([rough, rough], mask, 1.0).float() - wanted).abs().max()
+    sdpa = (whole.attend([rough], mask, 1.0).float() - wanted).abs().max()
     assert ours < 2 * sdpa + 0.01
 
 
@@ -164,7 +165,7 @@ def test_multiply_adds_grow_with_the_sum_of_the_axes(fold):
     carrying = sum(fold[1:])  # hops with the diagonal's two features: 8 wide instead of 4
     plain = fold[0] + sum(fold[:-1])  # the first open hop, and the closed ones
     assert counter.get_total_flops() / seq_len == 2 * HEADS * (2 * WIDTH * plain + 2 * 8 * carrying)
-    config = MultiHeadConfig("mha", WIDTH, n_heads=HEADS)
+    config = MultiHeadConfig(name="mha", head_dim=WIDTH, n_heads=HEADS)
     keys = sum((n + 1) / 2 for n in fold) + sum(fold[:-1])
     assert core.flops_per_token(config, seq_len) == 2 * HEADS * 2 * WIDTH * keys
 

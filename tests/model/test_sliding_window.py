@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from model.attention.base import Dense, unturned
+from model.attention.base import Dense
 from model.attention.multi_head import MultiHeadConfig
-from model.cores.base import AttentionMask
-from model.cores.sdpa import SDPA
+from model.cores.full import Full
 from model.cores.sliding_window import SlidingWindow
+from model.mask import AttentionMask
 
 
 def attend(core, mask, *qkv):
-    return core(Dense(*qkv), unturned, None, mask, 0.5)
+    return core.attend([Dense(*qkv)], mask, 0.5)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -22,7 +22,7 @@ def test_blocks_equal_the_mask_spelt_out(window, seq_len, documents):
     numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3], [0] * 16])[:, :seq_len]
     mask = AttentionMask(documents=numbers if documents else None)
     ours = attend(SlidingWindow(window=window), mask, *qkv)
-    wanted = attend(SDPA(), AttentionMask(documents=mask.documents, window=window), *qkv)
+    wanted = attend(Full(), AttentionMask(documents=mask.documents, window=window), *qkv)
     assert AttentionMask(window=window).allowed(seq_len, seq_len).sum(1).max() == min(window, seq_len)
     torch.testing.assert_close(ours, wanted)
     weight = torch.randn_like(ours)
@@ -39,20 +39,20 @@ def test_rows_of_a_cache_keep_their_window():
         for t in range(2):
             seen = slice(start + t - 2, start + t + 1)
             alone = attend(
-                SDPA(), AttentionMask(), q[row : row + 1, t : t + 1], k[row : row + 1, seen], v[row : row + 1, seen]
+                Full(), AttentionMask(), q[row : row + 1, t : t + 1], k[row : row + 1, seen], v[row : row + 1, seen]
             )
             torch.testing.assert_close(cached[row : row + 1, t : t + 1], alone)
 
 
 def test_decoding_reads_no_further_back_than_the_window():
     q, k, v = (torch.randn(2, n, 1, 4) for n in (2, 9, 9))
-    wanted = attend(SDPA(), AttentionMask(window=3), q, k, v)
+    wanted = attend(Full(), AttentionMask(window=3), q, k, v)
     k[:, :5], v[:, :5] = torch.nan, torch.nan  # the first query, at 7, sees 5, 6 and 7
     torch.testing.assert_close(attend(SlidingWindow(window=3), AttentionMask(), q, k, v), wanted)
 
 
 def test_operations_count_the_keys_that_are_seen():
-    config = MultiHeadConfig("mha", 4, n_heads=3)
+    config = MultiHeadConfig(name="mha", head_dim=4, n_heads=3)
     for window, seq_len in ((5, 13), (20, 13)):
         seen = AttentionMask(window=window).allowed(seq_len, seq_len).sum().item()
         assert SlidingWindow(window=window).flops_per_token(config, seq_len) == pytest.approx(
