@@ -1,28 +1,32 @@
 """A run in W&B: a view of its folder, which may fail at any time without harm.
 
 A run folder has one W&B run, however often it is requeued and evaluated; its id is a function of the folder. All that
-it shows stands in the folder: wandb/rows.jsonl lists the rows of its history in the order of the numbers (`_step`) that
-W&B gives them, and is written before they are sent; wandb/facts.json has its summary. A row, once listed, stays: steps
-that are trained a second time keep the values of the first. What metrics.jsonl has and the list lacks is added to it.
+it shows is in the folder: wandb/rows.jsonl lists the rows of its history in the order of the numbers (`_step`) that W&B
+gives them, and is written before they are sent; wandb/facts.json has its summary. What metrics.jsonl has and the list
+lacks is added to it. A row stays once it is listed: steps that are trained a second time keep the values of the first.
 
-So a process that follows others knows what to send. Online, W&B says how many rows it has; the rest of the list is
-sent. If it has more than the list, or W&B is offline and nobody can be asked, the whole list is sent, each row under
-its old number, which W&B replaces: an offline file always has the whole run, takes the place of the older ones, which a
-killed process may have left torn, and can be synced at any time and repeatedly.
+So a process that follows others knows what to send. Online, W&B says how many rows it has, and the rest of the list is
+sent. If it has more than the list, or W&B is offline and cannot be asked, the whole list is sent, each row with its old
+number, by which W&B knows it. An offline file therefore has the whole run; it takes the place of the older ones, which
+a killed process may have left torn, and can be synced at any time and repeatedly.
 
 While a run trains, the training process alone writes to its W&B run, and passes on what evaluations add to
 metrics.jsonl; afterwards evaluations do it, one at a time.
 """
 
+import functools
 import hashlib
+import html
 import json
 import netrc
 import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from configs.load import flatten
 from data.files import write_atomic
@@ -32,21 +36,15 @@ from training.lock import RunLock
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "eval", "model", "slurm", "training")  # what W&B keeps of the code, next to train.py
-PATIENCE = 60.0  # seconds that an evaluation waits for another process to finish its part of the W&B run
+PATIENCE = 60.0  # seconds to wait for W&B at the start and the end, and for another process to finish with the run
 
-# What W&B's summary keeps of a metric next to its last value; benchmarks (eval/...) are shown as they are.
-SUMMARIES = {
-    "train/loss": "min,last",
-    "val/loss": "min,last",
-    "val/perplexity": "min,last",
-    "val/bits_per_byte": "min,last",
-    "optim/grad_norm": "max,last",
-    "perf/tokens_per_second": "mean,max,last",
-    "perf/mfu": "mean,max,last",
-    "perf/memory_gb": "max",
+SUMMARIES = {  # what W&B's summary keeps of a metric, if not its last value
+    "max": ("tokens", "step", "perf/memory_gb"),
+    "min,last": ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"),
+    "max,last": ("optim/grad_norm",),
+    "mean,max,last": ("perf/tokens_per_second", "perf/mfu"),
 }
-
-Row = dict[str, float | str | list[str] | None]  # numbers; paths of pictures in the run folder; texts, as a table
+Row = dict[str, float | str | list[str] | None]  # numbers; paths of pictures in the run folder; texts
 
 
 def run_id(*parts: str | Path) -> str:
@@ -62,11 +60,11 @@ def wandb_mode(mode: str) -> str:
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     try:
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
-        logged_in = netrc.netrc().authenticators(host) is not None
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        is_logged_in = netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
-        logged_in = False
-    return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"
+        is_logged_in = False
+    return "online" if is_logged_in or os.environ.get("WANDB_API_KEY") else "offline"
 
 
 def data_facts(manifest: Manifest) -> dict[str, float | str]:
@@ -84,6 +82,7 @@ def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], **optio
     """Return a W&B run with the group and tags that every run here has; offline if W&B cannot start online."""
     import wandb  # takes a second, which a run without W&B need not spend
 
+    waits = {"init_timeout": PATIENCE, "finish_timeout": PATIENCE, "finish_timeout_raises": True}
     parent = run_dir.absolute().parent.name
     options |= {
         "project": settings.project,
@@ -91,7 +90,7 @@ def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], **optio
         "tags": [tree["model"]["name"], tree["size"]["name"], *settings.tags],
         "dir": str(run_dir),
         "reinit": "finish_previous",  # a run of this process whose dashboard failed is not to be joined
-        "settings": wandb.Settings(silent=True, init_timeout=60),
+        "settings": wandb.Settings(silent=True, **waits),
     }
     if wandb_mode(settings.mode) == "online":
         try:
@@ -109,11 +108,64 @@ def remove_older_files(run) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-class WandbRun:
-    """The W&B run of a run folder. Every method does nothing once W&B has failed (or is disabled).
+def save_sources(run, run_dir: Path) -> None:
+    """Store the code and the run's config.yaml as one archive among W&B's files, so that a later sync has it too."""
+    patterns = ["*.py", "*.txt", *(f"{package}/**/*.{suffix}" for package in PACKAGES for suffix in ("py", "yaml"))]
+    with zipfile.ZipFile(Path(run.dir) / "code.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in (found for pattern in patterns for found in sorted(ROOT.glob(pattern))):
+            archive.write(path, path.relative_to(ROOT))
+        if (run_dir / "config.yaml").exists():
+            archive.write(run_dir / "config.yaml", "run_config.yaml")
+    run.save(f"{run.dir}/code.zip", base_path=run.dir, policy="now")
 
-    `tree` is the whole configuration as nested mappings, which W&B shows.
-    """
+
+def read_rows(file: BinaryIO) -> list[Row]:
+    """Return the listed rows; the list is cut off before a torn one, which was not sent."""
+    file.seek(0)
+    rows, end = [], 0
+    with suppress(ValueError):
+        for text in file.read().splitlines(keepends=True):
+            rows.append(json.loads(text))
+            end += len(text)
+    file.truncate(end)
+    return rows
+
+
+def pictures(run_dir: Path, paths: list[Path]) -> Row:
+    return {f"plots/{path.stem}": str(path.relative_to(run_dir)) for path in paths}
+
+
+def shown(run_dir: Path, row: Row) -> dict[str, Any]:
+    """Return a row as W&B shows it; a picture that is gone becomes null, so that later rows keep their numbers."""
+    import wandb
+
+    def value_of(value):
+        if isinstance(value, list):
+            return wandb.Html("<hr>".join(f"<pre>{html.escape(text)}</pre>" for text in value))
+        if isinstance(value, str):
+            return wandb.Image(str(run_dir / value)) if (run_dir / value).exists() else None
+        return value
+
+    return {key: value_of(value) for key, value in row.items()}
+
+
+def off_if_it_fails(method: Callable) -> Callable:
+    """Return a method that does nothing if W&B is off, and turns it off if it fails, which is no reason to stop."""
+
+    @functools.wraps(method)
+    def guarded(self, *arguments):
+        if self.is_on:
+            try:
+                method(self, *arguments)
+            except Exception as error:
+                print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
+                self.is_on = False
+
+    return guarded
+
+
+class WandbRun:
+    """The W&B run of a run folder; `tree` is the whole configuration as nested mappings, which W&B shows."""
 
     def __init__(self, run_dir: str | Path, settings: WandbConfig, tree: dict[str, Any]):
         self.run_dir = Path(run_dir)
@@ -122,52 +174,46 @@ class WandbRun:
         self.known: dict[tuple[float | None, str], Any] = {}  # what is listed, by step and metric
         self.read_bytes = 0  # how much of metrics.jsonl is listed
         self.is_on = wandb_mode(settings.mode) != "disabled"
-        self._try(self._open, settings, tree)
+        self._open(settings, tree)
         self.catch_up()
-        self._try(lambda: remove_older_files(self.run))
 
+    @off_if_it_fails
     def _open(self, settings: WandbConfig, tree: dict[str, Any]) -> None:
         if reason := self.lock.acquire(PATIENCE, print):
             raise RuntimeError(reason)
         self.list = open(self.folder / "rows.jsonl", "a+b", buffering=0)
-        self.list.seek(0)
-        whole, end, _ = self.list.read().rpartition(b"\n")
-        self.list.truncate(len(whole + end))  # a torn row was not sent
-        rows: list[Row] = [json.loads(text) for text in whole.splitlines()]
-        options = {"id": run_id(self.run_dir), "job_type": "train", "name": tree["run"]["name"], "config": flat(tree)}
+        rows = read_rows(self.list)
+        flat = {key.replace(".", "/"): value for key, value in flatten(tree).items()}  # W&B takes dots for nesting
+        options = {"id": run_id(self.run_dir), "job_type": "train", "name": tree["run"]["name"], "config": flat}
         self.run = open_run(self.run_dir, settings, tree, resume="allow" if rows else None, **options)
         if self.run.starting_step > len(rows):  # the list was lost
             self.run.finish()
             self.run = open_run(self.run_dir, settings, tree, **options)
-        self.run.define_metric("tokens", summary="max")
-        self.run.define_metric("step", summary="max")
         self.run.define_metric("*", step_metric="tokens")
-        for key, summary in SUMMARIES.items():
-            self.run.define_metric(key, step_metric="tokens", summary=summary)
-        if not self.run.starting_step:
+        for summary, keys in SUMMARIES.items():
+            for key in keys:
+                self.run.define_metric(key, step_metric="tokens" if "/" in key else None, summary=summary)
+        if self.run.starting_step == 0:
             save_sources(self.run, self.run_dir)
         self.note({})
         for number, row in enumerate(rows):
-            if number >= self.run.starting_step:
-                self._send(row)
-            self._know(row)
+            self._send(row, is_new=number >= self.run.starting_step)
+        remove_older_files(self.run)
+        if not self.run.offline:
+            print(f"W&B: {self.run.url}")
 
-    def _know(self, row: Row) -> None:
+    def _send(self, row: Row, is_new: bool = True) -> None:
         self.known |= {(row.get("step"), key): value for key, value in row.items()}
-
-    def _send(self, row: Row) -> None:
-        self.run.log({key: shown(self.run_dir, value) for key, value in row.items()})
+        if is_new:
+            self.run.log(shown(self.run_dir, row))
 
     def _add(self, row: Row) -> None:
         self.list.write(json.dumps(row).encode() + b"\n")
-        self._know(row)
         self._send(row)
 
+    @off_if_it_fails
     def catch_up(self) -> None:
         """Send what metrics.jsonl has and W&B has not."""
-        self._try(self._catch_up)
-
-    def _catch_up(self) -> None:
         path = self.run_dir / "metrics.jsonl"
         if not path.exists():
             return
@@ -180,92 +226,52 @@ class WandbRun:
                 line = json.loads(text)
             except ValueError:
                 continue  # torn by a killed process
-            news = {key: value for key, value in line.items() if self._is_news(line["step"], key, value)}
-            if news:
-                self._add({"step": line["step"], "tokens": line["tokens"]} | news)
+            step, tokens = line.pop("step"), line.pop("tokens")
+            if news := {key: value for key, value in line.items() if self._is_news(step, key, value)}:
+                self._add({"step": step, "tokens": tokens} | news)
 
     def _is_news(self, step: int, key: str, value: float | None) -> bool:
         """An evaluation may be repeated with another result; a step that is trained again is not shown again."""
-        if key in ("step", "tokens"):
-            return False
         return (step, key) not in self.known or (key.startswith("eval/") and self.known[step, key] != value)
 
+    @off_if_it_fails
     def note(self, facts: dict[str, Any]) -> None:
         """Add facts to the summary, where W&B puts the metrics itself."""
-        self._try(self._note, facts)
-
-    def _note(self, facts: dict[str, Any]) -> None:
         path = self.folder / "facts.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if facts:
-            write_atomic(path, json.dumps(known | facts))
-        self.run.summary.update(known | facts)
+        facts = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | facts
+        write_atomic(path, json.dumps(facts))
+        self.run.summary.update(facts)
 
     def summarize(self, facts: dict[str, Any]) -> None:
         """Note those of the facts in summary.json that are no metrics."""
         self.note({key: v for key, v in facts.items() if "/" not in key and key not in ("step", "tokens", "run")})
 
+    @off_if_it_fails
     def show_texts(self, key: str, texts: list[str]) -> None:
-        """Show texts as a table, one a row."""
-        self._try(self._add, {key: texts})
+        """Show texts one below the other."""
+        self._add({key: texts})
 
+    @off_if_it_fails
     def show_images(self, paths: list[Path]) -> None:
         """Show pictures that lie in the run folder."""
-        self._try(self._add, {f"plots/{path.stem}": str(path.relative_to(self.run_dir)) for path in paths})
+        self._add(pictures(self.run_dir, paths))
+
+    @off_if_it_fails
+    def _finish(self, exit_code: int) -> None:
+        self.run.finish(exit_code=exit_code)
 
     def finish(self, exit_code: int = 0) -> None:
         """Wait until W&B has everything."""
         self.catch_up()
-        self._try(lambda: self.run.finish(exit_code=exit_code))
+        self._finish(exit_code)
         self.is_on = False
         self.lock.release()
 
-    def _try(self, action: Callable, *arguments) -> None:
-        if not self.is_on:
-            return
-        try:
-            action(*arguments)
-        except Exception as error:  # a dashboard is no reason to stop training
-            print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
-            self.is_on = False
-
-
-def flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as W&B can search it: flat, and without dots, which W&B takes for nesting."""
-    return {key.replace(".", "/"): value for key, value in flatten(tree).items()}
-
-
-def shown(run_dir: Path, value: float | str | list[str] | None):
-    """Return a value of a row as W&B shows it: a picture that is gone as null, so that later rows keep their numbers."""
-    import wandb
-
-    if isinstance(value, list):
-        return wandb.Table(columns=["sample", "text"], data=[[i, text] for i, text in enumerate(value, 1)])
-    if isinstance(value, str):
-        return wandb.Image(str(run_dir / value)) if (run_dir / value).exists() else None
-    return value
-
-
-def save_sources(run, run_dir: Path) -> None:
-    """Store the code and the run's config.yaml as one archive among W&B's files, so that a later sync has it too."""
-    patterns = ["*.py", "*.txt", *(f"{package}/**/*.{suffix}" for package in PACKAGES for suffix in ("py", "yaml"))]
-    with zipfile.ZipFile(Path(run.dir) / "code.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in [found for pattern in patterns for found in sorted(ROOT.glob(pattern))]:
-            archive.write(path, path.relative_to(ROOT))
-        if (run_dir / "config.yaml").exists():
-            archive.write(run_dir / "config.yaml", "run_config.yaml")
-    run.save(f"{run.dir}/code.zip", base_path=run.dir, policy="now")
-
 
 def log_evaluation(
-    run_dir: Path,
-    settings: WandbConfig,
-    tree: dict[str, Any],
-    suite: str,
-    record: dict[str, Any],
-    plots: list[Path],
-    is_finished: bool,
-) -> None:
+    run_dir: Path, settings: WandbConfig, tree: dict[str, Any], suite: str, record: dict[str, Any],
+    plots: list[Path], is_finished: bool,
+) -> None:  # fmt: skip
     """Show an evaluation as a W&B run of its own and, once training is done, in the W&B run of the run folder.
 
     `settings` and `tree` are the run's, `record` is what results/<suite>.json holds. The process of a run that still
@@ -281,7 +287,7 @@ def log_evaluation(
         run = open_run(run_dir, settings, tree, **options)
         run.summary.update({f"eval/{suite}/{key}": value for key, value in results.items()})
         if plots:
-            run.log({f"plots/{path.stem}": shown(run_dir, str(path)) for path in plots})
+            run.log(shown(run_dir, pictures(run_dir, plots)))
         run.finish()
         remove_older_files(run)
     except Exception as error:

@@ -14,7 +14,7 @@ ENTITY, PROJECT = {"id": "1", "name": "me"}, {"id": "1", "name": "t6"}
 
 
 class Runs(dict):
-    """By run id: {"history": [...], "events": [...], "summary": {...}, "config": {...}, "facts": {...}}."""
+    """By run id: history, events, summary, config, facts (what the run was opened with) and the names of its files."""
 
     replaces = True  # whether a row replaces one with the same number
     is_away = False  # whether nothing is accepted
@@ -34,7 +34,7 @@ class Runs(dict):
 
     def answer(self, query: str, given: dict) -> dict:
         if "upsertBucket" in query:
-            new = {"history": [], "events": [], "summary": {}, "config": {}, "facts": {}}
+            new = {"history": [], "events": [], "summary": {}, "config": {}, "facts": {}, "files": set()}
             run = self.setdefault(given["name"], new)
             run["facts"] |= {key: value for key, value in given.items() if value is not None}
             run["config"] |= json.loads(given["config"]) if given.get("config") else {}
@@ -45,6 +45,7 @@ class Runs(dict):
         if "RunResumeStatus" in query:
             return {"model": PROJECT | {"entity": ENTITY, "bucket": self.status(given["name"])}}
         if "CreateRunFiles" in query:
+            self[given["run"]]["files"] |= set(given["files"])
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
             return {"createRunFiles": {"runID": "UnVu", "uploadHeaders": [], "files": files}}
         viewer = {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
