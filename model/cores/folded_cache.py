@@ -132,8 +132,7 @@ class FoldedCache(LayerCache):
             self.write(rows, axis + 1, end - block, values=closed)
 
     def line(self, rows, axis: int, name: str, steps: int, span: int, offset: int, own: Tensor) -> Tensor:
-        """Return what `steps` past blocks have at the offset of `own` [b, T, ...] in its, then `own`: [b T, steps + 1,
-        ...]."""
+        """Return what `steps` past blocks have at `offset`, and `own` [b, T, ...] after it: [b T, steps + 1, ...]."""
         blocks = self.parts[f"{name}_{axis + 1}"].values[:, : steps * span].unflatten(1, (steps, span))
         past = blocks[:, :, offset : offset + own.size(1)][rows].to(own.dtype)
         return torch.cat((past, own[:, None]), dim=1).transpose(1, 2).flatten(0, 1)

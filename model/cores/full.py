@@ -42,11 +42,11 @@ class Full(AttentionCore):
             return sdpa.attend(qkv.materialize(), mask, scale)
         if not isinstance(qkv, Factored):
             raise TypeError(f"core.kernel=factors attends to factors, and got {type(qkv).__name__}")
-        if mask.documents is not None:
-            raise ValueError("core.kernel=factors cannot mask documents; use core.kernel=sdpa")
+        if mask.documents is not None or not mask.causal:
+            raise ValueError("core.kernel=factors is causal and cannot mask documents; use core.kernel=sdpa")
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in qkv.tensors()):
             return sdpa.attend(qkv.materialize(), mask, scale)
-        return factors.attend(qkv, mask, scale)
+        return factors.attend(qkv, scale, mask.starts)
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
         """Return the operations of scores and weighted values, 2 a multiply-add; a query sees (T + 1)/2 keys."""

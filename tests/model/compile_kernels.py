@@ -19,7 +19,7 @@ BF16 = {f"{letter}_{part}" for letter in "abc" for part in "qkv"} | {
 }  # fmt: skip
 FACTORS = {
     "H": 34, "R_Q": 6, "R_K": 2, "R_V": 2, "DENSE_Q": False, "D": 64, "D_B": 64, "E": 64, "E_B": 64, "BLOCK_D": 64,
-    "BLOCK_E": 64, "CAUSAL": True, "RAGGED": True, "PRECISION": "ieee",
+    "BLOCK_E": 64, "RAGGED": True, "PRECISION": "ieee",
 }  # fmt: skip
 TRACKS = {
     "GROUP_K": 1, "GROUP_V": 1, "GROUP_OWN": 1, "D": 64, "E": 64, "BLOCK_D": 64, "BLOCK_E": 64, "PRECISION": "ieee",

@@ -13,7 +13,7 @@ from model.cores.folding import Axis
 Turn = Callable[[Tensor, int], Tensor]  # x [N, D] at one coordinate
 
 
-def factor_attention(factored: Factored, scale: float, causal: bool = True, starts: Tensor | None = None) -> Tensor:
+def factor_attention(factored: Factored, scale: float, starts: Tensor | None = None) -> Tensor:
     """Return attention in factor space [B, T, H, E], by the formulas of `model.cores.kernels.factors`.
 
     In fp32 (fp64 if the factors are); memory grows with T x H x S.
@@ -31,7 +31,7 @@ def factor_attention(factored: Factored, scale: float, causal: bool = True, star
     keys = torch.arange(n_keys, device=b_q.device)
     held = (keys < counts[:, None])[..., None, None]  # what lies beyond may be anything, NaN included
     a_k, b_k, a_v, b_v = (x.where(held, 0) for x in (a_k, b_k, a_v, b_v))
-    last = counts[:, None] - n_queries + torch.arange(n_queries, device=b_q.device) if causal else counts[:, None] - 1
+    last = counts[:, None] - n_queries + torch.arange(n_queries, device=b_q.device)
     seen = keys <= last[..., None]  # [B, T, S]
 
     shared = torch.einsum("btrd,bskd->btrsk", b_q, b_k)

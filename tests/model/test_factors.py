@@ -41,12 +41,11 @@ def spoil(factored: Factored, starts) -> None:
                 x[row, start + factored.q.b.size(1) :] = torch.nan
 
 
-def plain(factored: Factored, scale: float, causal: bool) -> torch.Tensor:
-    """Softmax attention over explicit q, k and v."""
+def plain(factored: Factored, scale: float) -> torch.Tensor:
+    """Causal softmax attention over explicit q, k and v."""
     dense = factored.materialize()
     logits = torch.einsum("bthd,bshd->bhts", dense.q, dense.k) * scale
-    if causal:
-        logits += torch.full(logits.shape[-2:], -torch.inf).triu(1 + logits.size(-1) - logits.size(-2))
+    logits += torch.full(logits.shape[-2:], -torch.inf).triu(1 + logits.size(-1) - logits.size(-2))
     return torch.einsum("bhts,bshe->bthe", logits.softmax(-1), dense.v)
 
 
@@ -64,22 +63,19 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference_equals_attention_over_explicit_keys_and_values(shape, causal):
+def test_the_reference_equals_attention_over_explicit_keys_and_values(shape):
     torch.manual_seed(0)
     n_queries, n_keys, heads, ranks, *rest = SHAPES[shape]
     factored = random_factors(2, n_queries, n_keys, heads, ranks, *rest[:3], times=rest[3])
-    assert torch.allclose(
-        factor_attention(factored, 0.2, causal), plain(factored, 0.2, causal), atol=1e-5 * rest[3] ** 2
-    )
+    ours, wanted = factor_attention(factored, 0.2), plain(factored, 0.2)
+    assert torch.allclose(ours, wanted, atol=1e-5 * rest[3] ** 2)
 
 
 @pytest.mark.parametrize("few", [0, 512])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_blocked_path_equals_the_reference(monkeypatch, shape, causal, ragged, few):
+def test_the_blocked_path_equals_the_reference(monkeypatch, shape, ragged, few):
     """Over blocks smaller than the shapes, next to NaN beyond the rows' ends, and with a row of one key."""
     torch.manual_seed(0)
     for name, value in (("DECODE_KEYS", 8), ("SPLIT_KEYS", 3), ("PREFILL_BLOCK", 8), ("FEW_COLUMNS", few)):
@@ -90,9 +86,9 @@ def test_the_blocked_path_equals_the_reference(monkeypatch, shape, causal, ragge
     starts = torch.tensor([past, past // 2, 0]) if ragged else None
     if ragged:
         spoil(factored, starts)
-    expected = factor_attention(factored, 0.2, causal, starts)
+    expected = factor_attention(factored, 0.2, starts)
     assert expected.isfinite().all()
-    ours = factors.attend(factored, AttentionMask(causal, starts=starts), 0.2)
+    ours = factors.attend(factored, 0.2, starts)
     assert torch.allclose(ours, expected, atol=2e-5 * rest[3] ** 2)
 
 
@@ -100,7 +96,7 @@ def test_half_precision_comes_close():
     torch.manual_seed(0)
     for n_queries in (1, 300):
         factored = random_factors(2, n_queries, 300, 4, (6, 2, 2), 16, 16, dtype=torch.bfloat16)
-        out = factors.attend(factored, AttentionMask(), 0.25)
+        out = factors.attend(factored, 0.25)
         assert out.dtype == torch.bfloat16
         assert (out - factor_attention(factored, 0.25)).norm() < 0.01 * out.norm()
 
@@ -141,7 +137,7 @@ def test_whatever_is_trained_gets_its_gradient():
 
 def test_the_operation_is_one_that_torch_compile_can_call():
     factored = random_factors(2, 1, 9, 3, (2, 2, 1), 8, 6)
-    torch.library.opcheck(factors.flash_tpa, (*factored.tensors(), 0.3, True, torch.tensor([8, 3])))
+    torch.library.opcheck(factors.flash_tpa, (*factored.tensors(), 0.3, torch.tensor([8, 3])))
 
 
 def test_what_it_cannot_do_is_refused_by_name(monkeypatch):
@@ -150,8 +146,9 @@ def test_what_it_cannot_do_is_refused_by_name(monkeypatch):
         core.check(small_config("mha").model, "cpu", torch.float32)
     with pytest.raises(TypeError, match="got Dense"):
         core.attend([Dense(*torch.randn(3, 1, 4, 2, 8))], AttentionMask(), 0.3)
-    with pytest.raises(ValueError, match="core.kernel=factors cannot mask documents; use core.kernel=sdpa"):
-        core.attend([factored], AttentionMask(documents=torch.zeros(1, 4)), 0.3)
+    for mask in (AttentionMask(documents=torch.zeros(1, 4)), AttentionMask(causal=False)):
+        with pytest.raises(ValueError, match="is causal and cannot mask documents; use core.kernel=sdpa"):
+            core.attend([factored], mask, 0.3)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="pip install triton, or use core.kernel=sdpa"):
         core.check(small_config("t6").model, "cuda", torch.float32)

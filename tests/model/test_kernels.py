@@ -48,8 +48,8 @@ def test_kernels_equal_the_reference(kernel, shape, ragged):
     starts = torch.tensor([n_keys - n_queries, 0], device=DEVICE) if ragged else None
     if ragged:
         spoil(factored, starts)
-    out = kernel(factored, 0.2, True, starts, **({"n_splits": 3} if kernel is decode else {}))
-    expected = factor_attention(factored, 0.2, True, starts)
+    out = kernel(factored, 0.2, starts, **({"n_splits": 3} if kernel is decode else {}))
+    expected = factor_attention(factored, 0.2, starts)
     assert expected.isfinite().all()
     assert torch.allclose(out, expected, atol=2e-5 * rest[3] ** 2)
 
@@ -60,18 +60,18 @@ def test_one_start_for_all_rows(kernel):
     torch.manual_seed(0)
     factored = to_device(random_factors(3, 2, 19, 3, (2, 2, 1), 8, 8))
     starts = torch.tensor([4, 17, 17], device=DEVICE)[:1].expand(3)
-    assert torch.allclose(kernel(factored, 0.2, True, starts), factor_attention(factored, 0.2, True, starts), atol=2e-5)
+    assert torch.allclose(kernel(factored, 0.2, starts), factor_attention(factored, 0.2, starts), atol=2e-5)
 
 
 @pytest.mark.parametrize("kernel", [decode, prefill])
-def test_half_precision_constants_and_no_mask(kernel):
+def test_half_precision_and_constants(kernel):
     torch.manual_seed(0)
     factored = random_factors(2, 3, 40, 5, (2, 2, 2), 16, 16, dtype=torch.float16)
     factored.k.b = factored.k.b[:1, :1].expand(2, 40, -1, -1)  # one for all tokens
     factored.v.a = factored.v.a.transpose(2, 3).contiguous().transpose(2, 3)  # ranks apart
     factored = to_device(factored)
-    out = kernel(factored, 0.2, causal=False, starts=None)
-    expected = factor_attention(factored, 0.2, causal=False)
+    out = kernel(factored, 0.2, None)
+    expected = factor_attention(factored, 0.2)
     assert out.dtype == torch.float16
     assert (out - expected).norm() < 2e-3 * expected.norm()
 

@@ -5,8 +5,8 @@ With P[t,r,s,k] = <b_q[t,r], b_k[s,k]>, which all heads share, the logit of head
     sum_{r,k} a_q[t,h,r] a_k[s,h,k] P[t,r,s,k] * scale / (R_q R_k)
 
 and its output is the softmax-weighted sum of a_v[s,h,u] b_v[s,u] / R_v. Shapes as in `tensor_product.Factors`; B batch,
-T queries, S keys, H heads, R ranks, D and E widths of keys and values. Without a gradient: a CPU runs the blocked path
-below, a GPU the Triton kernels.
+T queries, S keys, H heads, R ranks, D and E widths of keys and values. Causal, and without a gradient: a CPU runs the
+blocked path below, a GPU the Triton kernels.
 """
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from model.attention.tensor_product import Factored, Factors, each
 from model.cores.kernels.available import load_triton
-from model.mask import AttentionMask
 
 FEW_COLUMNS = 512  # up to this number of (query, head) pairs of a row go through the decoding kernel
 DECODE_KEYS = 4096  # keys of one block while decoding: what is made of them stays in the cache of the processor
@@ -23,36 +22,36 @@ SPLIT_KEYS = 512  # keys of one product in such a block: the products of a block
 PREFILL_BLOCK = 1024  # queries and keys of one block of a prefill
 
 
-def attend(factored: Factored, mask: AttentionMask, scale: float) -> Tensor:
+def attend(factored: Factored, scale: float, starts: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T * scale) v [B, T, H, E] from factors whose b of q and k is rotated, without a gradient.
 
-    What lies beyond a row's last query may be anything, NaN included. On a GPU the shapes alone decide what runs, so a
-    CUDA graph may hold it.
+    `starts` is `AttentionMask.starts`; what lies beyond a row's last query may be anything, NaN included. On a GPU the
+    shapes alone decide what runs, so a CUDA graph may hold it.
     """
-    return flash_tpa(*factored.tensors(), float(scale), mask.causal, mask.starts)
+    return flash_tpa(*factored.tensors(), float(scale), starts)
 
 
 @torch.library.custom_op("t6::flash_tpa", mutates_args=())
 def flash_tpa(
     a_q: Tensor | None, b_q: Tensor, c_q: Tensor | None, a_k: Tensor, b_k: Tensor, c_k: Tensor | None,
-    a_v: Tensor, b_v: Tensor, c_v: Tensor | None, scale: float, causal: bool, starts: Tensor | None,
+    a_v: Tensor, b_v: Tensor, c_v: Tensor | None, scale: float, starts: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`attend` as one operation, which torch.compile calls without tracing it."""
     factored = Factored(Factors(a_q, b_q, c_q), Factors(a_k, b_k, c_k), Factors(a_v, b_v, c_v))
     with torch.autocast(b_q.device.type, enabled=False):
         if b_q.device.type == "cpu":
-            return attend_blocks(factored, scale, causal, starts)
+            return attend_blocks(factored, scale, starts)
         kernels = load_triton("core.kernel=sdpa")
         few = b_q.size(1) * a_k.size(2) <= FEW_COLUMNS
-        return (kernels.decode if few else kernels.prefill)(factored, scale, causal, starts)
+        return (kernels.decode if few else kernels.prefill)(factored, scale, starts)
 
 
 @flash_tpa.register_fake
-def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, causal, starts):
+def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, starts):
     return b_q.new_empty(b_q.size(0), b_q.size(1), a_k.size(2), Factors(a_v, b_v, c_v).width)
 
 
-def attend_blocks(factored: Factored, scale: float, causal: bool, starts: Tensor | None) -> Tensor:
+def attend_blocks(factored: Factored, scale: float, starts: Tensor | None) -> Tensor:
     """Return attention over blocks of keys, merged by their log-sum-exp: never a tensor of S x H x D, nor of T x S."""
     q, k, v = factored.q, factored.k, factored.v
     batch, n_queries, n_keys, heads = q.b.size(0), q.b.size(1), k.b.size(1), k.a.size(2)
@@ -60,16 +59,16 @@ def attend_blocks(factored: Factored, scale: float, causal: bool, starts: Tensor
     counts = [n_keys] * batch if starts is None else (starts + n_queries).tolist()
     few = n_queries * heads <= FEW_COLUMNS
     if not few and len(set(counts)) == 1:
-        attend_many(q, k, v, out, scale, causal, counts[0])
+        attend_many(q, k, v, out, scale, counts[0])
         return out
     for row, count in enumerate(counts):
         here = slice(row, row + 1)
         own = (each(part, lambda x: x[here]) for part in (q, k, v))  # noqa: B023
-        (attend_few if few else attend_many)(*own, out[here], scale, causal, count)
+        (attend_few if few else attend_many)(*own, out[here], scale, count)
     return out
 
 
-def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:
+def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, n_keys: int) -> None:
     """Fill `out` [1, T, H, E] for a few queries of one sequence against many keys, as in decoding.
 
     The queries are formed (T x H x D, small); keys and values never are: a_k scales each rank's products with b_k.
@@ -89,7 +88,7 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, ca
         logits = products[:, 0] * a_k[:, None, :, 0]
         for rank in range(1, a_k.size(-1)):
             logits.addcmul_(products[:, rank], a_k[:, None, :, rank])
-        if causal and keys.stop > n_keys - n_queries + 1:
+        if keys.stop > n_keys - n_queries + 1:
             last = torch.arange(n_keys - n_queries, n_keys)
             logits.masked_fill_((torch.arange(first, keys.stop)[:, None] > last)[..., None], -torch.inf)
         top = logits.amax(0)
@@ -118,7 +117,7 @@ def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:
     return out + x[whole:].T @ y[whole:] if whole < x.size(0) else out
 
 
-def attend_many(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, causal: bool, n_keys: int) -> None:
+def attend_many(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, n_keys: int) -> None:
     """Fill `out` [B, T, H, E] for many queries, as in a prefill, of rows with equally many keys.
 
     Blocks of queries meet blocks of keys, each formed for as long as it is used.
@@ -128,14 +127,12 @@ def attend_many(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, c
     for top in range(0, n_queries, PREFILL_BLOCK):
         queries = slice(top, min(top + PREFILL_BLOCK, n_queries))
         block_q = form(q, queries, out.dtype)
-        wholly_seen = past + top if causal else n_keys
-        spans = [(slice(i, min(i + PREFILL_BLOCK, wholly_seen)), False) for i in range(0, wholly_seen, PREFILL_BLOCK)]
-        if causal:
-            spans.append((slice(past + top, past + queries.stop), True))
+        here = past + top
+        spans = [slice(first, min(first + PREFILL_BLOCK, here)) for first in range(0, here, PREFILL_BLOCK)]
         merged = lse = None
-        for keys, triangle in spans:
+        for keys in (*spans, slice(here, past + queries.stop)):
             block_k, block_v = form(k, keys, out.dtype), form(v, keys, out.dtype)
-            part, part_lse = attend_block(block_q, block_k, block_v, scale, triangle)
+            part, part_lse = attend_block(block_q, block_k, block_v, scale, causal=keys.start == here)
             if merged is None:
                 merged, lse = part, part_lse
                 continue

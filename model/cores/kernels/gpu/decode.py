@@ -36,7 +36,7 @@ def split_kernel(
     H: tl.constexpr, R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr, DENSE_Q: tl.constexpr,
     D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Fill partial [B, splits, T H, E], normalised within the split, and lse [B, splits, T H] to base 2."""
@@ -47,7 +47,7 @@ def split_kernel(
     count = n_keys
     if RAGGED:
         count = tl.load(starts + row).to(tl.int32) + n_queries
-    last = tl.where(inside, count - n_queries + t, count) if CAUSAL else tl.zeros_like(t) + count - 1
+    last = tl.where(inside, count - n_queries + t, count)
 
     # The queries, transposed and scaled: [D, columns].
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
@@ -133,9 +133,7 @@ def count_splits(device: torch.device, batch: int, column_blocks: int, n_keys: i
     return max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
 
 
-def decode(
-    factored: Factored, scale: float, causal: bool, starts: Tensor | None, n_splits: int | None = None
-) -> Tensor:
+def decode(factored: Factored, scale: float, starts: Tensor | None, n_splits: int | None = None) -> Tensor:
     """Return the attended values [B, T, H, E] of few queries and S keys in a cache."""
     q, k = factored.q, factored.k
     shape = sizes(factored)
@@ -154,7 +152,7 @@ def decode(
         logit_scale, n_queries, n_keys, n_splits,
         triton.next_power_of_2(max(1, batch * n_keys)).bit_length(),
         *strides, **shape,
-        CAUSAL=causal, RAGGED=starts is not None, PRECISION=precision(k.b.dtype), BLOCK_C=block,
+        RAGGED=starts is not None, PRECISION=precision(k.b.dtype), BLOCK_C=block,
     )  # fmt: skip
     merge_kernel[(columns, batch)](
         partial, lse, out, n_splits, columns, shape["R_V"], width, shape["BLOCK_E"],

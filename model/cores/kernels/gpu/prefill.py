@@ -47,7 +47,7 @@ def prefill_kernel(
     H: tl.constexpr, R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr, DENSE_Q: tl.constexpr,
     D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -57,8 +57,8 @@ def prefill_kernel(
     count = n_keys
     if RAGGED:
         count = tl.load(starts + row).to(tl.int32) + n_queries
-    last = count - n_queries + t if CAUSAL else tl.zeros_like(t) + count - 1
-    stop = tl.minimum(count, count - n_queries + (block + 1) * BLOCK_T) if CAUSAL else count
+    last = count - n_queries + t
+    stop = tl.minimum(count, count - n_queries + (block + 1) * BLOCK_T)
 
     dtype = b_k.dtype.element_ty
     q = form(
@@ -96,7 +96,7 @@ def prefill_kernel(
     tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
 
 
-def prefill(factored: Factored, scale: float, causal: bool, starts: Tensor | None) -> Tensor:
+def prefill(factored: Factored, scale: float, starts: Tensor | None) -> Tensor:
     """Return the attended values [B, T, H, E] of many queries."""
     q, k = factored.q, factored.k
     shape = sizes(factored)
@@ -108,6 +108,6 @@ def prefill(factored: Factored, scale: float, causal: bool, starts: Tensor | Non
         logit_scale, n_queries, n_keys,
         triton.next_power_of_2(n_queries).bit_length(),
         *strides, **shape,
-        CAUSAL=causal, RAGGED=starts is not None, PRECISION=precision(k.b.dtype),
+        RAGGED=starts is not None, PRECISION=precision(k.b.dtype),
     )  # fmt: skip
     return out
