@@ -63,12 +63,15 @@ def kill(process: subprocess.Popen, with_service: bool) -> None:
 
 
 class Writer:
+    """A process that runs WRITER."""
+
     def __init__(self, folder, attempt: int, resumed_from: int = 0, **variables: str):
         command = [sys.executable, "-c", WRITER, str(folder), str(attempt), str(resumed_from)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment(**variables), **pipes)
 
     def log(self, first: int, last: int) -> None:
+        """Log these steps, and return when W&B's client has them."""
         self.process.stdin.write(f"{first} {last}\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -100,13 +103,10 @@ def values(rows: list[dict]) -> dict[tuple[int, str], list[float | None]]:
 
 
 def losses(server, folder) -> dict[int, list[float]]:
-    """Return what a server has of the training loss, by step."""
-    assert [row["_step"] for row in server[run_id(folder)]["history"]] == list(
-        range(len(server[run_id(folder)]["history"]))
-    )
-    return {
-        step: found for (step, key), found in values(server[run_id(folder)]["history"]).items() if key == "train/loss"
-    }
+    """Return what a server has of the training loss, by step; no row's number is missing."""
+    history = server[run_id(folder)]["history"]
+    assert [row["_step"] for row in history] == list(range(len(history)))
+    return {step: found for (step, key), found in values(history).items() if key == "train/loss"}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_an_evaluation_is_a_job_of_its_own_too(finished):
     )
 
 
-@pytest.mark.parametrize("death", ["trainer", "trainer and service", "trainer and service, while the server was away"])
+@pytest.mark.parametrize("death", ["trainer", "trainer and service, while the server is away"])
 def test_online_nothing_is_lost_or_doubled(death, tmp_path):
     """A run is killed at step 30, goes back to its checkpoint of step 20, and ends at step 40."""
     with wandb_server() as server:
