@@ -23,7 +23,8 @@ from eval import published
 from eval.config import EvalConfig, SuiteConfig
 from eval.harness import HarnessModel
 from eval.loading import LoadedRun
-from eval.results import Outcome, ResultTable
+from eval.results import Outcome
+from eval.tables import Table
 from eval.tasks import download, load_tasks
 from training.ranks import rank
 
@@ -115,7 +116,8 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
     scores = [results[f"{task}/{metric}"] for task, metric in counted.items()]
     if len(scores) > 1 and FRACTIONS.issuperset(counted.values()):
         results["average"] = sum(scores) / len(scores)
-    files = {}
+    table = str(score_table(run, suite.name, counted, results, stderr))
+    files = {".md": table + "\n"}
     if suite.samples:
         lines = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
         files["_samples.jsonl"] = "".join(json.dumps(line, default=str) + "\n" for line in lines)
@@ -128,7 +130,7 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
         tasks={task: task + shots for task in counted},
         versions=versions | {"tasks": found["versions"]},
         details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions},
-        tables={"": score_table(run, suite.name, counted, results, stderr)},
+        shown=table,
         files=files,
     )
 
@@ -163,7 +165,7 @@ def headline(suite: HarnessSuite, task: str, results: dict[str, float]) -> str:
 
 def score_table(
     run: LoadedRun, suite: str, counted: dict[str, str], results: dict[str, float], stderr: dict[str, float]
-) -> ResultTable:
+) -> Table:
     """Return the scores of the run, their standard errors, and the scores of the paper's models of the nearest size.
 
     `counted` has the metric of each task.
@@ -186,7 +188,7 @@ def score_table(
             if has_average:
                 scores.append(row["average"] if is_whole else sum(scores) / len(scores))
             rows.append([f"paper: {row['model']}, {size}", *(f"{score:.2f}" for score in scores)])
-    return ResultTable(header, rows)
+    return Table(header, rows)
 
 
 def shown(key: str, value: float) -> str:

@@ -66,8 +66,8 @@ class LongContextSuite(TextSource):
                 sweeps.append(sweep_of(alike, other, options))
                 if run.runtime.is_main:
                     save(other, self.name, outcome_of(sweeps[-1]), options.limit)
-            outcome.tables["_beside"] = report.table(sweeps)
-            outcome.files["_beside.png"] = partial(report.plot, sweeps)
+            outcome.shown = report.table(sweeps)
+            outcome.files |= {"_beside.md": outcome.shown, "_beside.png": partial(report.plot, sweeps)}
         return outcome
 
 
@@ -86,16 +86,11 @@ def outcome_of(sweep: Sweep) -> Outcome:
             stderr[f"{key}/loss"] = point.stderr
             if point.passkey is not None:
                 results[f"{key}/passkey"] = float(np.mean(point.passkey))
-    files = {".png": partial(report.plot, [sweep])}
+    table = report.table([sweep])
+    files = {".md": table, ".png": partial(report.plot, [sweep])}
     if any(key.endswith("/passkey") for key in results):
         files["_passkey.png"] = partial(report.plot_passkeys, sweep)
-    return Outcome(
-        results,
-        stderr,
-        details={"sweep": dataclasses.asdict(sweep)},
-        tables={"": report.table([sweep])},
-        files=files,
-    )
+    return Outcome(results, stderr, details={"sweep": dataclasses.asdict(sweep)}, shown=table, files=files)
 
 
 def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sweep:

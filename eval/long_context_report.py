@@ -7,7 +7,7 @@ import numpy as np
 
 from eval.perplexity import perplexity
 from eval.plots import plain_ticks
-from eval.results import ResultTable
+from eval.tables import Table
 from training.plots import legend_below, new_figure, save_figure
 
 COLUMNS = ["run", "RoPE", "tokens", "loss", "±", "perplexity", "passkey", "tokens/s", "memory GB"]
@@ -40,7 +40,7 @@ class Sweep:
     points: dict[str, dict[int, Point]] = field(default_factory=dict)
 
 
-def table(sweeps: list[Sweep]) -> ResultTable:
+def table(sweeps: list[Sweep]) -> str:
     """Return a table with a row for each length, run and scaling; those of the same length are below each other."""
     rows = []
     for length in sweeps[0].lengths:
@@ -52,10 +52,10 @@ def table(sweeps: list[Sweep]) -> ResultTable:
                     f"{perplexity(point.loss):,.2f}", "" if point.passkey is None else f"{np.mean(point.passkey):.0%}",
                     f"{point.tokens_per_second:,.0f}", f"{point.memory_gb:.2f}",
                 ])  # fmt: skip
-    notes = title(sweeps[0])
+    notes = [title(sweeps[0])]
     if len({sweep.fingerprint for sweep in sweeps}) > 1:
-        notes += ". The runs have different tokenizers: their losses are not of the same tokens"
-    return ResultTable(COLUMNS, rows, notes)
+        notes.append("The runs have different tokenizers: their losses are not of the same tokens.")
+    return f"{Table(COLUMNS, rows, notes)}\n"
 
 
 def title(sweep: Sweep) -> str:

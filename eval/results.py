@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from configs.errors import ConfigError
 from configs.load import to_dict
@@ -23,27 +22,6 @@ from training.wandb_run import log_evaluation
 
 
 @dataclass
-class ResultTable:
-    header: list[str]
-    rows: list[list[str]]
-    title: str = ""
-
-    def rich(self) -> Table:
-        """Return the table for a terminal."""
-        table = Table(title=self.title or None, box=None, pad_edge=False, title_justify="left")
-        for number, name in enumerate(self.header):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        return f"{self.title}.\n\n{table}" if self.title else table
-
-
-@dataclass
 class Outcome:
     """Results by flat key: `loss`, or `<task>/<metric>` if they belong to tasks."""
 
@@ -52,7 +30,7 @@ class Outcome:
     tasks: dict[str, str] | None = None  # the tasks to log, and the names to log them by; None: there are no tasks
     versions: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)  # what else the JSON file holds: curves, settings
-    tables: dict[str, "ResultTable"] = field(default_factory=dict)  # by the suffix of their file; the last one is shown
+    shown: str = ""  # in the terminal; default: the results
     files: dict[str, str | Callable[[Path], None]] = field(default_factory=dict)  # by suffix: text, or what draws it
 
     def metrics(self, suite: str) -> dict[str, float]:
@@ -65,10 +43,6 @@ class Outcome:
             elif task in self.tasks:
                 named[f"eval/{self.tasks[task]}/{metric}"] = value
         return named
-
-    def all_files(self) -> dict[str, str | Callable[[Path], None]]:
-        """Return `files` and the tables as Markdown, by suffix."""
-        return self.files | {f"{suffix}.md": table.markdown() for suffix, table in self.tables.items()}
 
 
 def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
@@ -85,7 +59,7 @@ def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, varian
     }
     path = run.dir / "results" / f"{suite}{variant}.json"
     path.parent.mkdir(exist_ok=True)
-    for suffix, content in outcome.all_files().items():
+    for suffix, content in outcome.files.items():
         file = path.with_name(path.stem + suffix)
         if callable(content):
             content(file)
@@ -137,17 +111,11 @@ def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> No
     inbox.mkdir(parents=True, exist_ok=True)
     found = {"step": run.step, "tokens": run.tokens, "metrics": metrics}
     write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(found))
-    if is_finished(run.dir):
+    finished = is_finished(run.dir)
+    if finished:
         collect(run.dir, lambda *found: append_line(run.dir / "metrics.jsonl", metrics_line(*found)))
-    log_evaluation(
-        run.dir,
-        run.config.wandb,
-        to_dict(run.config),
-        path.stem,
-        json.loads(path.read_text()),
-        sorted(path.parent.glob(f"{path.stem}*.png")),
-        is_finished(run.dir),
-    )
+    record, plots = json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png"))
+    log_evaluation(run.dir, run.config.wandb, to_dict(run.config), path.stem, record, plots, finished)
 
 
 def collect(
@@ -173,13 +141,12 @@ def collect(
 def show(outcome: Outcome, path: Path) -> None:
     """Print the results and where they are."""
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 120)  # a table is better cut by the terminal than wrapped
-    if outcome.tables:
-        console.print(list(outcome.tables.values())[-1].rich())
+    if outcome.shown:
+        console.print(outcome.shown, markup=False)
     else:
         for name, value in outcome.results.items():
             spread = f"  ± {outcome.stderr[name]:.4f}" if name in outcome.stderr else ""
             console.print(f"{name:>16}  {value:,.4f}{spread}" if isinstance(value, float) else f"{name:>16}  {value:,}")
     console.print(f"{'written to':>16}  {path}")
-    for suffix in outcome.all_files():
+    for suffix in outcome.files:
         console.print(f"{'':>16}  {path.with_name(path.stem + suffix)}")

@@ -135,8 +135,9 @@ def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
         compiled=config.compile,
         vocab_size=tokenizer.vocab_size,
     )
-    is_whole, times, made = True, [], []  # whether nothing cut it off; each step's time and number of new tokens
-    is_single = config.count == 1
+    times: list[float] = []  # of each step
+    made: list[int] = []  # new tokens of each step
+    is_single, is_whole = config.count == 1, True
     show = partial(print, end="", flush=True)
     if is_single:
         show(texts[0].text)

@@ -109,7 +109,7 @@ def logits_at(model: Transformer, batch: list[Row], spans: list[tuple[int, tuple
 
 
 def read(logits: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-    """Return the log-probability of each target, and whether it is the likeliest token; logits [N, V], targets [N]."""
+    """Return each target's log-probability, and whether it is the most likely token; logits [N, V], targets [N]."""
     log_p, greedy = [], []
     for part, wanted in zip(logits.split(VOCABULARY_ROWS), targets.split(VOCABULARY_ROWS), strict=True):
         part = part.float()

@@ -24,6 +24,7 @@ def read_config(run_dir: str | Path) -> Config:
         raise ConfigError(f"{path}: must be a mapping of configuration keys")
     if isinstance(tree.get("core"), dict):
         tree["core"] = upgrade_core(tree["core"])
+    tree["device"] = "auto"  # that of training may not exist on this machine
     return load(tree, Config, world_size=1)
 
 

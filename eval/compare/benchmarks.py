@@ -5,7 +5,8 @@ import statistics
 from eval import published
 from eval.compare.collect import Method
 from eval.compare.statistics import estimate
-from eval.compare.tables import DASH, Table, count, with_interval
+from eval.compare.tables import DASH, count, with_interval
+from eval.tables import Table
 
 
 def evaluations(methods: list[Method], confidence: float) -> dict[str, Table]:

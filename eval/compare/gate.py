@@ -7,7 +7,8 @@ from pathlib import Path
 from configs.errors import ConfigError
 from data.files import write_atomic
 from eval.compare.collect import Run
-from eval.compare.tables import DASH, Table, number
+from eval.compare.tables import DASH, number
+from eval.tables import Table
 
 # Whether less or more is better, by the end of a metric's name. Others are shown and not judged.
 LOWER = ("loss", "perplexity", "bits_per_byte", "memory_gb", "skipped_steps")

@@ -14,7 +14,8 @@ from eval.compare import plots, tables
 from eval.compare.benchmarks import evaluations
 from eval.compare.collect import Method
 from eval.compare.fairness import Fairness, verdict
-from eval.compare.tables import Question, Table
+from eval.compare.tables import Question
+from eval.tables import Table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1180px; margin: 2em auto; padding: 0 1.2em; }

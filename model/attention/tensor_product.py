@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from model.attention.base import QKV, Attention, AttentionConfig, AttentionCore, Dense, unit_rms
-from model.attention.multi_head import MultiHeadAttention
 from model.cache import Shapes
 
 
@@ -243,26 +242,3 @@ class TensorProductAttention(Attention):
         if self.config.qk_norm and "a_k" not in kept:  # the norms, which went into a_k, are those of b_k, turned or not
             k = k.unit_rms()
         return Factored(qkv.q, k, v)
-
-
-@torch.no_grad()
-def from_multi_head(attention: MultiHeadAttention) -> TensorProductAttention:
-    """Return the TPA that equals an MHA, GQA or MQA module: fixed head factors, its weights as token factors.
-
-    Section 3.3: A_q = H I with R_q = H. For keys and values R = G: MHA has A = H I (G = H), MQA a column of ones
-    (G = 1), GQA G times the mask of each group's heads.
-    """
-    heads, groups = attention.config.n_heads, attention.config.kv_heads
-    options = {key: value for key, value in attention.config if key in AttentionConfig.model_fields}
-    config = TensorProductConfig(**options, q_rank=heads, k_rank=groups, v_rank=groups, contextual_a=False)
-    d_model = attention.qkv_proj.in_features
-    made = TensorProductAttention(config, d_model, attention.core).to(attention.qkv_proj.weight)
-    made.factor_proj.weight.copy_(attention.qkv_proj.weight)  # q, k, v by head: the token factors of rank H, G, G
-    made.out_proj.weight.copy_(attention.out_proj.weight)
-    if made.gate_proj is not None:
-        made.gate_proj.weight.copy_(attention.gate_proj.weight)
-    groups_of_heads = torch.eye(groups).repeat_interleave(heads // groups, dim=0)  # [H, G]: whose keys a head reads
-    fixed = {"a_q": heads * torch.eye(heads), "a_k": groups * groups_of_heads, "a_v": groups * groups_of_heads}
-    for name, factor in fixed.items():
-        getattr(made, name).copy_(factor).requires_grad_(False)
-    return made

@@ -1,4 +1,4 @@
-"""`python -m eval.sample` on a real run: text on standard output, facts beside it on standard error."""
+"""`python -m eval.sample` on a real run: text on standard output, facts about it on standard error."""
 
 import io
 import re

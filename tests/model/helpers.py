@@ -3,7 +3,12 @@
 import os
 from pathlib import Path
 
+import torch
+
 from configs.app import choices, configured
+from model.attention.base import AttentionConfig
+from model.attention.multi_head import MultiHeadAttention
+from model.attention.tensor_product import TensorProductAttention, TensorProductConfig
 from model.transformer import Transformer, TransformerConfig
 from training.config import Config
 
@@ -36,3 +41,26 @@ def wake_up(model: Transformer) -> Transformer:
         block.attention.out_proj.reset_parameters()
         block.mlp.down_proj.reset_parameters()
     return model
+
+
+@torch.no_grad()
+def from_multi_head(attention: MultiHeadAttention) -> TensorProductAttention:
+    """Return the TPA that equals an MHA, GQA or MQA module: fixed head factors, its weights as token factors.
+
+    Section 3.3: A_q = H I with R_q = H. For keys and values R = G: MHA has A = H I (G = H), MQA a column of ones
+    (G = 1), GQA G times the mask of each group's heads.
+    """
+    heads, groups = attention.config.n_heads, attention.config.kv_heads
+    options = {key: value for key, value in attention.config if key in AttentionConfig.model_fields}
+    config = TensorProductConfig(**options, q_rank=heads, k_rank=groups, v_rank=groups, contextual_a=False)
+    d_model = attention.qkv_proj.in_features
+    made = TensorProductAttention(config, d_model, attention.core).to(attention.qkv_proj.weight)
+    made.factor_proj.weight.copy_(attention.qkv_proj.weight)  # q, k, v by head: the token factors of rank H, G, G
+    made.out_proj.weight.copy_(attention.out_proj.weight)
+    if made.gate_proj is not None:
+        made.gate_proj.weight.copy_(attention.gate_proj.weight)
+    groups_of_heads = torch.eye(groups).repeat_interleave(heads // groups, dim=0)  # [H, G]: whose keys a head reads
+    fixed = {"a_q": heads * torch.eye(heads), "a_k": groups * groups_of_heads, "a_v": groups * groups_of_heads}
+    for name, factor in fixed.items():
+        getattr(made, name).copy_(factor).requires_grad_(False)
+    return made

@@ -1,20 +1,19 @@
 """The numbers of arXiv 2501.06425 come out of the formulas."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.app import compose
-from configs.load import load
-from configs.schema import ConfigError, parse_bytes
+from configs.app import configured
+from configs.errors import Mistakes
 from model import counting
-from model.counting.__main__ import load_counting, main
-from model.counting.match import match_params
-from model.transformer import Transformer, TransformerConfig
+from model.attention.latent import LatentConfig
+from model.cores.full import Full
+from model.counting.match import decide, match_params
+from model.transformer import SizeConfig, Transformer
 from tests.model.helpers import MODELS, PACKAGED, small_network
+from training.config import Config
 
 PAPER_HEADS = {  # small, medium, large, xl
     "mha": (12, 16, 20, 25),
@@ -35,7 +34,7 @@ CACHE_NUMBERS = {
 
 
 def network(*overrides):
-    return TransformerConfig.from_config(load(compose("train", ["tokenizer=gpt2", *overrides])))
+    return configured(Config, ["tokenizer=gpt2", *overrides]).network()
 
 
 @pytest.mark.parametrize("model", PAPER_HEADS)
@@ -116,7 +115,7 @@ def test_matching_by_flops_is_the_closest_head_count(model):
     net = network(f"model={model}", "size=medium", "size.match=flops", "trainer.seq_len=4096")
     costs = {}
     for step in (-1, 0, 1):
-        a = dataclasses.replace(net.attention, n_heads=net.attention.n_heads + step * net.attention.head_multiple)
+        a = net.attention.replace(n_heads=net.attention.n_heads + step * net.attention.head_multiple)
         costs[step] = abs(counting.over_mha(a, net.core, 1024, 4096)["flops"] - 1)
     assert costs[0] == min(costs.values()) < 0.05
 
@@ -130,58 +129,18 @@ def test_matching_by_cache_turns_the_ranks_and_keeps_the_parameters(model):
         assert net.attention.k_rank == net.attention.v_rank > 2
 
 
-def test_what_cannot_be_matched_is_said(capsys):
-    assert (
-        main(load_counting(compose("counting", ["models=[mla]", "sizes=[tiny]", "overrides=['size.d_model=64']"]))) == 0
-    )
-    assert "mla tiny: no match within 5%: params are 1." in capsys.readouterr().out
-
-
-def test_the_table_has_every_mechanism_and_size(capsys):
-    assert main(load_counting(compose("counting", ["memory=24GiB", "detail=true"]))) == 0
-    out = capsys.readouterr().out
-    rows = {
-        tuple(line.split()[:2]): line.split() for line in out.splitlines() if line.startswith("  ") and line.strip()
-    }
-    rows.pop(("size", "model"))
-    assert len(rows) == 5 * len(PACKAGED)
-    assert rows["small", "t6"][2:5] == ["34", "124.3", "1.027"] and rows["xl", "mha"][2:5] == ["25", "1554.9", "1.000"]
-    longest = int(rows["xl", "mha"][-1].replace(",", ""))
-    used = 2 * 1_554_892_800 + longest * 307_200
-    assert used <= 24 * 2**30 < used + 307_200
-
-
-def test_the_tables_vocabulary(capsys):
-    """GPT-2's unless another is given, as a group, by a key of it, or for every configuration."""
-    one, own = ["models=[mha]", "sizes=[tiny]"], 11_427_840 - 50304 * 192  # what is not the embedding
-    for given, rows in {
-        "detail=true": 50304,
-        "tokenizer=sentencepiece": 4096,
-        "tokenizer.vocab_size=1000": 1024,
-        "overrides=['tokenizer=sentencepiece']": 4096,
-    }.items():
-        assert main(load_counting(compose("counting", [*one, given]))) == 0
-        assert f"{(own + rows * 192) / 1e6:.1f}" in capsys.readouterr().out.split(), given
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("24GiB", 24 * 2**30), ("80GB", 80e9), ("1.5 TiB", 1.5 * 2**40), ("7MB", 7e6)]
-)
-def test_memory_sizes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("memory=lots", "memory=lots: must be a size such as 24GiB"),
-        ("models=[t7]", "no such model"),
-        ("match=heads", "match='heads': must be"),
-    ],
-)
-def test_bad_counting_settings(override, message):
-    with pytest.raises(ConfigError, match=message):
-        load_counting(compose("counting", [override]))
+def test_what_is_missing_or_wrong_once_the_size_has_decided():
+    size, ranks = SizeConfig(name="odd", n_layers=1, d_model=64), {"q_lora_rank": 8, "kv_lora_rank": 0}
+    for by_size, mistakes in (
+        ({}, [f"model.{key} is null, and" for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim")]),
+        ({"odd": ranks}, ["model.qk_rope_head_dim is null, and model.by_size has no value for this size: set it"]),
+        ({"default": ranks | {"qk_rope_head_dim": 5}}, ["model.kv_lora_rank=0: must be at least 1"]),
+        ({"default": ranks | {"kv_lora_rank": 4}, "odd": {"qk_rope_head_dim": 5}}, ["model.qk_rope_head_dim=5: RoPE"]),
+    ):
+        with pytest.raises(Mistakes) as found:
+            decide(LatentConfig(name="mla", by_size=by_size), Full(), size, seq_len=128)
+        for line, start in zip(found.value.lines, mistakes, strict=True):
+            assert line.startswith(start)
 
 
 @pytest.mark.parametrize("model", PACKAGED)

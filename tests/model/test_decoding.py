@@ -8,13 +8,12 @@ from torch._dynamo.testing import CompileCounter
 
 from model import counting
 from model.attention.base import Dense
-from model.attention.tensor_product import from_multi_head
 from model.cache import BLOCK, KVCache, Part
 from model.cores.full import Full
 from model.generation import decode_step, prefill
 from model.mask import AttentionMask
 from model.transformer import Transformer
-from tests.model.helpers import FACTORED, MODELS, PACKAGED, config_of, small_network, wake_up
+from tests.model.helpers import FACTORED, MODELS, PACKAGED, config_of, from_multi_head, small_network, wake_up
 
 END = 7
 OPTIONS = ["model.qk_norm=true", "model.output_gate=true", "model.rope_fraction=0.5"]

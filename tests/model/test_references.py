@@ -8,12 +8,12 @@ import torch
 from model.attention.base import Dense, unit_rms
 from model.attention.latent import LatentAttention
 from model.attention.multi_head import MultiHeadAttention, MultiHeadConfig
-from model.attention.tensor_product import Factors, TensorProductAttention, TensorProductConfig, from_multi_head
+from model.attention.tensor_product import Factors, TensorProductAttention, TensorProductConfig
 from model.cores.full import Full
 from model.mask import AttentionMask
 from model.rope import apply_rope, rope_tables
 from model.transformer import Transformer
-from tests.model.helpers import PACKAGED, small_network, wake_up
+from tests.model.helpers import PACKAGED, from_multi_head, small_network, wake_up
 
 T = 7  # odd on purpose
 

@@ -1,13 +1,13 @@
 """What the kernels share: how they read factors, and how they are launched."""
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from model.attention.tensor_product import Factors
+from model.attention.tensor_product import Factored, Factors
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MANY_RANKS = 16  # of keys and values together
@@ -18,7 +18,7 @@ LAYOUT = ["ak_s", "bv_s", "PRECISION"]
 
 @triton.jit
 def load_rows(base, stride, s, held, c_base, c_stride, D: tl.constexpr, D_B: tl.constexpr, BLOCK: tl.constexpr):
-    """The token factors of some tokens [len(s), BLOCK], 0 where not `held` and past D; in third order vec(b x c)."""
+    """Return some tokens' B [len(s), BLOCK], 0 if not `held` and past D; in third order it is vec(b x c)."""
     d = tl.arange(0, BLOCK)
     if D_B == D:
         return tl.load(base + s[:, None] * stride + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0)
@@ -28,26 +28,25 @@ def load_rows(base, stride, s, held, c_base, c_stride, D: tl.constexpr, D_B: tl.
     return b * c
 
 
-@triton.jit
-def head_factor(pointers, inside, SIGMOID: tl.constexpr):
-    """Head factors in fp32, 0 where not `inside`; `SIGMOID` where memory holds them before their sigmoid."""
-    a = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    if SIGMOID:
-        a = tl.where(inside, 1 / (1 + tl.exp2(-1.4426950408889634 * a)), 0.0)
-    return a
+def operands(factored: Factored, scale: float) -> tuple[list, list[int], float]:
+    """Return a, b, c of q, k and v as the kernels take them, their strides, and the scale of logits to base 2.
+
+    Strides of a are over batch, tokens, heads and ranks; of b and c over batch, tokens and ranks, with features next to
+    each other. What a variant lacks is b again, and unused.
+    """
+    tensors, strides = [], []
+    for part in (factored.q, factored.k, factored.v):
+        b, c = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (part.b, part.c))
+        a, c = (b if x is None else x for x in (part.a, c))
+        tensors += [a, b, c]
+        strides += [*a.stride(), *b.stride()[:3], *c.stride()[:3]]
+    ranks = factored.k.a.size(-1) * (1 if factored.q.a is None else factored.q.a.size(-1))
+    return tensors, strides, scale * math.log2(math.e) / ranks
 
 
-def operands(factors: Factors) -> tuple[list, list[int]]:
-    """(a, b, c) as the kernels take them, and their strides: of a over batch, tokens, heads, ranks; of b and c over
-    batch, tokens, ranks, with features next to each other. What a variant lacks is b again, and unused."""
-    b = factors.b if factors.b.stride(-1) == 1 else factors.b.contiguous()
-    a = b if factors.a is None else factors.a
-    c = b if factors.c is None else factors.c if factors.c.stride(-1) == 1 else factors.c.contiguous()
-    return [a, b, c], [*a.stride(), *b.stride()[:3], *c.stride()[:3]]
-
-
-def sizes(q: Factors, k: Factors, v: Factors) -> dict[str, int | bool]:
-    """The compile-time constants of the factors' shapes."""
+def sizes(factored: Factored) -> dict[str, int | bool]:
+    """Return the compile-time constants of the factors' shapes."""
+    q, k, v = factored.q, factored.k, factored.v
 
     def width(factors: Factors) -> int:
         return factors.b.size(-1) * (1 if factors.c is None else factors.c.size(-1))
@@ -66,27 +65,19 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """fp32 products are exact unless PyTorch's are allowed to be TF32."""
+    """Return how products are computed: those of fp32 are exact unless PyTorch's may be TF32."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def worth_trying(configs: list, arguments: dict, **constants) -> list:
-    """All configurations, but for high ranks the last, small one alone.
+    """Return all configurations, but for high ranks only the last, small one.
 
     Loops over ranks are unrolled, so that each would take up to minutes to compile, and few of them fit.
     """
     return configs[-1:] if constants.get("R_K", 0) + constants.get("R_V", 0) > MANY_RANKS else configs
 
 
-def autotuned(configs: list[dict], key: list[str]):
-    """`triton.autotune` over the configurations on a GPU; the first of them in the interpreter."""
-    made = [
-        triton.Config({k: v for k, v in c.items() if k.isupper()}, **{k: v for k, v in c.items() if not k.isupper()})
-        for c in configs
-    ]
+def autotuned(configs: list[triton.Config], key: list[str]):
+    """Return `triton.autotune` over the configurations on a GPU, or over the first of them in the interpreter."""
     prune = {"early_config_prune": worth_trying}
-    return triton.autotune(made[:1] if INTERPRETED else made, key=key, prune_configs_by=prune)
-
-
-def like_output(q: Factors, v: Factors, heads: int, width: int) -> Tensor:
-    return q.b.new_empty(*q.b.shape[:2], heads, width)
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key=key, prune_configs_by=prune)

@@ -7,34 +7,22 @@ splits by their log-sum-exp. Lengths are read on the device and the grid depends
 CUDA graphs hold it.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from model.attention.tensor_product import Factored
-from model.cores.kernels.gpu.common import (
-    LAYOUT,
-    autotuned,
-    head_factor,
-    like_output,
-    load_rows,
-    multiprocessors,
-    operands,
-    precision,
-    sizes,
-)
+from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, multiprocessors, operands, precision, sizes
 
 MAX_SPLITS = 128
-SPLIT_KEYS = 256  # a split has at least so many keys
+SPLIT_KEYS = 256  # the least number of keys of a split
 CONFIGS = [
-    {"BLOCK_S": s, "num_warps": w, "num_stages": n}
+    triton.Config({"BLOCK_S": s}, num_warps=w, num_stages=n)
     for s, w, n in ((64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3), (64, 8, 3), (256, 8, 2))
 ]
 # One stage keeps no tiles waiting in shared memory: what fits where high ranks or wide heads rule out the others.
-SMALL = {"BLOCK_S": 32, "num_warps": 4, "num_stages": 1}
+SMALL = triton.Config({"BLOCK_S": 32}, num_warps=4, num_stages=1)
 
 
 @autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "BLOCK_C", "bucket", *LAYOUT])
@@ -48,10 +36,10 @@ def split_kernel(
     H: tl.constexpr, R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr, DENSE_Q: tl.constexpr,
     D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """partial [B, splits, T H, E], normalised within the split, and lse [B, splits, T H] to base 2."""
+    """Fill partial [B, splits, T H, E], normalised within the split, and lse [B, splits, T H] to base 2."""
     split, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < n_queries * H
@@ -73,7 +61,8 @@ def split_kernel(
             rows = c_q + row * cq_b + (t * cq_t + rank * cq_r)[None, :]
             factor *= tl.load(rows + (d // D_B)[:, None], mask=loaded, other=0.0)
         if not DENSE_Q:
-            factor *= head_factor(a_q + row * aq_b + t * aq_t + h * aq_h + r * aq_r, inside, SIGMOID)[None, :]
+            heads = a_q + row * aq_b + t * aq_t + h * aq_h + r * aq_r
+            factor *= tl.load(heads, mask=inside, other=0.0).to(tl.float32)[None, :]
         q += factor
     q = (q * scale).to(b_k.dtype.element_ty)
 
@@ -85,7 +74,7 @@ def split_kernel(
     values = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
     s = tl.arange(0, BLOCK_S)
     for begin in tl.range(first, stop, BLOCK_S):
-        at = row * 0 + begin  # 64 bits: a cache may have more than 2^31 numbers
+        at = tl.cast(begin, tl.int64)  # a cache may have more than 2^31 numbers
         held = begin + s < stop
         both = held[:, None] & inside[None, :]
         logits = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
@@ -94,9 +83,8 @@ def split_kernel(
                 b_k + row * bk_b + at * bk_s + r * bk_r, bk_s, s, held,
                 c_k + row * ck_b + at * ck_s + r * ck_r, ck_s, D, D_B, BLOCK_D,
             )  # fmt: skip
-            a = head_factor(
-                a_k + row * ak_b + at * ak_s + r * ak_r + s[:, None] * ak_s + h[None, :] * ak_h, both, SIGMOID
-            )
+            a_rows = a_k + row * ak_b + at * ak_s + r * ak_r + s[:, None] * ak_s + h[None, :] * ak_h
+            a = tl.load(a_rows, mask=both, other=0.0).to(tl.float32)
             logits += a * tl.dot(b, q, input_precision=PRECISION)
         logits = tl.where(held[:, None] & (begin + s[:, None] <= last[None, :]), logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 0))
@@ -110,9 +98,8 @@ def split_kernel(
                 b_v + row * bv_b + at * bv_s + r * bv_r, bv_s, s, held,
                 c_v + row * cv_b + at * cv_s + r * cv_r, cv_s, E, E_B, BLOCK_E,
             )  # fmt: skip
-            a = head_factor(
-                a_v + row * av_b + at * av_s + r * av_r + s[:, None] * av_s + h[None, :] * av_h, both, SIGMOID
-            )
+            a_rows = a_v + row * av_b + at * av_s + r * av_r + s[:, None] * av_s + h[None, :] * av_h
+            a = tl.load(a_rows, mask=both, other=0.0).to(tl.float32)
             values += tl.dot(tl.trans(b), (weights * a).to(b.dtype), input_precision=PRECISION)
         top = higher
 
@@ -126,7 +113,7 @@ def split_kernel(
 @triton.jit
 def merge_kernel(partial, lse, out, n_splits, n_columns, R_V: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
                  BLOCK_SPLITS: tl.constexpr):  # fmt: skip
-    """out [B, T H, E]: the splits' values weighted by their shares of the softmax, over R_V."""
+    """Fill out [B, T H, E]: the splits' values weighted by their shares of the softmax, over R_V."""
     column, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, e = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_E)
     place = (row * n_splits + i) * n_columns + column
@@ -141,19 +128,17 @@ def merge_kernel(partial, lse, out, n_splits, n_columns, R_V: tl.constexpr, E: t
 
 
 def count_splits(device: torch.device, batch: int, column_blocks: int, n_keys: int) -> int:
-    """Enough ranges of keys for two programs a multiprocessor: from shapes alone, so that a CUDA graph keeps it."""
+    """Return enough ranges of keys for two programs a multiprocessor: from shapes alone, so a CUDA graph keeps it."""
     wanted = -(-2 * multiprocessors(device) // (batch * column_blocks))
     return max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
 
 
 def decode(
-    factored: Factored, scale: float, causal: bool = True, starts: Tensor | None = None, sigmoid: bool = False,
-    n_splits: int | None = None,
-) -> Tensor:  # fmt: skip
-    """[B, T, H, E] for few queries and S keys in a cache; arguments as `flash_tpa`'s. `sigmoid`: the head factors in
-    memory are those before their sigmoid."""
-    q, k, v = factored.q, factored.k, factored.v
-    shape = sizes(q, k, v)
+    factored: Factored, scale: float, causal: bool, starts: Tensor | None, n_splits: int | None = None
+) -> Tensor:
+    """Return the attended values [B, T, H, E] of few queries and S keys in a cache."""
+    q, k = factored.q, factored.k
+    shape = sizes(factored)
     batch, n_queries, n_keys = q.b.size(0), q.b.size(1), k.b.size(1)
     heads, width = shape["H"], shape["E"]
     columns = n_queries * heads
@@ -162,15 +147,14 @@ def decode(
     n_splits = n_splits or count_splits(q.b.device, batch, column_blocks, n_keys)
     partial = q.b.new_empty(batch, n_splits, columns, width, dtype=torch.float32)
     lse = q.b.new_empty(batch, n_splits, columns, dtype=torch.float32)
-    out = like_output(q, v, heads, width)
-    (args_q, strides_q), (args_k, strides_k), (args_v, strides_v) = (operands(part) for part in (q, k, v))
-    rank_q = 1 if q.a is None else q.a.size(-1)
+    out = q.b.new_empty(batch, n_queries, heads, width)
+    tensors, strides, logit_scale = operands(factored, scale)
     split_kernel[(n_splits, column_blocks, batch)](
-        *args_q, *args_k, *args_v, lse if starts is None else starts.contiguous(), partial, lse,
-        scale * math.log2(math.e) / (rank_q * shape["R_K"]), n_queries, n_keys, n_splits,
+        *tensors, lse if starts is None else starts.contiguous(), partial, lse,
+        logit_scale, n_queries, n_keys, n_splits,
         triton.next_power_of_2(max(1, batch * n_keys)).bit_length(),
-        *strides_q, *strides_k, *strides_v, **shape,
-        CAUSAL=causal, RAGGED=starts is not None, SIGMOID=sigmoid, PRECISION=precision(k.b.dtype), BLOCK_C=block,
+        *strides, **shape,
+        CAUSAL=causal, RAGGED=starts is not None, PRECISION=precision(k.b.dtype), BLOCK_C=block,
     )  # fmt: skip
     merge_kernel[(columns, batch)](
         partial, lse, out, n_splits, columns, shape["R_V"], width, shape["BLOCK_E"],

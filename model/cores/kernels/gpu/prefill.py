@@ -4,51 +4,34 @@ A program has a block of queries of one head. It reads b_k and b_v, which all he
 and a few numbers of a_k and a_v a token; keys and values never reach memory.
 """
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from model.attention.tensor_product import Factored
-from model.cores.kernels.gpu.common import (
-    LAYOUT,
-    autotuned,
-    head_factor,
-    like_output,
-    load_rows,
-    operands,
-    precision,
-    sizes,
-)
+from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, operands, precision, sizes
 
 CONFIGS = [
-    {"BLOCK_T": t, "BLOCK_S": s, "num_warps": w, "num_stages": n}
+    triton.Config({"BLOCK_T": t, "BLOCK_S": s}, num_warps=w, num_stages=n)
     for t, s, w, n in (
-        (64, 64, 4, 2),
-        (64, 32, 4, 3),
-        (128, 64, 4, 2),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
+        (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)
     )
-]
-SMALL = {"BLOCK_T": 32, "BLOCK_S": 32, "num_warps": 4, "num_stages": 1}  # what fits, as in decoding
+]  # fmt: skip
+SMALL = triton.Config({"BLOCK_T": 32, "BLOCK_S": 32}, num_warps=4, num_stages=1)  # what fits, as in decoding
 
 
 @triton.jit
 def form(
     a, b, c, a_t, a_h, a_r, b_t, b_r, c_t, c_r, t, h, inside,
     R: tl.constexpr, DENSE: tl.constexpr, D: tl.constexpr, D_B: tl.constexpr, BLOCK: tl.constexpr,
-    SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """R times the queries, keys or values of head h of some tokens, [len(t), BLOCK] in fp32."""
+    """Return R times the queries, keys or values of head h of some tokens, [len(t), BLOCK] in fp32."""
     made = tl.zeros((t.shape[0], BLOCK), tl.float32)
     for r in tl.static_range(1 if DENSE else R):
         rank = h if DENSE else r
         rows = load_rows(b + rank * b_r, b_t, t, inside, c + rank * c_r, c_t, D, D_B, BLOCK).to(tl.float32)
         if not DENSE:
-            rows *= head_factor(a + t * a_t + h * a_h + r * a_r, inside, SIGMOID)[:, None]
+            rows *= tl.load(a + t * a_t + h * a_h + r * a_r, mask=inside, other=0.0).to(tl.float32)[:, None]
         made += rows
     return made
 
@@ -64,7 +47,7 @@ def prefill_kernel(
     H: tl.constexpr, R_Q: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr, DENSE_Q: tl.constexpr,
     D: tl.constexpr, D_B: tl.constexpr, E: tl.constexpr, E_B: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -80,7 +63,7 @@ def prefill_kernel(
     dtype = b_k.dtype.element_ty
     q = form(
         a_q + row * aq_b, b_q + row * bq_b, c_q + row * cq_b, aq_t, aq_h, aq_r, bq_t, bq_r, cq_t, cq_r, t, h, inside,
-        R_Q, DENSE_Q, D, D_B, BLOCK_D, SIGMOID,
+        R_Q, DENSE_Q, D, D_B, BLOCK_D,
     )  # fmt: skip
     q = (q * scale).to(dtype)
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
@@ -88,11 +71,11 @@ def prefill_kernel(
     values = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     s = tl.arange(0, BLOCK_S)
     for begin in tl.range(0, stop, BLOCK_S):
-        at = row * 0 + begin  # 64 bits: a cache may have more than 2^31 numbers
+        at = tl.cast(begin, tl.int64)  # a cache may have more than 2^31 numbers
         held = begin + s < count
         k = form(
             a_k + row * ak_b + at * ak_s, b_k + row * bk_b + at * bk_s, c_k + row * ck_b + at * ck_s,
-            ak_s, ak_h, ak_r, bk_s, bk_r, ck_s, ck_r, s, h, held, R_K, False, D, D_B, BLOCK_D, SIGMOID,
+            ak_s, ak_h, ak_r, bk_s, bk_r, ck_s, ck_r, s, h, held, R_K, False, D, D_B, BLOCK_D,
         ).to(dtype)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(held[None, :] & (begin + s[None, :] <= last[:, None]), logits, float("-inf"))
@@ -103,7 +86,7 @@ def prefill_kernel(
         norm = norm * correction + tl.sum(weights, 1)
         v = form(
             a_v + row * av_b + at * av_s, b_v + row * bv_b + at * bv_s, c_v + row * cv_b + at * cv_s,
-            av_s, av_h, av_r, bv_s, bv_r, cv_s, cv_r, s, h, held, R_V, False, E, E_B, BLOCK_E, SIGMOID,
+            av_s, av_h, av_r, bv_s, bv_r, cv_s, cv_r, s, h, held, R_V, False, E, E_B, BLOCK_E,
         ).to(dtype)  # fmt: skip
         values = values * correction[:, None] + tl.dot(weights.to(dtype), v, input_precision=PRECISION)
         top = higher
@@ -113,20 +96,18 @@ def prefill_kernel(
     tl.store(out + place, values.to(out.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
 
 
-def prefill(factored: Factored, scale: float, causal: bool = True, starts: Tensor | None = None,
-            sigmoid: bool = False) -> Tensor:  # fmt: skip
-    """[B, T, H, E]; arguments as `decode`'s."""
-    q, k, v = factored.q, factored.k, factored.v
-    shape = sizes(q, k, v)
+def prefill(factored: Factored, scale: float, causal: bool, starts: Tensor | None) -> Tensor:
+    """Return the attended values [B, T, H, E] of many queries."""
+    q, k = factored.q, factored.k
+    shape = sizes(factored)
     batch, n_queries, n_keys = q.b.size(0), q.b.size(1), k.b.size(1)
-    out = like_output(q, v, shape["H"], shape["E"])
-    (args_q, strides_q), (args_k, strides_k), (args_v, strides_v) = (operands(part) for part in (q, k, v))
-    rank_q = 1 if q.a is None else q.a.size(-1)
+    out = q.b.new_empty(batch, n_queries, shape["H"], shape["E"])
+    tensors, strides, logit_scale = operands(factored, scale)
     prefill_kernel[lambda meta: (triton.cdiv(n_queries, meta["BLOCK_T"]), shape["H"], batch)](
-        *args_q, *args_k, *args_v, out if starts is None else starts.contiguous(), out,
-        scale * math.log2(math.e) / (rank_q * shape["R_K"]), n_queries, n_keys,
+        *tensors, out if starts is None else starts.contiguous(), out,
+        logit_scale, n_queries, n_keys,
         triton.next_power_of_2(n_queries).bit_length(),
-        *strides_q, *strides_k, *strides_v, **shape,
-        CAUSAL=causal, RAGGED=starts is not None, SIGMOID=sigmoid, PRECISION=precision(k.b.dtype),
+        *strides, **shape,
+        CAUSAL=causal, RAGGED=starts is not None, PRECISION=precision(k.b.dtype),
     )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
-"""One hop of attention over a folded sequence, both tracks in one pass: `model.cores.two_tracks` says what they are.
+"""One hop of attention over a folded sequence, both tracks in one pass: `model.cores.sequence_tensor` defines them.
 
-A program has a block of queries of one line (an axis at fixed other coordinates) and one head, and reads tokens where
-they lie, so that folding copies nothing. Both tracks have the same scores: the online softmax runs over the keys before
-the block, branches at the diagonal for the open track, which ends there, and goes on over the rest for the closed one.
+A program has a block of queries of one line (an axis at fixed other coordinates) and one head, and reads tokens in
+place, so that folding copies nothing. Both tracks have the same scores: the online softmax runs over the keys before
+the block, branches at the diagonal for the open track, which ends there, and continues for the closed one.
 """
 
 import math
@@ -15,16 +15,16 @@ from torch import Tensor
 from model.cores.kernels.gpu.common import autotuned, precision
 
 CONFIGS = [
-    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s)
     for m, n, w, s in ((32, 16, 4, 3), (16, 16, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3))
 ]
-SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}  # what fits with wide heads
+SMALL = triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)  # what fits with wide heads
 KEY = ["bucket", "D", "E", "CLOSED"]
 
 
 @triton.jit
 def find_line(n_blocks, n_heads, n_tokens, inner, outer, size):
-    """(block, head, batch row, the line's first token, how many tokens it has), in 64 bits where they are offsets."""
+    """Return (block, head, batch row, the line's first token, how many tokens it has), offsets in 64 bits."""
     program = tl.program_id(0).to(tl.int64)
     block = (program % n_blocks).to(tl.int32)
     head = (program // n_blocks % n_heads).to(tl.int32)
@@ -37,15 +37,26 @@ def find_line(n_blocks, n_heads, n_tokens, inner, outer, size):
 
 @triton.jit
 def load_tile(base, step, i, there, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows i of a line from `base`, `step` apart, [len(i), BLOCK]; 0 where not `there`."""
+    """Return rows i of a line from `base`, `step` apart, [len(i), BLOCK], with 0 for what is not `there`."""
     n = tl.arange(0, BLOCK)
     rows = base + i[:, None].to(tl.int64) * step
     return tl.load(rows + n[None, :], mask=there[:, None] & (n < N)[None, :], other=0.0)
 
 
 @triton.jit
+def load_pair(
+    k, values, first, n, count, inner, k_t, v_t, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Return keys and values of a line from its step `first` on, [len(n), BLOCK_D] and [len(n), BLOCK_E]."""
+    at, there = tl.cast(first, tl.int64) * inner, first + n < count
+    k_tile = load_tile(k + at * k_t, inner * k_t, n, there, D, BLOCK_D)
+    return k_tile, load_tile(values + at * v_t, inner * v_t, n, there, E, BLOCK_E)
+
+
+@triton.jit
 def accumulate(top, norm, sums, logits, v, PRECISION: tl.constexpr):
-    """One step of the online softmax, to base 2."""
+    """Return the online softmax, to base 2, after one more tile."""
     higher = tl.maximum(top, tl.max(logits, 1))
     weights = tl.exp2(logits - higher[:, None])
     correction = tl.exp2(top - higher)
@@ -64,7 +75,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """opened and closed [B, T, H, E], and the log-sum-exp to base 2 of their scores [B, T, H]."""
+    """Fill opened and closed [B, T, H, E], and the log-sum-exp to base 2 of their scores [B, T, H]."""
     block, head, row, start, count = find_line(tl.cdiv(size, BLOCK_M), n_heads, n_tokens, inner, outer, size)
     first = block * BLOCK_M
     if first >= count:
@@ -72,7 +83,7 @@ def forward_kernel(
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     i = first + m
     there = i < count
-    at = start + (row * 0 + first) * inner  # the block's first token, in 64 bits
+    at = start + tl.cast(first, tl.int64) * inner  # the block's first token
     q_tile = load_tile(q + row * q_b + at * q_t + head * q_h, inner * q_t, m, there, D, BLOCK_D)
     k += row * k_b + start * k_t + head // GROUP_K * k_h
     values += row * v_b + start * v_t + head // GROUP_V * v_h
@@ -81,20 +92,15 @@ def forward_kernel(
     norm = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for begin in tl.range(0, first, BLOCK_N):
-        past = (row * 0 + begin) * inner
-        there_j = begin + n < count  # always; keeps the loads alike
-        k_tile = load_tile(k + past * k_t, inner * k_t, n, there_j, D, BLOCK_D)
-        v_tile = load_tile(values + past * v_t, inner * v_t, n, there_j, E, BLOCK_E)
+        k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
 
     open_top, open_norm, open_sums = top, norm, sums
     own_weight = tl.zeros((BLOCK_M,), tl.float32)
     for begin in tl.range(first, first + BLOCK_M, BLOCK_N):
-        here = (row * 0 + begin) * inner
         j = begin + n
-        k_tile = load_tile(k + here * k_t, inner * k_t, n, j < count, D, BLOCK_D)
-        v_tile = load_tile(values + here * v_t, inner * v_t, n, j < count, E, BLOCK_E)
+        k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         logits = tl.where((j < count)[None, :], logits, float("-inf"))
         seen = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
@@ -121,12 +127,9 @@ def forward_kernel(
 
     if CLOSED:
         for begin in tl.range(first + BLOCK_M, count, BLOCK_N):
-            rest = (row * 0 + begin) * inner
-            there_j = begin + n < count
-            k_tile = load_tile(k + rest * k_t, inner * k_t, n, there_j, D, BLOCK_D)
-            v_tile = load_tile(values + rest * v_t, inner * v_t, n, there_j, E, BLOCK_E)
+            k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
             logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-            logits = tl.where(there_j[None, :], logits, float("-inf"))
+            logits = tl.where((begin + n < count)[None, :], logits, float("-inf"))
             top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
         mixed = sums / norm[:, None]
         tl.store(closed + places[:, None] * E + e[None, :], mixed.to(closed.dtype.element_ty), mask=stored)
@@ -134,19 +137,19 @@ def forward_kernel(
 
 
 def widths(q: Tensor, values: Tensor) -> dict[str, int]:
-    """The compile-time constants of the shapes."""
+    """Return the compile-time constants of the shapes."""
     D, E = q.size(-1), values.size(-1)
     padded = {f"BLOCK_{name}": max(16, triton.next_power_of_2(n)) for name, n in (("D", D), ("E", E))}
     return {"D": D, "E": E} | padded
 
 
 def strides(*tensors: Tensor) -> list[int]:
-    """Over batch, tokens and heads; features lie next to each other."""
+    """Return the strides over batch, tokens and heads; features lie next to each other."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def lines(q: Tensor, axis: list[int]) -> tuple[int, ...]:
-    """heads, tokens, and the axis: `inner` positions inside of a step, the groups around it, its steps."""
+    """Return heads, tokens, and the axis: `inner` positions inside of a step, the groups around it, its steps."""
     inner, size = axis
     return q.size(2), q.size(1), inner, triton.cdiv(q.size(1), inner * size), size
 
@@ -159,7 +162,10 @@ def grid(q: Tensor, axis: list[int], block: str):
 def two_tracks(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, scale: float, axis: list[int], closing: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Opened and closed values [B, T, H, E] with their log-sum-exp to base 2 [B, T, H]; empty ones unless `closing`."""
+    """Return opened and closed values [B, T, H, E] and their log-sum-exp to base 2 [B, T, H].
+
+    Those of the closed track are empty unless `closing`.
+    """
     q, k, values, own = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values, own))
     heads = q.size(2)
     shape = (*q.shape[:3], values.size(-1))

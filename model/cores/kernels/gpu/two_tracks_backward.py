@@ -13,13 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from model.cores.kernels.gpu.common import autotuned, precision
-from model.cores.kernels.gpu.two_tracks import KEY, SMALL, find_line, grid, lines, load_tile, strides, widths
+from model.cores.kernels.gpu.two_tracks import KEY, SMALL, find_line, grid, lines, load_pair, load_tile, strides, widths
 
-CONFIGS = [
-    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
-    for m, n, w, s in ((32, 16, 4, 2), (16, 16, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2))
-]
-KEY_CONFIGS = [c | {"BLOCK_M": c["BLOCK_N"], "BLOCK_N": c["BLOCK_M"]} for c in CONFIGS]  # keys stay, queries go by
+# Rows of the block that stays, rows of those that go by, warps.
+SIZES = ((32, 16, 4), (16, 16, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 32, 8))
+QUERY_CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=2) for m, n, w in SIZES]
+KEY_CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=2) for n, m, w in SIZES]
 
 
 @triton.jit
@@ -31,8 +30,8 @@ def rows_kernel(
     GROUP_K: tl.constexpr, GROUP_OWN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What depends on one query and head alone: g [B, T, H, E] (`both`), the gradient of `own`, the deltas [B, T, H],
-    and what the diagonal's score gets from the open track."""
+    """Fill what depends on one query and head alone: g [B, T, H, E] (`both`), the gradient of `own`, the deltas
+    [B, T, H], and what the diagonal's score gets from the open track."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = places < n_rows
     head, token, row = places % n_heads, places // n_heads % n_tokens, places // n_heads // n_tokens
@@ -64,7 +63,7 @@ def rows_kernel(
 
 @triton.jit
 def load_upstream(gradients, lse, delta, rows, step, i, there, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """What came back to some queries of a line from `rows` on, [len(i), BLOCK_E], with their log-sum-exp and delta."""
+    """Return the gradients of some queries of a line from `rows` on, [len(i), BLOCK_E], their log-sum-exp and delta."""
     tile = load_tile(gradients + rows * E, step * E, i, there, E, BLOCK_E)
     sums = tl.load(lse + rows + i * step, mask=there, other=0.0)
     return tile, sums, tl.load(delta + rows + i * step, mask=there, other=0.0)
@@ -72,13 +71,16 @@ def load_upstream(gradients, lse, delta, rows, step, i, there, E: tl.constexpr, 
 
 @triton.jit
 def score_gradients(logits, lse, left, right, delta, seen, PRECISION: tl.constexpr):
-    """The weights of a track and the gradient of its scores, 0 where not `seen`: [queries, keys] with what came back on
-    the left and values on the right, or [keys, queries] the other way round; `lse` and `delta` broadcast to it."""
+    """Return the weights of a track and the gradient of its scores, 0 if not `seen`.
+
+    They are [queries, keys] with upstream gradients on the left and values on the right, or [keys, queries] the other
+    way round; `lse` and `delta` broadcast to that.
+    """
     weights = tl.exp2(tl.where(seen, logits - lse, float("-inf")))
     return weights, weights * (tl.dot(left, tl.trans(right), input_precision=PRECISION) - delta)
 
 
-@autotuned([*CONFIGS, SMALL], key=KEY)
+@autotuned([*QUERY_CONFIGS, SMALL], key=KEY)
 @triton.jit
 def queries_kernel(
     q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_q,
@@ -88,7 +90,7 @@ def queries_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """d_q [B, T, H, D]: a block of queries stays, the keys of its line go by."""
+    """Fill d_q [B, T, H, D]: a block of queries stays, the keys of its line go by."""
     block, head, row, start, count = find_line(tl.cdiv(size, BLOCK_M), n_heads, n_tokens, inner, outer, size)
     first = block * BLOCK_M
     if first >= count:
@@ -96,7 +98,7 @@ def queries_kernel(
     m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     i = first + m
     there = i < count
-    token = start + (row * 0 + first) * inner
+    token = start + tl.cast(first, tl.int64) * inner
     q_tile = load_tile(q + row * q_b + token * q_t + head * q_h, inner * q_t, m, there, D, BLOCK_D)
     rows = (row * n_tokens + token) * n_heads + head
     step = inner * n_heads
@@ -107,40 +109,30 @@ def queries_kernel(
     values += row * v_b + start * v_t + head // GROUP_V * v_h
     gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    for begin in tl.range(0, first, BLOCK_N):
-        at = (row * 0 + begin) * inner
-        held = begin + n < count
-        k_tile = load_tile(k + at * k_t, inner * k_t, n, held, D, BLOCK_D)
-        v_tile = load_tile(values + at * v_t, inner * v_t, n, held, E, BLOCK_E)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        seen = held[None, :] & there[:, None]
-        _, d_scores = score_gradients(logits, lse[:, None], g, v_tile, delta[:, None], seen, PRECISION)
-        gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     extra = tl.load(diagonal + rows + m * step, mask=there, other=0.0)
-    for begin in tl.range(first, first + BLOCK_M, BLOCK_N):
-        at = (row * 0 + begin) * inner
-        j = begin + n
-        k_tile = load_tile(k + at * k_t, inner * k_t, n, j < count, D, BLOCK_D)
-        v_tile = load_tile(values + at * v_t, inner * v_t, n, j < count, E, BLOCK_E)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        seen = (j < count)[None, :] & there[:, None]
-        before = seen & (j[None, :] < i[:, None])
-        _, d_scores = score_gradients(logits, lse[:, None], g, v_tile, delta[:, None], before, PRECISION)
-        d_scores += tl.where(j[None, :] == i[:, None], extra[:, None], 0.0)
-        if CLOSED:
-            after = seen & (j[None, :] >= i[:, None])
-            _, more = score_gradients(logits, past_lse[:, None], past, v_tile, past_delta[:, None], after, PRECISION)
-            d_scores += more
-        gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
-    if CLOSED:
-        for begin in tl.range(first + BLOCK_M, count, BLOCK_N):
-            at = (row * 0 + begin) * inner
-            held = begin + n < count
-            k_tile = load_tile(k + at * k_t, inner * k_t, n, held, D, BLOCK_D)
-            v_tile = load_tile(values + at * v_t, inner * v_t, n, held, E, BLOCK_E)
+    # 0: keys before the block, of the open track; 1: its own keys, of both; 2: keys after it, of the closed track
+    for stage in tl.static_range(3 if CLOSED else 2):
+        low, high = first, first + BLOCK_M
+        if stage == 0:
+            low, high = 0, first
+        if stage == 2:
+            low, high = first + BLOCK_M, count
+        for begin in tl.range(low, high, BLOCK_N):
+            j = begin + n
+            k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
             logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-            seen = held[None, :] & there[:, None]
-            _, d_scores = score_gradients(logits, past_lse[:, None], past, v_tile, past_delta[:, None], seen, PRECISION)
+            seen = (j < count)[None, :] & there[:, None]
+            d_scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if stage < 2:
+                before = seen & (j[None, :] < i[:, None]) if stage == 1 else seen
+                _, d_scores = score_gradients(logits, lse[:, None], g, v_tile, delta[:, None], before, PRECISION)
+            if stage == 1:
+                d_scores += tl.where(j[None, :] == i[:, None], extra[:, None], 0.0)
+            if CLOSED and stage > 0:
+                after = seen & (j[None, :] >= i[:, None]) if stage == 1 else seen
+                lse_2, delta_2 = past_lse[:, None], past_delta[:, None]
+                _, more = score_gradients(logits, lse_2, past, v_tile, delta_2, after, PRECISION)
+                d_scores += more
             gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     places = rows + m * step
     stored = there[:, None] & (d < D)[None, :]
@@ -157,7 +149,7 @@ def keys_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """d_k [B, T, H, D] and d_values [B, T, H, E], by query head: a block of keys stays, the queries go by."""
+    """Fill d_k [B, T, H, D] and d_values [B, T, H, E], by query head: a block of keys stays, the queries go by."""
     block, head, row, start, count = find_line(tl.cdiv(size, BLOCK_N), n_heads, n_tokens, inner, outer, size)
     begin = block * BLOCK_N
     if begin >= count:
@@ -166,7 +158,7 @@ def keys_kernel(
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     j = begin + n
     there = j < count
-    token = start + (row * 0 + begin) * inner
+    token = start + tl.cast(begin, tl.int64) * inner
     k_tile = load_tile(k + row * k_b + token * k_t + head // GROUP_K * k_h, inner * k_t, n, there, D, BLOCK_D)
     v_tile = load_tile(values + row * v_b + token * v_t + head // GROUP_V * v_h, inner * v_t, n, there, E, BLOCK_E)
     q += row * q_b + start * q_t + head * q_h
@@ -176,49 +168,36 @@ def keys_kernel(
     for_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
 
     # Scores are transposed here, [keys, queries], as both products want them.
-    if CLOSED:
-        for first in tl.range(0, begin, BLOCK_M):
+    # 0: queries before the block, of the closed track; 1: its own, of both; 2: queries after it, of the open track
+    for stage in tl.static_range(0 if CLOSED else 1, 3):
+        low, high = begin, begin + BLOCK_N
+        if stage == 0:
+            low, high = 0, begin
+        if stage == 2:
+            low, high = begin + BLOCK_N, count
+        for first in tl.range(low, high, BLOCK_M):
             i = first + m
-            at = (row * 0 + first) * inner
-            q_tile = load_tile(q + at * q_t, inner * q_t, m, i < count, D, BLOCK_D)
+            at = tl.cast(first, tl.int64) * inner
             rows = line + at * n_heads
-            g, lse, delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, i < count, E, BLOCK_E)
+            q_tile = load_tile(q + at * q_t, inner * q_t, m, i < count, D, BLOCK_D)
             logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
             seen = (i < count)[None, :] & there[:, None]
-            weights, d_scores = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], seen, PRECISION)
-            for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+            d_scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            if stage > 0:
+                g, lse, delta = load_upstream(both, opened_lse, delta_both, rows, step, m, i < count, E, BLOCK_E)
+                before = seen & (j[:, None] < i[None, :]) if stage == 1 else seen
+                weights, d_scores = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], before, PRECISION)
+                for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+            if stage == 1:
+                extra = tl.load(diagonal + rows + m * step, mask=i < count, other=0.0)
+                d_scores += tl.where(j[:, None] == i[None, :], extra[None, :], 0.0)
+            if CLOSED and stage < 2:
+                g, lse, delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, i < count, E, BLOCK_E)
+                after = seen & (j[:, None] >= i[None, :]) if stage == 1 else seen
+                weights, more = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], after, PRECISION)
+                for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+                d_scores += more
             for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
-    for first in tl.range(begin, begin + BLOCK_N, BLOCK_M):
-        i = first + m
-        at = (row * 0 + first) * inner
-        q_tile = load_tile(q + at * q_t, inner * q_t, m, i < count, D, BLOCK_D)
-        rows = line + at * n_heads
-        g, lse, delta = load_upstream(both, opened_lse, delta_both, rows, step, m, i < count, E, BLOCK_E)
-        extra = tl.load(diagonal + rows + m * step, mask=i < count, other=0.0)
-        logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
-        seen = (i < count)[None, :] & there[:, None]
-        before = seen & (j[:, None] < i[None, :])
-        weights, d_scores = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], before, PRECISION)
-        for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
-        d_scores += tl.where(j[:, None] == i[None, :], extra[None, :], 0.0)
-        if CLOSED:
-            g, lse, delta = load_upstream(d_closed, closed_lse, delta_closed, rows, step, m, i < count, E, BLOCK_E)
-            after = seen & (j[:, None] >= i[None, :])
-            weights, more = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], after, PRECISION)
-            for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
-            d_scores += more
-        for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
-    for first in tl.range(begin + BLOCK_N, count, BLOCK_M):
-        i = first + m
-        at = (row * 0 + first) * inner
-        q_tile = load_tile(q + at * q_t, inner * q_t, m, i < count, D, BLOCK_D)
-        rows = line + at * n_heads
-        g, lse, delta = load_upstream(both, opened_lse, delta_both, rows, step, m, i < count, E, BLOCK_E)
-        logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
-        seen = (i < count)[None, :] & there[:, None]
-        weights, d_scores = score_gradients(logits, lse[None, :], v_tile, g, delta[None, :], seen, PRECISION)
-        for_v += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
-        for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
     places = (row * n_tokens + token + n * inner) * n_heads + head
     held_d, held_e = there[:, None] & (d < D)[None, :], there[:, None] & (e < E)[None, :]
     tl.store(d_k + places[:, None] * D + d[None, :], (for_k * score_scale).to(d_k.dtype.element_ty), mask=held_d)
@@ -229,7 +208,7 @@ def two_tracks_backward(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, results: list[Tensor], d_opened: Tensor, d_closed: Tensor | None,
     scale: float, axis: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, values and own, by query head [B, T, H, ...]; `results` are what `two_tracks` gave."""
+    """Return the gradients of q, k, values and own, by query head [B, T, H, ...], given `two_tracks`' `results`."""
     opened, closed, opened_lse, closed_lse = results
     q, k, values, own = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values, own))
     closing, heads = d_closed is not None, q.size(2)
