@@ -248,7 +248,8 @@ class WandbRun:
     @off_if_it_fails
     def show_images(self, paths: list[Path]) -> None:
         """Show pictures that lie in the run folder."""
-        self._add(pictures(self.run_dir, paths))
+        if paths:
+            self._add(pictures(self.run_dir, paths))
 
     @off_if_it_fails
     def _finish(self, exit_code: int) -> None:
@@ -288,6 +289,5 @@ def log_evaluation(
         print(f"W&B failed (results/{suite}.json has everything): {error}")
     if is_finished:
         view = WandbRun(run_dir, settings, tree)
-        if plots:
-            view.show_images(plots)
+        view.show_images(plots)
         view.finish()
