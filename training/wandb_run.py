@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from configs.load import flatten
 from data.files import write_atomic
 from data.shards import SPLITS, Manifest
@@ -288,6 +290,8 @@ def log_evaluation(
     except Exception as error:
         print(f"W&B failed (results/{suite}.json has everything): {error}")
     if is_finished:
-        view = WandbRun(run_dir, settings, tree)
+        # The run keeps its configuration: the evaluation may have another device or kernel.
+        made_with = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        view = WandbRun(run_dir, settings, made_with)
         view.show_images(plots)
         view.finish()
