@@ -109,10 +109,9 @@ class Metrics:
         return None
 
     def summarize(self, facts: dict, plot: Path, texts: list[str]) -> None:
-        """Write summary.json, and show the same in W&B next to the plot and the sampled texts."""
+        """Write summary.json, and show the plot and the sampled texts in W&B."""
         write_atomic(self.run_dir / "summary.json", json.dumps(facts, indent=2) + "\n")
         self.wandb.catch_up()
-        self.wandb.summarize(facts)
         self.wandb.show_images([plot])
         if texts:
             self.wandb.show_texts("samples", texts)

@@ -238,11 +238,6 @@ class WandbRun:
         write_atomic(path, json.dumps(facts))
         self.run.summary.update(facts)
 
-    def summarize(self, facts: dict[str, Any]) -> None:
-        """Note those of the facts in summary.json that are no metrics."""
-        self.note({key: v for key, v in facts.items() if "/" not in key and key not in ("step", "tokens", "run")})
-
-    @off_if_it_fails
     def show_texts(self, key: str, texts: list[str]) -> None:
         """Show texts one below the other."""
         self._add({key: texts})
