@@ -23,7 +23,6 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +33,7 @@ from configs.load import flatten
 from data.files import write_atomic
 from data.shards import SPLITS, Manifest
 from training.config import WandbConfig
+from training.jsonl import read_from
 from training.lock import RunLock
 
 ROOT = Path(__file__).parent.parent
@@ -119,20 +119,6 @@ def save_sources(run, run_dir: Path) -> None:
         if (run_dir / "config.yaml").exists():
             archive.write(run_dir / "config.yaml", "run_config.yaml")
     run.save(f"{run.dir}/code.zip", base_path=run.dir, policy="now")
-
-
-def read_from(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects in a file of JSON lines from byte `start`, and where its last whole line ends."""
-    if not path.exists():
-        return [], start
-    with open(path, "rb") as file:
-        file.seek(start)
-        whole, end, _ = file.read().rpartition(b"\n")
-    lines = []
-    for text in whole.splitlines():
-        with suppress(ValueError):  # torn by a killed process
-            lines.append(json.loads(text))
-    return lines, start + len(whole + end)
 
 
 def pictures(run_dir: Path, paths: list[Path]) -> Row:

@@ -24,7 +24,7 @@ from slurm.jobs import read_jobs
 from tests.conftest import ROOT, SMALL_RUN
 from tests.slurm.cluster import Cluster, is_pending
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 SECONDS = 400  # for one scenario on a busy machine
 STEPS, TINY_STEPS = 30, 12

@@ -21,7 +21,8 @@ from tests.conftest import ROOT, SMALL_RUN
 from tests.training.wandb_server import wandb_server
 from training import wandb_run
 from training.config import Config, WandbConfig
-from training.metrics import Metrics, append_line, read_lines
+from training.jsonl import append_line, read_lines
+from training.metrics import Metrics
 from training.run_folder import create_run_folder
 from training.wandb_run import WandbRun, run_id, wandb_mode
 
@@ -34,7 +35,8 @@ WRITER = f"""
 import sys
 from pathlib import Path
 from training.config import WandbConfig
-from training.metrics import append_line, drop_lines_after
+from training.jsonl import append_line
+from training.metrics import drop_lines_after
 from training.wandb_run import WandbRun
 folder, attempt, resumed_from = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 drop_lines_after(folder / "metrics.jsonl", resumed_from)
