@@ -115,10 +115,9 @@ class LayerCache:
 class KVCache:
     """The cache of `batch` rows with room for `capacity` tokens each, which grows as needed.
 
-    `lengths` [B] are the tokens in each row. While `static` is false the host knows them too: what is attended to is
-    cut to the longest row, rows of one length need no mask, and a full cache grows. `static` keeps every shape the same
-    from one token to the next, for a compiled step or a CUDA graph: attention is over the whole capacity, and the
-    caller must `reserve` room first.
+    `lengths` [B] are the tokens in each row. The host knows them too: what is attended to is cut to the longest row,
+    rows of one length need no mask, and a full cache grows. From `fix_shapes` on every shape is the same from one token
+    to the next, for a compiled step or a CUDA graph: attention is over the whole capacity, and there is no more room.
     """
 
     def __init__(self, layers: Sequence[LayerCache], batch: int, capacity: int, device, documents: bool = False):
@@ -136,14 +135,11 @@ class KVCache:
     def static(self) -> bool:
         return self.n_keys is None
 
-    @static.setter
-    def static(self, static: bool) -> None:
-        if self.static and not static:
-            self._ends = self.lengths.tolist()
-        if static:
-            for layer in self.layers:
-                layer.fix_shapes()
-        self.n_keys = None if static else 0
+    def fix_shapes(self) -> None:
+        """Never change a shape from here on. ValueError if a layer cannot do so."""
+        for layer in self.layers:
+            layer.fix_shapes()
+        self.n_keys = None
 
     def parts(self) -> Iterator[Part]:
         return (part for layer in self.layers for part in layer.parts.values())
@@ -168,8 +164,7 @@ class KVCache:
 
     def reserve(self, n_tokens: int) -> None:
         """Make room for `n_tokens` more in every row, by whole blocks and at least an eighth of the capacity."""
-        ends = self.lengths.tolist() if self.static else self._ends
-        needed = max(ends) + n_tokens
+        needed = max(self._ends) + n_tokens
         if needed > self.capacity:
             blocks = -(-max(needed, self.capacity + self.capacity // 8) // BLOCK)
             self.capacity = blocks * BLOCK

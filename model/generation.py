@@ -105,7 +105,7 @@ def compile_step(model: nn.Module, cache: KVCache, n_tokens: int) -> Callable:
     It is compiled once for a model, batch, capacity and dtype; with CUDA graphs on a GPU.
     """
     cache.reserve(n_tokens)
-    cache.static = True
+    cache.fix_shapes()
     graphs = cache.lengths.is_cuda
     if model not in COMPILED:
         options = {"mode": "reduce-overhead" if graphs else None, "isolate_recompiles": True, "recompile_limit": 64}

@@ -1,22 +1,18 @@
 """The parts of the LLaMA block (Touvron et al., arXiv 2302.13971) that no attention mechanism changes."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) over the last axis; no learned weight unless `affine`, as in the TPA authors' code."""
 
     def __init__(self, width: int, eps: float = 1e-6, affine: bool = False):
-        super().__init__()
-        self.width, self.eps = width, eps
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        super().__init__(width, eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None:
-            x = x.to(self.weight.dtype)  # under autocast x may be bf16, and the fused kernel wants one dtype
-        return F.rms_norm(x, (self.width,), self.weight, self.eps)
+        # Under autocast x may be bf16, and the fused kernel wants one dtype.
+        return super().forward(x if self.weight is None else x.to(self.weight.dtype))
 
 
 class SwiGLU(nn.Module):

@@ -99,7 +99,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, autocast_dtype: torch.dtype | None = None, recompute: bool = False):
         super().__init__()
         if config.document_end is not None and not config.core.masks_documents:
-            raise ValueError(f"data.document_mask=true: {config.core.why_no_documents}")
+            raise ValueError(f"core={config.core.name}: cannot mask documents; use core=full core.kernel=sdpa")
         self.config = config
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute  # drop each block's activations and compute them again in the backward pass

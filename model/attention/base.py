@@ -59,14 +59,8 @@ class AttentionCore(Choice):
     name: str
     kernel: Literal["auto"] = "auto"  # no part of a run's identity: it may change between starts
 
-    @property
-    def why_no_documents(self) -> str:
-        """Why this core cannot mask documents, with the remedy; empty if it honours AttentionMask.documents."""
-        return f"core={self.name} cannot mask documents; use core=full"
-
-    @property
-    def masks_documents(self) -> bool:
-        return not self.why_no_documents
+    masks_documents: ClassVar[bool] = False  # whether it honours AttentionMask.documents; others are refused with them
+    why_no_documents: ClassVar[str] = ""  # the reason, if there is one to give: "since ..."
 
     def check(self, attention: "AttentionConfig", device: str, dtype: torch.dtype) -> None:
         """Raise a ValueError that names the key and the remedy for what this core cannot do; never fall back."""
@@ -127,7 +121,9 @@ class AttentionConfig(Choice):
     by_size: dict[str, dict[str, Any]] = Field(default_factory=dict)  # size name -> values for the keys left null
 
     needed: ClassVar[tuple[str, ...]] = ("head_dim",)  # keys that by_size or the size must have filled
-    rope_key: ClassVar[str] = "head_dim"  # what sets `rope_width`, for messages
+    rope_key: ClassVar[str] = "head_dim"  # the key that sets `rope_width`
+    # Keys that set the size of the cache next to `n_heads`: `size.match=kv_bytes` sets all of them alike.
+    cache_knobs: ClassVar[tuple[str, ...]] = ()
 
     @property
     def qk_head_dim(self) -> int:
@@ -163,11 +159,6 @@ class AttentionConfig(Choice):
         """`n_heads` must be a multiple of this."""
         return 1
 
-    @property
-    def cache_knobs(self) -> tuple[str, ...]:
-        """Keys that, next to `n_heads`, set the size of the cache: `size.match=kv_bytes` sets all of them alike."""
-        return ()
-
     @abstractmethod
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "Attention":
         """Return the attention of layer number `layer`, counted from 0."""
@@ -196,19 +187,14 @@ class AttentionConfig(Choice):
         """Return how many numbers a token the backward pass keeps between the block's norm and the core."""
         return 2 * self.n_heads * self.qk_head_dim + self.n_heads * self.v_head_dim
 
-    def resolved(self, seq_len: int) -> "AttentionConfig":
-        """Return the configuration with what follows from the training length filled in."""
-        if self.rope_scaling == "none" or self.rope_original_length:
-            return self
-        return self.replace(rope_original_length=round(seq_len / self.rope_factor))
-
     def mistakes(self) -> Iterator[str]:
         """Yield what is wrong between the keys, a line each. Keys in `needed` may still be null."""
         if (self.rope_scaling == "none") != (self.rope_factor == 1):
             yield "rope_scaling and model.rope_factor go together, as in rope_scaling=yarn, rope_factor=4"
         if all(getattr(self, key) for key in self.needed) and self.rope_dim % 2:
-            share = f" x model.rope_fraction={self.rope_fraction} = {self.rope_dim}" if self.rope_fraction < 1 else ""
-            yield f"{self.rope_key}={self.rope_width}{share}: RoPE turns pairs of features, so it must be even"
+            width = getattr(self, self.rope_key)
+            turning = "it" if self.rope_dim == width else f"the {self.rope_dim} of them that turn"
+            yield f"{self.rope_key}={width}: RoPE turns pairs of features, so {turning} must be even"
 
     @model_validator(mode="after")
     def _check(self):

@@ -66,6 +66,7 @@ class LatentConfig(AttentionConfig):
 
     needed: ClassVar[tuple[str, ...]] = ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim")
     rope_key: ClassVar[str] = "qk_rope_head_dim"
+    cache_knobs: ClassVar[tuple[str, ...]] = ("kv_lora_rank",)
 
     @property
     def qk_head_dim(self) -> int:
@@ -74,10 +75,6 @@ class LatentConfig(AttentionConfig):
     @property
     def rope_width(self) -> int:
         return self.qk_rope_head_dim
-
-    @property
-    def cache_knobs(self) -> tuple[str, ...]:
-        return ("kv_lora_rank",)
 
     def projection_params(self, d_model: int) -> int:
         down = d_model * (self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim)

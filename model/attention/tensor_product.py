@@ -11,7 +11,7 @@ on features only. One class has every variant of the paper; `factor_shapes` says
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,11 @@ class Factors:
     a: Tensor | None
     b: Tensor
     c: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Features of the product, D."""
+        return self.b.size(-1) * (1 if self.c is None else self.c.size(-1))
 
     def token_factor(self) -> Tensor:
         """Return B [B, T, R, D]: in third order vec(b x c), running over b fastest."""
@@ -64,6 +69,10 @@ class Factored(QKV):
     k: Factors
     v: Factors
 
+    def tensors(self) -> list[Tensor | None]:
+        """Return a, b and c of q, k and v."""
+        return [x for part in (self.q, self.k, self.v) for x in (part.a, part.b, part.c)]
+
     def materialize(self) -> Dense:
         return Dense(self.q.product(), self.k.product(), self.v.product())
 
@@ -87,6 +96,8 @@ class TensorProductConfig(AttentionConfig):
     c_dim: int | None = Field(None, ge=1)  # third order: the width D_c of c; b has head_dim / c_dim features
     init: Literal["reference", "xavier"] = "reference"  # the authors' code's; `xavier` is the paper's text
 
+    cache_knobs: ClassVar[tuple[str, ...]] = ("k_rank", "v_rank")
+
     def mistakes(self):
         if self.shared_b and self.k_rank != self.v_rank:
             yield f"v_rank={self.v_rank}: must equal model.k_rank={self.k_rank}, since model.shared_b=true"
@@ -102,14 +113,6 @@ class TensorProductConfig(AttentionConfig):
     @property
     def rope_width(self) -> int:
         return self.head_dim // (self.c_dim or 1)
-
-    @property
-    def rope_key(self) -> str:
-        return "head_dim" if self.c_dim is None else "head_dim / model.c_dim"
-
-    @property
-    def cache_knobs(self) -> tuple[str, ...]:
-        return ("k_rank", "v_rank")
 
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape of every factor of a token by name (a_q, b_q, ..., c_v), except those a variant lacks."""

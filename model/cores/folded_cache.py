@@ -43,7 +43,7 @@ class UnfinishedBlock(Part):
 class FoldedCache(LayerCache):
     """One layer's levels: `parts` by name, allocated when the first tokens show their shapes.
 
-    ValueError for int8, for steps of fixed shapes (`KVCache.static`), and if rows were shortened in between.
+    ValueError for int8, for steps of fixed shapes, and if rows were shortened in between.
     """
 
     attends: ClassVar[bool] = True

@@ -19,8 +19,12 @@ class Full(AttentionCore):
     kernel: Literal["auto", "sdpa", "factors"] = "auto"  # auto: sdpa, PyTorch's scaled_dot_product_attention
 
     @property
+    def masks_documents(self) -> bool:
+        return self.kernel != "factors"
+
+    @property
     def why_no_documents(self) -> str:
-        return "core.kernel=factors cannot mask documents; use core.kernel=sdpa" if self.kernel == "factors" else ""
+        return "" if self.masks_documents else "since core.kernel=factors has no mask for them (core.kernel=sdpa has)"
 
     def check(self, attention: AttentionConfig, device: str, dtype: torch.dtype) -> None:
         if self.kernel != "factors":
@@ -39,8 +43,8 @@ class Full(AttentionCore):
         if not isinstance(qkv, Factored):
             raise TypeError(f"core.kernel=factors attends to factors, and got {type(qkv).__name__}")
         if mask.documents is not None:
-            raise ValueError(self.why_no_documents)
-        if needs_gradient(qkv):
+            raise ValueError("core.kernel=factors cannot mask documents; use core.kernel=sdpa")
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in qkv.tensors()):
             return sdpa.attend(qkv.materialize(), mask, scale)
         return factors.attend(qkv, mask, scale)
 
@@ -48,9 +52,3 @@ class Full(AttentionCore):
         """Return the operations of scores and weighted values, 2 a multiply-add; a query sees (T + 1)/2 keys."""
         width = attention.n_heads * (attention.qk_head_dim + attention.v_head_dim)
         return 2 * width * mean_causal_keys(seq_len)
-
-
-def needs_gradient(factored: Factored) -> bool:
-    parts = (factored.q, factored.k, factored.v)
-    tensors = (x for part in parts for x in (part.a, part.b, part.c) if x is not None)
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

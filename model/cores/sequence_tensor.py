@@ -15,7 +15,7 @@ same offset, q(j_2, i_1), not by the query that reads it.
 """
 
 from math import prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import field_validator
@@ -42,6 +42,11 @@ class SequenceTensor(PartialCore):
     fold: Any = "auto"
     rope: Literal["axis", "global"] = "axis"  # turn by the coordinate along a hop's axis, or by the whole position
 
+    why_no_documents: ClassVar[str] = (
+        "since a query reaches a past block through that block's token at its own offset, which may belong to "
+        "another document, and so would lose tokens of its own"
+    )
+
     @field_validator("fold")
     @classmethod
     def _sizes(cls, fold: Any) -> Any:
@@ -49,13 +54,6 @@ class SequenceTensor(PartialCore):
         if fold != "auto" and not (listed and all(type(size) is int and size >= 1 for size in fold)):
             raise ValueError("must be auto or a list of sizes of at least 1, [n_1, ..., n_m]")
         return fold if fold == "auto" else list(fold)
-
-    @property
-    def why_no_documents(self) -> str:
-        return (
-            f"core={self.name} cannot mask documents, since a query reaches a past block through that block's token at "
-            "its own offset, which may belong to another document, and so would lose tokens of its own; use core=full"
-        )
 
     @property
     def axes(self) -> list[int]:
@@ -89,7 +87,7 @@ class SequenceTensor(PartialCore):
         views = [view.materialize() for view in views]
         batch, seq_len, n_heads = views[0].q.shape[:3]
         if mask.documents is not None:
-            raise ValueError(self.why_no_documents)
+            raise ValueError(f"core={self.name}: cannot mask documents, {self.why_no_documents}")
         if mask.starts is not None or views[0].k.size(1) != seq_len:
             raise ValueError(f"core={self.name}: must have as many keys as queries; decoding has a cache of its own")
         sizes = self.sizes(seq_len)

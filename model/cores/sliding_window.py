@@ -4,7 +4,7 @@ The baseline for cores that reach further.
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,7 @@ class SlidingWindow(PartialCore):
     kernel: Literal["auto", "sdpa"] = "auto"
     window: int = Field(128, ge=1)
 
-    @property
-    def why_no_documents(self) -> str:
-        return ""
+    masks_documents: ClassVar[bool] = True
 
     def attend(self, views: list[QKV], mask: AttentionMask, scale: float) -> Tensor:
         dense = views[0].materialize()

@@ -24,11 +24,13 @@ def decide(attention: AttentionConfig, core: AttentionCore, size: SizeConfig, se
     Mistakes for what is then still missing or wrong, with keys of the whole configuration.
     """
     attention = fill_by_size(attention, size)
+    if attention.rope_scaling != "none" and attention.rope_original_length is None:
+        attention = attention.replace(rope_original_length=round(seq_len / attention.rope_factor))
     if missing := [key for key in attention.needed if getattr(attention, key) is None]:
         reason = "is null, and model.by_size has no value for this size: set it"
         raise Mistakes(*(f"model.{key} {reason}" for key in missing))
     try:
-        attention = load(dict(attention.resolved(seq_len)), type(attention))
+        attention = load(dict(attention), type(attention))
     except ConfigError as error:
         raise Mistakes(*(f"model.{line}" for line in error.errors)) from None
     return fill_heads(attention, core, size, seq_len)

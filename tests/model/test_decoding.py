@@ -59,7 +59,8 @@ def decode(net, tokens, lengths, chunk, cache, static=False):
         logits = net.decode(piece, cache, None if min(lengths) == max(lengths) else counts, last=False)
         for row, count in enumerate(counts.tolist()):
             found[row].append(logits[row, :count])
-    cache.static = static
+    if static:
+        cache.fix_shapes()
     for _ in range(tokens.size(1) - max(lengths)):
         poison(cache, *([LARGE] if static else []))  # a mask silences all but NaN
         step = tokens.gather(1, cache.lengths[:, None])
@@ -135,7 +136,7 @@ def test_a_step_compiles_once(model, kernel):
     for lengths in ([3, 6], [4, 4]):  # the second cache has another prompt, and the same shapes
         cache = net.new_cache(2, 16)
         prefill(net, [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)], cache, 4)
-        cache.static = True
+        cache.fix_shapes()
         for _ in range(8):
             logits = step(net, tokens.gather(1, cache.lengths[:, None]), cache)
     assert counter.frame_count == 1
@@ -186,11 +187,8 @@ def test_a_cache_grows_by_blocks_and_forgets_on_demand():
     again = net.decode(torch.stack((tokens[0, 3:5], tokens[1, BLOCK : BLOCK + 2])), cache, last=False)
     torch.testing.assert_close(again[0], net.logits(tokens[:1, :5])[0, 3:], atol=1e-5, rtol=0)
     torch.testing.assert_close(again[1], first[1, :2], atol=1e-5, rtol=0)
-    cache.static = True
-    net.decode(tokens[:, :1], cache)
-    cache.static = False  # the host asks how long the rows have become
     cache.reserve(2 * BLOCK)
-    assert cache.capacity == 4 * BLOCK and cache.lengths.tolist() == [6, BLOCK + 3]
+    assert cache.capacity == 4 * BLOCK and cache.lengths.tolist() == [5, BLOCK + 2]
     with pytest.raises(ValueError, match="must be 2 numbers of at most 1024 tokens"):
         cache.set_lengths(BLOCK * 5)
     with pytest.raises(ValueError, match="3 rows of tokens for a cache of 2"):
@@ -200,7 +198,7 @@ def test_a_cache_grows_by_blocks_and_forgets_on_demand():
 def test_a_full_static_cache_refuses_more():
     net = build("mqa")
     cache = net.new_cache(1, 4)
-    cache.static = True
+    cache.fix_shapes()
     net.decode(torch.tensor([[1, 2, 3, 4]]), cache)
     with pytest.raises((IndexError, RuntimeError)):
         net.decode(torch.tensor([[5]]), cache)

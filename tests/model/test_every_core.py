@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from configs.app import choices
+from configs.errors import ConfigError
+from model import counting
 from model.transformer import Transformer
 from tests.model.helpers import MODELS, small_config, wake_up
 
 # Full attention through explicit keys and values is in test_every_mechanism.
 CORES = ["full core.kernel=factors", *(core for core in choices("core") if core != "full")]
+END = 7  # the token that ends a document
 # Sizes at which 13 tokens span several blocks and end inside of one.
 SMALL_BY_CORE = {"sequence_tensor": ["core.fold=[3,4]"], "sliding_window": ["core.window=4"]}
 
@@ -78,3 +81,20 @@ def test_decoding_from_a_cache_equals_the_full_pass(model, core):
     cache = net.new_cache(2)
     steps = [net.decode(piece, cache, last=False) for piece in tokens.split([5, 2, *[1] * 7], dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), net.logits(tokens), atol=1e-5, rtol=1e-4)
+    counted = cache.batch * cache.capacity * counting.kv_bytes_per_token(net.config, torch.float32)
+    assert counted <= cache.nbytes <= 1.1 * counted  # a fold keeps unfinished blocks, too
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("model", MODELS)
+def test_documents_do_not_see_each_other_or_are_refused(model, core):
+    if not configured(model, core).core.masks_documents:
+        with pytest.raises(ConfigError, match="data.document_mask=true: core=.* cannot mask documents"):
+            configured(model, core, "data.document_mask=true")
+        return
+    config = configured(model, core, "data.document_mask=true")
+    torch.manual_seed(0)
+    net, row = wake_up(Transformer(config.network(end_of_text=END))), torch.randint(END + 1, 300, (15,))
+    row[5], row[11] = END, END
+    alone = [net.logits(document[None])[0] for document in row.split([6, 6, 3])]
+    torch.testing.assert_close(net.logits(row[None])[0], torch.cat(alone), atol=1e-5, rtol=1e-4)

@@ -141,8 +141,7 @@ def test_whatever_is_trained_gets_its_gradient():
 
 def test_the_operation_is_one_that_torch_compile_can_call():
     factored = random_factors(2, 1, 9, 3, (2, 2, 1), 8, 6)
-    arguments = [x for part in (factored.q, factored.k, factored.v) for x in (part.a, part.b, part.c)]
-    torch.library.opcheck(factors.flash_tpa, (*arguments, 0.3, True, torch.tensor([8, 3])))
+    torch.library.opcheck(factors.flash_tpa, (*factored.tensors(), 0.3, True, torch.tensor([8, 3])))
 
 
 def test_what_it_cannot_do_is_refused_by_name(monkeypatch):

@@ -29,9 +29,7 @@ def attend(factored: Factored, mask: AttentionMask, scale: float) -> Tensor:
     What lies beyond a row's last query may be anything, NaN included. On a GPU the shapes alone decide what runs, so a
     CUDA graph may hold it.
     """
-    parts = (factored.q, factored.k, factored.v)
-    tensors = (x for part in parts for x in (part.a, part.b, part.c))
-    return flash_tpa(*tensors, float(scale), mask.causal, mask.starts)
+    return flash_tpa(*factored.tensors(), float(scale), mask.causal, mask.starts)
 
 
 @torch.library.custom_op("t6::flash_tpa", mutates_args=())
@@ -51,15 +49,14 @@ def flash_tpa(
 
 @flash_tpa.register_fake
 def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, causal, starts):
-    width = b_v.size(-1) * (1 if c_v is None else c_v.size(-1))
-    return b_q.new_empty(b_q.size(0), b_q.size(1), a_k.size(2), width)
+    return b_q.new_empty(b_q.size(0), b_q.size(1), a_k.size(2), Factors(a_v, b_v, c_v).width)
 
 
 def attend_blocks(factored: Factored, scale: float, causal: bool, starts: Tensor | None) -> Tensor:
     """Return attention over blocks of keys, merged by their log-sum-exp: never a tensor of S x H x D, nor of T x S."""
     q, k, v = factored.q, factored.k, factored.v
     batch, n_queries, n_keys, heads = q.b.size(0), q.b.size(1), k.b.size(1), k.a.size(2)
-    out = q.b.new_empty(batch, n_queries, heads, v.b.size(-1) * (1 if v.c is None else v.c.size(-1)))
+    out = q.b.new_empty(batch, n_queries, heads, v.width)
     counts = [n_keys] * batch if starts is None else (starts + n_queries).tolist()
     few = n_queries * heads <= FEW_COLUMNS
     if not few and len(set(counts)) == 1:

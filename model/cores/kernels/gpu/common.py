@@ -6,8 +6,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from model.attention.tensor_product import Factored, Factors
+from model.attention.tensor_product import Factored
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MANY_RANKS = 16  # of keys and values together
@@ -28,34 +29,37 @@ def load_rows(base, stride, s, held, c_base, c_stride, D: tl.constexpr, D_B: tl.
     return b * c
 
 
+def strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of the first three axes; features lie next to each other."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def padded(n: int) -> int:
+    """Return the width of a tile for `n` features: a power of two, and no less than tensor cores take."""
+    return max(16, triton.next_power_of_2(n))
+
+
 def operands(factored: Factored, scale: float) -> tuple[list, list[int], float]:
     """Return a, b, c of q, k and v as the kernels take them, their strides, and the scale of logits to base 2.
 
     Strides of a are over batch, tokens, heads and ranks; of b and c over batch, tokens and ranks, with features next to
     each other. What a variant lacks is b again, and unused.
     """
-    tensors, strides = [], []
+    tensors, all_strides = [], []
     for part in (factored.q, factored.k, factored.v):
         b, c = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (part.b, part.c))
         a, c = (b if x is None else x for x in (part.a, c))
         tensors += [a, b, c]
-        strides += [*a.stride(), *b.stride()[:3], *c.stride()[:3]]
+        all_strides += [*a.stride(), *strides(b, c)]
     ranks = factored.k.a.size(-1) * (1 if factored.q.a is None else factored.q.a.size(-1))
-    return tensors, strides, scale * math.log2(math.e) / ranks
+    return tensors, all_strides, scale * math.log2(math.e) / ranks
 
 
 def sizes(factored: Factored) -> dict[str, int | bool]:
     """Return the compile-time constants of the factors' shapes."""
     q, k, v = factored.q, factored.k, factored.v
-
-    def width(factors: Factors) -> int:
-        return factors.b.size(-1) * (1 if factors.c is None else factors.c.size(-1))
-
-    def padded(n: int) -> int:
-        return max(16, triton.next_power_of_2(n))  # tensor cores take no less
-
     shape = {"H": k.a.size(2), "R_Q": q.b.size(2), "R_K": k.b.size(2), "R_V": v.b.size(2), "DENSE_Q": q.a is None}
-    shape |= {"D": width(k), "D_B": k.b.size(-1), "E": width(v), "E_B": v.b.size(-1)}
+    shape |= {"D": k.width, "D_B": k.b.size(-1), "E": v.width, "E_B": v.b.size(-1)}
     return shape | {"BLOCK_D": padded(shape["D"]), "BLOCK_E": padded(shape["E"])}
 
 

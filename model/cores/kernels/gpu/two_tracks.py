@@ -12,14 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.cores.kernels.gpu.common import autotuned, precision
+from model.cores.kernels.gpu.common import autotuned, padded, precision, strides
 
 CONFIGS = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s)
     for m, n, w, s in ((32, 16, 4, 3), (16, 16, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3))
 ]
 SMALL = triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)  # what fits with wide heads
-KEY = ["bucket", "D", "E", "CLOSED"]
+
+
+def tuned(configs: list[triton.Config]):
+    return autotuned([*configs, SMALL], key=["bucket", "D", "E", "CLOSED"])
 
 
 @triton.jit
@@ -55,6 +58,16 @@ def load_pair(
 
 
 @triton.jit
+def stage_range(stage: tl.constexpr, first, BLOCK: tl.constexpr, count):
+    """Return the range of a line's tokens before a block that starts at `first` (stage 0), in it (1), after it (2)."""
+    if stage == 0:
+        return 0, first
+    if stage == 1:
+        return first, first + BLOCK
+    return first + BLOCK, count
+
+
+@triton.jit
 def accumulate(top, norm, sums, logits, v, PRECISION: tl.constexpr):
     """Return the online softmax, to base 2, after one more tile."""
     higher = tl.maximum(top, tl.max(logits, 1))
@@ -65,7 +78,7 @@ def accumulate(top, norm, sums, logits, v, PRECISION: tl.constexpr):
     return higher, norm, sums
 
 
-@autotuned([*CONFIGS, SMALL], key=KEY)
+@tuned(CONFIGS)
 @triton.jit
 def forward_kernel(
     q, k, values, own, opened, closed, opened_lse, closed_lse,
@@ -91,30 +104,30 @@ def forward_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for begin in tl.range(0, first, BLOCK_N):
-        k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
-
-    open_top, open_norm, open_sums = top, norm, sums
     own_weight = tl.zeros((BLOCK_M,), tl.float32)
-    for begin in tl.range(first, first + BLOCK_M, BLOCK_N):
-        j = begin + n
-        k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
-        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        logits = tl.where((j < count)[None, :], logits, float("-inf"))
-        seen = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
-        higher = tl.maximum(open_top, tl.max(seen, 1))
-        weights = tl.exp2(seen - higher[:, None])
-        correction = tl.exp2(open_top - higher)
-        own_weight = own_weight * correction + tl.sum(tl.where(j[None, :] == i[:, None], weights, 0.0), 1)
-        open_norm = open_norm * correction + tl.sum(weights, 1)
-        weights = tl.where(j[None, :] < i[:, None], weights, 0.0)
-        open_sums = open_sums * correction[:, None]
-        open_sums += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
-        open_top = higher
-        if CLOSED:
-            top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
+    for stage in tl.static_range(3 if CLOSED else 2):
+        if stage == 1:
+            open_top, open_norm, open_sums = top, norm, sums
+        low, high = stage_range(stage, first, BLOCK_M, count)
+        for begin in tl.range(low, high, BLOCK_N):
+            j = begin + n
+            k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
+            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            if stage > 0:
+                logits = tl.where((j < count)[None, :], logits, float("-inf"))
+            if stage == 1:
+                seen = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
+                higher = tl.maximum(open_top, tl.max(seen, 1))
+                weights = tl.exp2(seen - higher[:, None])
+                correction = tl.exp2(open_top - higher)
+                own_weight = own_weight * correction + tl.sum(tl.where(j[None, :] == i[:, None], weights, 0.0), 1)
+                open_norm = open_norm * correction + tl.sum(weights, 1)
+                weights = tl.where(j[None, :] < i[:, None], weights, 0.0)
+                open_sums = open_sums * correction[:, None]
+                open_sums += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+                open_top = higher
+            if stage == 0 or CLOSED:
+                top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
 
     own_base = own + row * own_b + at * own_t + head // GROUP_OWN * own_h
     own_tile = load_tile(own_base, inner * own_t, m, there, E, BLOCK_E).to(tl.float32)
@@ -126,11 +139,6 @@ def forward_kernel(
     tl.store(opened_lse + places, open_top + tl.log2(open_norm), mask=there)
 
     if CLOSED:
-        for begin in tl.range(first + BLOCK_M, count, BLOCK_N):
-            k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
-            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-            logits = tl.where((begin + n < count)[None, :], logits, float("-inf"))
-            top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
         mixed = sums / norm[:, None]
         tl.store(closed + places[:, None] * E + e[None, :], mixed.to(closed.dtype.element_ty), mask=stored)
         tl.store(closed_lse + places, top + tl.log2(norm), mask=there)
@@ -139,13 +147,7 @@ def forward_kernel(
 def widths(q: Tensor, values: Tensor) -> dict[str, int]:
     """Return the compile-time constants of the shapes."""
     D, E = q.size(-1), values.size(-1)
-    padded = {f"BLOCK_{name}": max(16, triton.next_power_of_2(n)) for name, n in (("D", D), ("E", E))}
-    return {"D": D, "E": E} | padded
-
-
-def strides(*tensors: Tensor) -> list[int]:
-    """Return the strides over batch, tokens and heads; features lie next to each other."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+    return {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
 
 
 def lines(q: Tensor, axis: list[int]) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.cores.kernels.gpu.common import autotuned, precision
-from model.cores.kernels.gpu.two_tracks import KEY, SMALL, find_line, grid, lines, load_pair, load_tile, strides, widths
+from model.cores.kernels.gpu.common import precision, strides
+from model.cores.kernels.gpu.two_tracks import find_line, grid, lines, load_pair, load_tile, stage_range, tuned, widths
 
 # Rows of the block that stays, rows of those that go by, warps.
 SIZES = ((32, 16, 4), (16, 16, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 32, 8))
@@ -80,7 +80,7 @@ def score_gradients(logits, lse, left, right, delta, seen, PRECISION: tl.constex
     return weights, weights * (tl.dot(left, tl.trans(right), input_precision=PRECISION) - delta)
 
 
-@autotuned([*QUERY_CONFIGS, SMALL], key=KEY)
+@tuned(QUERY_CONFIGS)
 @triton.jit
 def queries_kernel(
     q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_q,
@@ -110,13 +110,9 @@ def queries_kernel(
     gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     extra = tl.load(diagonal + rows + m * step, mask=there, other=0.0)
-    # 0: keys before the block, of the open track; 1: its own keys, of both; 2: keys after it, of the closed track
+    # The keys before the block are the open track's, its own are both tracks', those after it are the closed track's.
     for stage in tl.static_range(3 if CLOSED else 2):
-        low, high = first, first + BLOCK_M
-        if stage == 0:
-            low, high = 0, first
-        if stage == 2:
-            low, high = first + BLOCK_M, count
+        low, high = stage_range(stage, first, BLOCK_M, count)
         for begin in tl.range(low, high, BLOCK_N):
             j = begin + n
             k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
@@ -139,7 +135,7 @@ def queries_kernel(
     tl.store(d_q + places[:, None] * D + d[None, :], (gradient * score_scale).to(d_q.dtype.element_ty), mask=stored)
 
 
-@autotuned([*KEY_CONFIGS, SMALL], key=KEY)
+@tuned(KEY_CONFIGS)
 @triton.jit
 def keys_kernel(
     q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_k, d_values,
@@ -168,13 +164,9 @@ def keys_kernel(
     for_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
 
     # Scores are transposed here, [keys, queries], as both products want them.
-    # 0: queries before the block, of the closed track; 1: its own, of both; 2: queries after it, of the open track
+    # Queries before the block are the closed track's, its own are both tracks', those after it are the open track's.
     for stage in tl.static_range(0 if CLOSED else 1, 3):
-        low, high = begin, begin + BLOCK_N
-        if stage == 0:
-            low, high = 0, begin
-        if stage == 2:
-            low, high = begin + BLOCK_N, count
+        low, high = stage_range(stage, begin, BLOCK_N, count)
         for first in tl.range(low, high, BLOCK_M):
             i = first + m
             at = tl.cast(first, tl.int64) * inner
