@@ -20,14 +20,14 @@ class Hub(Source):
         if not self.config.path:
             yield "path is not set: give the name of a data set on the Hugging Face hub"
 
-    def open(self, progress: bool = False) -> Stream:
+    def open(self) -> Stream:
         config = self.config
         wrong = f"data.path={config.path}: cannot be read as a Hugging Face data set"
         options = {"name": config.subset, "split": config.split, "revision": config.revision}
         stream = load_dataset(config.path, wrong, streaming=config.streaming, **options)
         return column_of(stream if config.streaming else stream.to_iterable_dataset(), config.column, wrong)
 
-    def facts(self, progress: bool = False) -> list:
+    def facts(self) -> list:
         return [self.config.path, self.config.subset, self.config.split, self.config.revision]
 
 
