@@ -15,24 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.app import app
-from configs.errors import ConfigError, writing
+from configs.errors import writing
 from configs.load import Block
 from data.config import DataCommand
-from data.files import sha256_of, write_atomic
+from data.files import write_atomic
 from data.prepare import ensure_prepared, not_prepared
-from data.shards import (
-    MANIFEST_FILE,
-    SPLITS,
-    Manifest,
-    Shard,
-    TokenShards,
-    document_index,
-    fingerprint_of,
-    index_file,
-    map_tokens,
-    problem_with,
-    read_manifest,
-)
+from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest, verify
 from data.sources.base import source_of
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -69,64 +57,6 @@ def inspect(dir: str | Path, console: Console, seq_len: int | None = None, out: 
     result = f"{len(problems)} problem(s)" if problems else "all shards match their checksums"
     console.print(f"{dir}: {result}", markup=False)
     return problems
-
-
-def verify(dir: str | Path) -> list[str]:
-    """Read everything and return what differs from the checksums and counts of the manifest, a line for each problem.
-
-    Document indexes are compared with the tokens, if the tokenizer can be loaded.
-    """
-    dir, problems, end_of_text = Path(dir), [], None
-    try:
-        manifest = read_manifest(dir)
-    except ConfigError as error:
-        return error.errors
-    try:
-        tokenizer = load_tokenizer(manifest.tokenizer_config(), dir)
-        end_of_text = tokenizer.end_of_text
-        if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
-            problems.append(f"{dir}: the tokenizer is not the one that made the shards (their fingerprints differ)")
-    except ConfigError as error:
-        problems += error.errors
-    for split, expected in manifest.splits.items():
-        problems += problems_of_shards(dir, expected.shards, manifest.token_dtype, end_of_text)
-        for key in ("tokens", "documents"):
-            stated, total = getattr(expected, key), sum(getattr(shard, key) for shard in expected.shards)
-            if total != stated:
-                problems.append(f"{dir / MANIFEST_FILE}: {split} has {stated} {key}, its shards have {total}")
-    if fingerprint_of(manifest.splits, manifest.tokenizer["fingerprint"]) != manifest.fingerprint:
-        problems.append(f"{dir / MANIFEST_FILE}: the fingerprint is not that of its shards and tokenizer")
-    return problems
-
-
-def problems_of_shards(dir: Path, shards: list[Shard], dtype: str, end_of_text: int | None) -> Iterator[str]:
-    """Yield what is wrong with each of the shards of a split, with their indexes too if `end_of_text` is given."""
-    at_start: bool | None = True  # the next shard starts with a document; None: unknown, the last one is broken
-    for shard in shards:
-        path = dir / shard.file
-        if problem := problem_with(path, shard, dtype):
-            yield problem
-        elif (sha256 := sha256_of(path)) != shard.sha256:
-            problem = f"{path}: its sha256 is {sha256}, the manifest has {shard.sha256}"
-            yield problem
-        if problem or end_of_text is None:
-            at_start = None
-            continue
-        tokens = map_tokens(path, dtype, shard.offset)
-        if at_start is not None:
-            yield from problems_of_index(path, shard, *document_index(tokens, end_of_text, at_start))
-        at_start = bool(tokens[-1] == end_of_text)
-
-
-def problems_of_index(path: Path, shard: Shard, starts: np.ndarray, documents: int) -> Iterator[str]:
-    """Yield what is wrong with the index of a shard in which documents start at `starts`, and `documents` end."""
-    try:
-        if not np.array_equal(np.load(index_file(path)), starts):
-            yield f"{index_file(path)}: is not the index of the documents in {path.name}"
-    except (OSError, ValueError) as error:
-        yield f"{index_file(path)}: cannot be read ({error})"
-    if documents != shard.documents:
-        yield f"{path}: {documents} documents end in it, the manifest has {shard.documents}"
 
 
 def show(dir: Path, console: Console, seq_len: int | None, plot: Path) -> None:

@@ -2,16 +2,14 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from rich.console import Console
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-REPORT_EVERY = 60  # seconds, if there is no terminal
+REPORT_EVERY = 20  # seconds
 
 _function: Callable | None = None  # what a worker process does with each item
 
@@ -58,11 +56,11 @@ def end_with_parent() -> None:
 
 def report(text: str, enabled: bool = True) -> None:
     if enabled:
-        console.print(text, markup=False)
+        print(text, file=sys.stderr, flush=True)
 
 
 class Rates:
-    """Counts and their rates: a changing line on a terminal, else a line now and then; a summary line at the end.
+    """Counts and their rates, reported now and then, and at the end.
 
     `done` is what an earlier start counted, which is not in the rates. Use it as a context and count as in
     `advance(documents=5, tokens=9)`.
@@ -70,29 +68,25 @@ class Rates:
 
     def __init__(self, label: str, enabled: bool, **done: int):
         self.label, self.enabled = label, enabled
-        self.counts, self.done = Counter(done), Counter(done)
-        self.line = console.status(label) if enabled and console.is_terminal else None
+        self.counts, self.done = Counter(done), done
 
     def __enter__(self) -> "Rates":
         self.start = self.last_report = time.monotonic()
-        if self.line:
-            self.line.start()
         return self
 
     def __exit__(self, *error) -> None:
-        if self.line:
-            self.line.stop()
-        report(f"{self} in {time.monotonic() - self.start:.1f} s", self.enabled)
+        self.report()
 
     def advance(self, **counts: int) -> None:
         self.counts.update(counts)
-        if self.line:
-            self.line.update(str(self))
-        elif time.monotonic() - self.last_report > REPORT_EVERY:
-            self.last_report = time.monotonic()
-            report(str(self), self.enabled)
+        if time.monotonic() - self.last_report > REPORT_EVERY:
+            self.report()
 
-    def __str__(self) -> str:
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rates = {unit: (count - self.done[unit]) / seconds for unit, count in self.counts.items()}
-        return f"{self.label}: " + ", ".join(f"{self.counts[u]:,} {u} ({rate:,.0f}/s)" for u, rate in rates.items())
+    def report(self) -> None:
+        self.last_report = time.monotonic()
+        seconds = max(self.last_report - self.start, 1e-9)
+        counts = (
+            f"{count:,} {unit} ({(count - self.done.get(unit, 0)) / seconds:,.0f}/s)"
+            for unit, count in self.counts.items()
+        )
+        report(f"{self.label}: {', '.join(counts)} in {seconds:.1f} s", self.enabled)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from configs.errors import ConfigError
 from data.config import TokenizerConfig
 from data.documents import SPLITS
 from data.files import sha256_of, write_atomic
+from data.tokenizers import load_tokenizer
 
 FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # magic and version
 HEADER_BYTES = 256 * 4
@@ -277,3 +279,53 @@ class TokenShards:
     def documents(self) -> list[np.ndarray]:
         """Return the index of each shard: the offsets (uint32) at which its documents start."""
         return [np.load(index_file(self.dir / shard.file)) for shard in self.manifest.splits[self.split].shards]
+
+
+def verify(dir: str | Path) -> list[str]:
+    """Read everything and return what differs from the checksums and counts of the manifest, a line for each problem.
+
+    Document indexes are compared with the tokens, if the tokenizer can be loaded.
+    """
+    dir, problems, end_of_text = Path(dir), [], None
+    try:
+        manifest = read_manifest(dir)
+    except ConfigError as error:
+        return error.errors
+    try:
+        tokenizer = load_tokenizer(manifest.tokenizer_config(), dir)
+        end_of_text = tokenizer.end_of_text
+        if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
+            problems.append(f"{dir}: the tokenizer is not the one that made the shards (their fingerprints differ)")
+    except ConfigError as error:
+        problems += error.errors
+    for split, expected in manifest.splits.items():
+        problems += problems_of_shards(dir, expected.shards, manifest.token_dtype, end_of_text)
+        for key in ("tokens", "documents"):
+            stated, total = getattr(expected, key), sum(getattr(shard, key) for shard in expected.shards)
+            if total != stated:
+                problems.append(f"{dir / MANIFEST_FILE}: {split} has {stated} {key}, its shards have {total}")
+    if fingerprint_of(manifest.splits, manifest.tokenizer["fingerprint"]) != manifest.fingerprint:
+        problems.append(f"{dir / MANIFEST_FILE}: the fingerprint is not that of its shards and tokenizer")
+    return problems
+
+
+def problems_of_shards(dir: Path, shards: list[Shard], dtype: str, end_of_text: int | None) -> Iterator[str]:
+    """Yield what is wrong with the shards of a split, and with their indexes if `end_of_text` is given."""
+    at_start: bool | None = True  # the next shard starts with a document; None: unknown, the last one is broken
+    for shard in shards:
+        path, was_at_start, at_start = dir / shard.file, at_start, None
+        if problem := problem_with(path, shard, dtype):
+            yield problem
+        elif (sha256 := sha256_of(path)) != shard.sha256:
+            yield f"{path}: its sha256 is {sha256}, the manifest has {shard.sha256}"
+        elif end_of_text is not None:
+            tokens = map_tokens(path, dtype, shard.offset)
+            at_start = bool(tokens[-1] == end_of_text)
+            starts, documents = document_index(tokens, end_of_text, bool(was_at_start))
+            if documents != shard.documents:
+                yield f"{path}: {documents} documents end in it, the manifest has {shard.documents}"
+            try:
+                if was_at_start is not None and not np.array_equal(np.load(index_file(path)), starts):
+                    yield f"{index_file(path)}: is not the index of the documents in {path.name}"
+            except (OSError, ValueError) as error:
+                yield f"{index_file(path)}: cannot be read ({error})"

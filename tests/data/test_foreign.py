@@ -9,9 +9,8 @@ import pytest
 from configs.app import configured
 from configs.errors import ConfigError
 from data.config import DataCommand, TokenizerConfig
-from data.inspect import verify
 from data.prepare import ensure_prepared, prepare
-from data.shards import TokenShards, read_manifest
+from data.shards import TokenShards, read_manifest, verify
 from tests.data.conftest import texts
 from tests.data.test_tokenizers import GPT2, gpt2
 

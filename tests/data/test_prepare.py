@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from configs.errors import ConfigError
-from data.inspect import document_lengths, inspect, verify
+from data.inspect import document_lengths, inspect
 from data.prepare import ensure_prepared, prepare
-from data.shards import TokenShards, read_manifest
+from data.shards import TokenShards, read_manifest, verify
 from data.tokenizers import load_tokenizer
 from tests.data.conftest import make_config, texts, write_jsonl
 from tests.data.test_tokenizers import GPT2, gpt2

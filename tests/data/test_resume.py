@@ -18,9 +18,8 @@ import pytest
 
 from configs.errors import ConfigError
 from data.build import Preparation
-from data.inspect import verify
 from data.prepare import prepare
-from data.shards import Manifest, ShardWriter, TokenShards
+from data.shards import Manifest, ShardWriter, TokenShards, verify
 from data.tokenizers import train_sentencepiece
 from tests.data.conftest import make_config, texts, write_jsonl
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from configs.errors import ConfigError
-from data.inspect import verify
-from data.shards import ShardWriter, TokenShards, read_manifest
+from data.shards import ShardWriter, TokenShards, read_manifest, verify
 
 
 @pytest.fixture
