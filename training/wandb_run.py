@@ -224,6 +224,7 @@ class WandbRun:
         write_atomic(path, json.dumps(facts))
         self.run.summary.update(facts)
 
+    @off_if_it_fails
     def show_texts(self, key: str, texts: list[str]) -> None:
         """Show texts one below the other."""
         self._add({key: texts})
