@@ -3,101 +3,141 @@
 Only this process writes. What it has done is in `journal.json`: where the source stands, and how much of each open
 shard belongs to the documents before that. What was written after the journal is cut off when the build resumes, and
 the same documents make the same bytes again.
+
+A build may be done by several processes at once, on one machine or many: N parts, which the last one to finish joins.
+Part I is the I-th contiguous share of the files of the source, tokenised with the tokenizer of the whole source and
+split by its threshold, into shards of its own in `<data.dir>.parts-<hash>/<I>`. Joining reads the parts in order and
+writes their tokens with the writer of an undivided build, so shards, indexes and manifest are the same to the byte.
 """
 
+import hashlib
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from configs.errors import ConfigError
 from data.config import DataConfig, TokenizerConfig
-from data.documents import SPLITS, NotText, Tokenised, encoded, place_of, set_tokeniser, tokenise
+from data.documents import SPLITS, NotText, Tokenised, Tokeniser, encoded, place_of
 from data.files import remove_partial, write_atomic
 from data.parallel import Rates, ordered_map, report
-from data.shards import MANIFEST_FILE, Manifest, Split, fingerprint_of, read_manifest
+from data.shards import MANIFEST_FILE, Manifest, ShardWriter, Split, fingerprint_of, map_tokens, read_manifest
 from data.sources.base import Source, Stream, batches, source_of
 from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer, train_sentencepiece
-from data.writer import ShardWriter
 
 JOURNAL_FILE = "journal.json"
 JOURNAL_EVERY = 20  # seconds; and after each finished shard
 TASK_DOCUMENTS, TASK_CHARACTERS = 512, 500_000  # of a work item, whichever comes first
 FEW_DOCUMENTS = 1000  # a smaller source gets a validation document even if the hash gives it none
+CHUNK = 4_000_000  # tokens joined at a time
+END = "end"  # where the source of a finished part stands
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be prepared."""
+    """What is to be prepared, in how many parts."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
     progress: bool = True  # report it
+    parts: int = 1
 
     @cached_property
     def source(self) -> Source:
-        return source_of(self.data)
+        return source_of(self.data, self.progress)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the shards: another identity is another preparation."""
+        """What decides the bytes of the shards: another identity is another build."""
         return {
             "settings": self.data.settings(),
             "tokenizer": self.tokenizer.model_dump(),
-            "source": self.source.fingerprint(self.progress),
+            "source": self.source.fingerprint(),
         }
+
+    @property
+    def parts_dir(self) -> Path:
+        """The folder of the parts, another one for another identity or another number of parts."""
+        digest = hashlib.sha256(json.dumps([self.identity, self.parts]).encode()).hexdigest()
+        return Path(f"{Path(self.data.dir)}.parts-{digest[:8]}")
+
+    def part_dir(self, part: int) -> Path:
+        return self.parts_dir / f"{part:05d}"
+
+    def part_identity(self, part: int) -> dict[str, Any]:
+        return self.identity | {"part": part}
+
+    def finished_part(self, part: int) -> dict[str, Any] | None:
+        """Return the journal of a finished part, None if it is not finished."""
+        journal = read_journal(self.part_dir(part), self.part_identity(part))
+        return journal if journal and journal["stream_state"] == END else None
 
 
 class Preparation:
-    """The writers of both splits in `dir`, and everything else that is counted along the way."""
+    """The shards of both splits in `dir`, and everything else that is counted along the way.
 
-    def __init__(self, dir: Path, job: Job, tokenizer: Tokenizer, identity: dict[str, Any]):
-        self.dir, self.job, self.tokenizer, self.identity = dir, job, tokenizer, identity
-        self.dtype = job.data.dtype_for(tokenizer.vocab_size)
-        options = (job.data.shard_tokens, tokenizer.vocab_size, tokenizer.end_of_text, self.dtype)
+    It is as an earlier start with the same `identity` has left it, or a new one, in an emptied folder in which the
+    tokenizer that `make` returns is stored.
+    """
+
+    def __init__(self, dir: Path, job: Job, identity: dict[str, Any], make: Callable[[], Tokenizer]):
+        self.dir, self.job, self.identity = dir, job, identity
+        journal = read_journal(dir, identity)
+        if not journal:
+            shutil.rmtree(dir, ignore_errors=True)
+            dir.mkdir()
+            make().save(dir)
+        self.tokenizer = load_tokenizer(job.tokenizer, dir)
+        self.dtype = job.data.dtype_for(self.tokenizer.vocab_size)
+        options = (job.data.shard_tokens, self.tokenizer.vocab_size, self.tokenizer.end_of_text, self.dtype)
         self.writers = {split: ShardWriter(dir, split, *options) for split in SPLITS}
-        self.documents, self.bytes, self.tokens = Counter(), Counter(), Counter()  # by split
+        self.documents, self.bytes = Counter(), Counter()  # by split
         self.skipped = Counter()  # by reason
-        self.token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)  # of the train split
+        self.token_counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)  # of the train split
         self.stream_state = None
-        self._saved = time.monotonic()
+        if journal:
+            remove_partial(dir)
+            self.stream_state = journal["stream_state"]
+            self.count(*journal["counts"])
+            for split, writer in self.writers.items():
+                writer.restore(journal["writers"][split])
+            report(f"{dir}: resuming after {self.tokens:,} tokens", job.progress)
+        self.save()
 
     @property
     def seen(self) -> int:
         """The number of documents so far, skipped ones included."""
         return self.documents.total() + self.skipped.total()
 
-    def start(self, journal: dict[str, Any] | None, stream) -> None:
-        """Resume from the journal and move `stream` to where it stands, or begin a journal."""
-        if not journal:
-            self.save()
-            return
-        remove_partial(self.dir)
-        self.stream_state = journal["stream_state"]
-        for split, writer in self.writers.items():
-            writer.restore(journal["writers"][split])
-        self.documents, self.bytes, self.tokens, self.skipped = map(Counter, journal["counters"])
-        self.token_counts[:] = journal["token_counts"]
-        if self.stream_state:
-            stream.load_state_dict(self.stream_state)
-        report(f"{self.dir}: resuming after {self.seen:,} documents", self.job.progress)
+    @property
+    def tokens(self) -> int:
+        """The number of tokens written so far."""
+        return sum(writer.tokens for writer in self.writers.values())
+
+    def count(self, documents: dict, bytes: dict, skipped: dict, token_counts: np.ndarray | list[int]) -> None:
+        self.documents.update(documents)
+        self.bytes.update(bytes)
+        self.skipped.update(skipped)
+        self.token_counts += token_counts
 
     def add(self, done: Tokenised, stream_state: dict) -> None:
-        """Write the next documents, after which the source stands at `stream_state`; keep the journal up to date."""
-        finished = [self.writers[split].write(done.tokens[split]) for split in SPLITS]
-        self.token_counts += np.bincount(done.tokens["train"], minlength=len(self.token_counts))
-        self.documents.update(done.documents)
-        self.bytes.update(done.bytes)
-        self.tokens.update({split: len(done.tokens[split]) for split in SPLITS})
-        self.skipped.update(done.skipped)
+        """Count and write the next documents, after which the source stands at `stream_state`."""
+        token_counts = np.bincount(done.tokens["train"], minlength=len(self.token_counts))
+        self.count(done.documents, done.bytes, done.skipped, token_counts)
+        self.write(done.tokens, stream_state)
+
+    def write(self, tokens: dict[str, np.ndarray], stream_state: Any) -> None:
+        """Write the next tokens, after which the source stands at `stream_state`; keep the journal up to date."""
+        finished = [self.writers[split].write(tokens[split]) for split in tokens]
         self.stream_state = stream_state
         if any(finished) or time.monotonic() - self._saved > JOURNAL_EVERY:
             self.save()
@@ -105,11 +145,10 @@ class Preparation:
     def save(self) -> None:
         """Write the journal, then give finished shards their names."""
         fields = {
-            "identity": self.identity,
+            "job": self.identity,
             "stream_state": self.stream_state,
             "writers": {split: writer.state() for split, writer in self.writers.items()},
-            "counters": [dict(self.documents), dict(self.bytes), dict(self.tokens), dict(self.skipped)],
-            "token_counts": self.token_counts.tolist(),
+            "counts": [self.documents, self.bytes, self.skipped, self.token_counts.tolist()],
         }
         write_atomic(self.dir / JOURNAL_FILE, json.dumps(fields))
         for writer in self.writers.values():
@@ -128,8 +167,8 @@ class Preparation:
         self.close()
         splits = {}
         for split, writer in self.writers.items():
-            tokens, size = self.tokens[split], self.bytes[split]
-            splits[split] = Split(writer.shards, tokens, self.documents[split], size, bytes_per_token=size / tokens)
+            size = self.bytes[split]
+            splits[split] = Split(writer.shards, writer.tokens, self.documents[split], size, size / writer.tokens)
         skipped = dict(sorted(self.skipped.items()))
         manifest = write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, skipped, self.dtype)
         (self.dir / JOURNAL_FILE).unlink()
@@ -140,12 +179,13 @@ def write_manifest(
     dir: Path, job: Job, tokenizer: Tokenizer, splits: dict[str, Split], counts: np.ndarray, skipped: dict, dtype: str
 ) -> Manifest:
     """Write the manifest of the shards in `dir` and return it; `counts` are of the tokens of the train split."""
+    share = counts[counts > 0] / counts.sum()
     manifest = Manifest(
         name=job.data.name,
         settings=job.identity["settings"],
         splits=splits,
         tokenizer=job.identity["tokenizer"] | {"fingerprint": tokenizer.fingerprint},
-        unigram_entropy=entropy(counts),
+        unigram_entropy=float(-(share * np.log(share)).sum()),
         skipped=skipped,
         fingerprint=fingerprint_of(splits, tokenizer.fingerprint),
         source=job.identity["source"],
@@ -159,9 +199,9 @@ def read_journal(dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Return the journal that an earlier start with the same identity has left, None if there is none."""
     try:
         journal = json.loads((dir / JOURNAL_FILE).read_bytes())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
-    return journal if journal.get("identity") == json.loads(json.dumps(identity)) else None
+    return journal if journal.get("job") == identity else None
 
 
 def read_finished(dir: Path, identity: dict[str, Any]) -> Manifest | None:
@@ -169,49 +209,31 @@ def read_finished(dir: Path, identity: dict[str, Any]) -> Manifest | None:
     if not (dir / MANIFEST_FILE).is_file() or (dir / JOURNAL_FILE).exists():
         return None
     manifest = read_manifest(dir)
-    there = {"settings": manifest.settings, "tokenizer": dict(manifest.tokenizer), "source": manifest.source}
-    there["tokenizer"].pop("fingerprint")
-    return manifest if there == json.loads(json.dumps(identity)) else None
-
-
-def has_finished_shards(dir: Path) -> bool:
-    """Return whether the folder of an unfinished build is worth keeping."""
-    return any(dir.glob("*.bin"))
-
-
-def clear(dir: Path) -> None:
-    """Make `dir` an empty folder."""
-    shutil.rmtree(dir, ignore_errors=True)
-    dir.mkdir()
+    return manifest if manifest.identity() == identity else None
 
 
 def build(job: Job, dir: Path) -> Manifest:
     """Make shards, tokenizer and manifest in `dir`, resuming from what an earlier start has left there."""
-    stream = job.source.open(job.progress)
+    stream = job.source.open()
     if found := read_finished(dir, job.identity):
         return found
-    journal = read_journal(dir, job.identity)
     val_up_to = validation_up_to(stream, job.data)
-    if journal:
-        tokenizer = load_tokenizer(job.tokenizer, dir)
-    else:
-        clear(dir)
-        tokenizer = make_tokenizer(job, stream, val_up_to, dir)
-    made = Preparation(dir, job, tokenizer, job.identity)
-    made.start(journal, stream)
-    tokenise_all(stream, made, dir, val_up_to)
+    made = Preparation(dir, job, job.identity, lambda: make_tokenizer(job, stream, val_up_to))
+    tokenise_all(stream, made, val_up_to)
     return made.finish()
 
 
-def tokenise_all(stream: Stream, made: Preparation, store: Path, val_up_to: float) -> None:
-    """Add the whole of `stream` to `made`, with the tokenizer stored in `store`."""
+def tokenise_all(stream: Stream, made: Preparation, val_up_to: float) -> None:
+    """Add what `made` does not have yet of `stream`."""
     job = made.job
+    if made.stream_state:
+        stream.load_state_dict(made.stream_state)
+    tokeniser = Tokeniser(job.tokenizer, made.dir, val_up_to, job.data.max_document_bytes)
     tasks = batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)
-    setup_args = (job.tokenizer, store, val_up_to, job.data.max_document_bytes)
-    with Rates("Tokenising", job.progress, documents=made.seen, tokens=made.tokens.total()) as rates:
-        for done, state in ordered_map(tokenise, tasks, job.data.workers, set_tokeniser, setup_args):
+    with Rates("Tokenising", job.progress, documents=made.seen, tokens=made.tokens) as rates:
+        for done, state in ordered_map(tokeniser, tasks, job.data.workers):
             made.add(done, state)
-            documents = sum(done.documents.values()) + done.skipped.total()
+            documents = done.documents.total() + done.skipped.total()
             rates.advance(documents=documents, tokens=sum(map(len, done.tokens.values())))
 
 
@@ -249,19 +271,67 @@ def validation_up_to(stream: Stream, data: DataConfig) -> float:
     return up_to
 
 
-def make_tokenizer(job: Job, stream: Stream, val_up_to: float, dir: Path) -> Tokenizer:
-    """Store in `dir` the tokenizer that is configured, or one trained on the training documents, and return it."""
-    tokenizer = new_tokenizer(job.tokenizer)
-    if tokenizer is None:
-        report(f"Training {job.tokenizer.name} on the train split", job.progress)
-        documents = good_documents(stream, job.data, Counter())
-        texts = (document["text"] for document, place in documents if place > val_up_to)
-        tokenizer = train_sentencepiece(texts, job.tokenizer)
-    tokenizer.save(dir)
-    return load_tokenizer(job.tokenizer, dir)
+def make_tokenizer(job: Job, stream: Stream, val_up_to: float) -> Tokenizer:
+    """Return the tokenizer that is configured, or one trained on the training documents of `stream`."""
+    if tokenizer := new_tokenizer(job.tokenizer):
+        return tokenizer
+    report(f"Training {job.tokenizer.name} on the train split", job.progress)
+    documents = good_documents(stream, job.data, Counter())
+    return train_sentencepiece((each["text"] for each, place in documents if place > val_up_to), job.tokenizer)
 
 
-def entropy(counts: np.ndarray) -> float:
-    """Return the entropy of the distribution that `counts` is a sample of, in nats a token."""
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
+def prepare_part(job: Job, part: int) -> None:
+    """Tokenise one part, resuming from what an earlier start has left. ConfigError if there is no such part."""
+    if not 0 <= part < job.parts:
+        raise ConfigError(f"part={part}: must lie between 0 and parts - 1 = {job.parts - 1}")
+    if not job.source.divisible:
+        raise ConfigError(
+            f"parts={job.parts}: data.source={job.data.source} is prepared in one piece; leave part and parts out"
+        )
+    stream = job.source.open()
+    if stream.num_shards < job.parts:
+        raise ConfigError(
+            f"parts={job.parts}: the source has {stream.num_shards} file(s), and a part is at least one file"
+        )
+    val_up_to = validation_up_to(stream, job.data)
+    folder, store = job.part_dir(part), job.parts_dir / "tokenizer"
+    store.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{store}.lock"):
+        if not any(store.glob("tokenizer.*")):
+            make_tokenizer(job, stream, val_up_to).save(store)
+    with filelock.FileLock(f"{folder}.lock"):
+        if job.finished_part(part):
+            report(f"{folder}: finished already", job.progress)
+            return
+        made = Preparation(folder, job, job.part_identity(part), lambda: load_tokenizer(job.tokenizer, store))
+        tokenise_all(job.source.open().shard(num_shards=job.parts, index=part, contiguous=True), made, val_up_to)
+        made.stream_state = END
+        made.close()
+
+
+def join(job: Job, dir: Path) -> Manifest:
+    """Make in `dir` what an undivided build makes there, from the finished parts."""
+    if found := read_finished(dir, job.identity):
+        return found
+    identity, store = job.identity | {"parts": job.parts}, job.parts_dir / "tokenizer"
+    made = Preparation(dir, job, identity, lambda: load_tokenizer(job.tokenizer, store))
+    if made.stream_state is None:  # otherwise they are counted
+        for part in range(job.parts):
+            made.count(*job.finished_part(part)["counts"])
+    done = made.stream_state or 0
+    with Rates("Joining", job.progress, tokens=made.tokens) as rates:
+        for number, (split, tokens) in enumerate(islice(chunks(job, made.dtype), done, None), done + 1):
+            made.write({split: tokens}, number)
+            rates.advance(tokens=len(tokens))
+    return made.finish()
+
+
+def chunks(job: Job, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (split, tokens) of the finished parts in order."""
+    for part in range(job.parts):
+        writers = job.finished_part(part)["writers"]
+        for split in SPLITS:
+            for shard in writers[split]["shards"]:
+                tokens = map_tokens(job.part_dir(part) / shard["file"], dtype)
+                for start in range(0, len(tokens), CHUNK):
+                    yield split, tokens[start : start + CHUNK]

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from configs.errors import Mistakes
 from configs.load import Block, Command
@@ -16,7 +16,7 @@ class TokenizerConfig(Block):
 
     name: str
     kind: Literal["sentencepiece", "tiktoken", "huggingface"]
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=2**31)
     encoding: str | None = None  # tiktoken: its name
     path: str | None = None  # a file that holds it; null: train it. huggingface: a folder or a name on the hub, too
     end_of_text: str = "<|endoftext|>"  # huggingface: the token that ends a document
@@ -31,8 +31,6 @@ class TokenizerConfig(Block):
             lines.append("path is not set: give a tokenizer.json, its folder or a name on the Hugging Face hub")
         if self.kind == "sentencepiece" and not self.path and self.vocab_size < 260:  # 256 bytes and control tokens
             lines.append(f"vocab_size={self.vocab_size}: must be at least 260")
-        if self.vocab_size > 2**31:
-            lines.append(f"vocab_size={self.vocab_size}: must be at most 2^31")
         if lines:
             raise Mistakes(*lines)
         return self
@@ -48,16 +46,9 @@ class DataConfig(SourceConfig):
 
     name: str
     val_fraction: float = Field(0.05, gt=0, lt=1)  # of the documents, chosen by a hash of their name or text
-    shard_tokens: int = Field(100_000_000, ge=1)
+    shard_tokens: int = Field(100_000_000, ge=1, lt=2**31)  # the header of a shard holds no larger number
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # auto: uint16 if the vocabulary fits, else uint32
     document_mask: bool = False  # tokens attend to their own document only, and positions start again with each
-
-    @field_validator("shard_tokens")
-    @classmethod
-    def _check_shard_tokens(cls, value: int) -> int:
-        if value >= 2**31:
-            raise ValueError("must be less than 2^31, the limit of the header of a shard")
-        return value
 
     def dtype_for(self, vocab_size: int) -> str:
         """Return the dtype of shards whose vocabulary has this size."""

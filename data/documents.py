@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,11 @@ class NotText:
 
 @dataclass
 class Tokenised:
-    """What has become of some documents, in their order; by split."""
+    """What has become of some documents, in their order."""
 
-    tokens: dict[str, np.ndarray]  # of all documents in a row, end-of-text after each
-    documents: dict[str, int]
-    bytes: dict[str, int]  # of the text in UTF-8
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)  # by split: of all in a row, end-of-text after each
+    documents: Counter = field(default_factory=Counter)  # by split
+    bytes: Counter = field(default_factory=Counter)  # of the text in UTF-8, by split
     skipped: Counter = field(default_factory=Counter)  # documents by reason
 
 
@@ -60,15 +61,27 @@ def place_of(document: dict, content: bytes) -> float:
     return place(document["name"].encode() if "name" in document else content)
 
 
+@dataclass
 class Tokeniser:
-    """Documents to tokens, with one tokenizer. Documents whose place is at most `val_up_to` are validation."""
+    """Turn (documents, the state of the source after them) into (what has become of them, that state).
 
-    def __init__(self, tokenizer: Tokenizer, val_up_to: float, max_bytes: int):
-        self.tokenizer, self.val_up_to, self.max_bytes = tokenizer, val_up_to, max_bytes
+    Documents whose place is at most `val_up_to` are validation. Each process loads the tokenizer for itself.
+    """
 
-    def __call__(self, documents: list[dict]) -> Tokenised:
+    config: TokenizerConfig
+    dir: Path  # where the tokenizer is stored
+    val_up_to: float
+    max_bytes: int
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+        return load_tokenizer(self.config, self.dir)
+
+    def __call__(self, item: tuple[list[dict], dict]) -> tuple[Tokenised, dict]:
+        documents, state = item
         texts = {split: [] for split in SPLITS}
-        done = Tokenised({}, {}, dict.fromkeys(SPLITS, 0))
+        done = Tokenised()
         for document in documents:
             content = encoded(document["text"], self.max_bytes)
             if isinstance(content, NotText):
@@ -76,25 +89,8 @@ class Tokeniser:
                 continue
             split = "val" if place_of(document, content) <= self.val_up_to else "train"
             texts[split].append(document["text"])
+            done.documents[split] += 1
             done.bytes[split] += len(content)
         dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
-        for split in SPLITS:
-            done.tokens[split] = self.tokenizer.encode_documents(texts[split]).astype(dtype)
-            done.documents[split] = len(texts[split])
-        return done
-
-
-_tokeniser: Tokeniser | None = None  # of this process
-
-
-def set_tokeniser(config: TokenizerConfig, dir: Path, val_up_to: float, max_bytes: int) -> None:
-    """Make this process ready for `tokenise`, with the tokenizer stored in `dir`."""
-    global _tokeniser
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _tokeniser = Tokeniser(load_tokenizer(config, dir), val_up_to, max_bytes)
-
-
-def tokenise(item: tuple[list[dict], dict]) -> tuple[Tokenised, dict]:
-    """Turn (documents, the state of the source after them) into (what has become of them, that state)."""
-    documents, state = item
-    return _tokeniser(documents), state
+        done.tokens = {split: self.tokenizer.encode_documents(texts[split]).astype(dtype) for split in SPLITS}
+        return done, state

@@ -5,7 +5,7 @@ Exits with 0 if all is intact, 1 if something is broken (a line for each problem
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.app import app
-from configs.errors import ConfigError, writing
+from configs.errors import writing
 from configs.load import Block
 from data.config import DataCommand
 from data.files import write_atomic
@@ -28,13 +28,8 @@ SAMPLES, SAMPLE_TOKENS = 3, 100
 FREQUENT = 20
 CHUNK = 10_000_000  # tokens counted at a time
 PERCENTILES = {
-    0: "shortest",
-    10: "10th percentile",
-    50: "median",
-    90: "90th percentile",
-    99: "99th percentile",
-    100: "longest",
-}
+    0: "shortest", 10: "10th percentile", 50: "median", 90: "90th percentile", 99: "99th percentile", 100: "longest",
+}  # fmt: skip
 
 
 class TrainerKeys(Block, extra="ignore"):
@@ -49,24 +44,14 @@ class InspectConfig(DataCommand):
 
 
 def inspect(dir: str | Path, console: Console, seq_len: int | None = None, out: str | Path | None = None) -> list[str]:
-    """Print the statistics of a data folder and return the problems found. ConfigError if it is not prepared.
+    """Print the statistics of a data folder, if it is intact, and return the problems found.
 
     `seq_len` is compared with the lengths of documents, whose plot goes into the file `out`.
     """
     dir = Path(dir)
-    if not (dir / MANIFEST_FILE).is_file():
-        read_manifest(dir)
-    tokenizer, problems = None, []
-    try:
-        manifest = read_manifest(dir)
-        tokenizer = load_tokenizer(manifest.tokenizer_config(), dir)
-        if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
-            problems = [f"{dir}: the tokenizer is not the one that made the shards (their fingerprints differ)"]
-    except ConfigError as error:
-        problems = error.errors
-    problems = list(dict.fromkeys([*verify(dir, tokenizer and tokenizer.end_of_text), *problems]))
+    problems = verify(dir)
     if not problems:
-        show(dir, manifest, tokenizer, console, seq_len, Path(out or dir / "lengths.png"))
+        show(dir, console, seq_len, Path(out or dir / "lengths.png"))
     for problem in problems:
         console.print(problem, markup=False)
     result = f"{len(problems)} problem(s)" if problems else "all shards match their checksums"
@@ -74,10 +59,10 @@ def inspect(dir: str | Path, console: Console, seq_len: int | None = None, out: 
     return problems
 
 
-def show(
-    dir: Path, manifest: Manifest, tokenizer: Tokenizer, console: Console, seq_len: int | None, plot: Path
-) -> None:
+def show(dir: Path, console: Console, seq_len: int | None, plot: Path) -> None:
     """Print the statistics of an intact folder, and draw the plot."""
+    manifest = read_manifest(dir)
+    tokenizer = load_tokenizer(manifest.tokenizer_config(), dir)
     shards = {split: TokenShards(dir, split) for split in SPLITS}
     counts = {split: count_tokens(shards[split], tokenizer.vocab_size) for split in SPLITS}
     lengths = {split: np.concatenate(list(document_lengths(shards[split]))) for split in SPLITS}
@@ -108,15 +93,9 @@ def document_lengths(shards: TokenShards) -> Iterator[np.ndarray]:
     yield np.array([before] if before else [], dtype=np.int64)
 
 
-def by_split(title: str, rows: dict[str, Callable[[str], str]]) -> Table:
-    """Return a table with a column for each split."""
-    table = Table("", *SPLITS, title=title)
-    for name, value in rows.items():
-        table.add_row(name, *map(value, SPLITS))
-    return table
-
-
 def statistics(manifest: Manifest, counts: dict[str, np.ndarray]) -> Table:
+    table = Table("", *SPLITS, title=f"{manifest.name}, tokenizer {manifest.tokenizer['name']}")
+
     rows = {
         "shards": lambda split: f"{len(manifest.splits[split].shards):,} of {manifest.token_dtype}",
         "documents": lambda split: f"{manifest.documents(split):,}",
@@ -124,25 +103,25 @@ def statistics(manifest: Manifest, counts: dict[str, np.ndarray]) -> Table:
         "bytes of text": lambda split: f"{manifest.splits[split].bytes:,}",
         "bytes per token": lambda split: f"{manifest.bytes_per_token(split):.3f}",
         "vocabulary used": lambda split: f"{np.count_nonzero(counts[split]):,} of {len(counts[split]):,}",
-        "unigram entropy": lambda split: f"{manifest.unigram_entropy:.4f} nats" if split == "train" else "",
     }
-    table = by_split(f"{manifest.name}, tokenizer {manifest.tokenizer['name']}", rows)
+    for name, value in rows.items():
+        table.add_row(name, *map(value, SPLITS))
+    table.add_row("unigram entropy", f"{manifest.unigram_entropy:.4f} nats")
     for reason, count in manifest.skipped.items():
-        table.add_row(f"skipped, {reason}", f"{count:,}", "")
+        table.add_row(f"skipped, {reason}", f"{count:,}")
     return table
 
 
 def length_table(lengths: dict[str, np.ndarray], seq_len: int | None) -> Table:
-    def at(percentile: int) -> Callable[[str], str]:
-        return lambda split: f"{np.percentile(lengths[split], percentile):,.0f}"
-
-    rows = {name: at(percentile) for percentile, name in PERCENTILES.items()}
-    rows["mean"] = lambda split: f"{lengths[split].mean():,.1f}"
+    table = Table("", *lengths, title="Document lengths in tokens")
+    for percentile, name in PERCENTILES.items():
+        table.add_row(name, *(f"{np.percentile(each, percentile):,.0f}" for each in lengths.values()))
+    table.add_row("mean", *(f"{each.mean():,.1f}" for each in lengths.values()))
     if seq_len:
-        fits = {split: lengths[split] <= seq_len for split in SPLITS}
-        rows[f"documents that fit into seq_len={seq_len}"] = lambda split: f"{fits[split].mean():.1%}"
-        rows["tokens in them"] = lambda split: f"{lengths[split][fits[split]].sum() / lengths[split].sum():.1%}"
-    return by_split("Document lengths in tokens", rows)
+        fits = [(each, each <= seq_len) for each in lengths.values()]
+        table.add_row(f"documents that fit into seq_len={seq_len}", *(f"{fit.mean():.1%}" for _, fit in fits))
+        table.add_row("tokens in them", *(f"{each[fit].sum() / each.sum():.1%}" for each, fit in fits))
+    return table
 
 
 def frequent_tokens(counts: np.ndarray, tokenizer: Tokenizer) -> Table:

@@ -2,45 +2,35 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from rich.console import Console
+REPORT_EVERY = 20  # seconds
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-REPORT_EVERY = 60  # seconds, if there is no terminal
-
-
-def count_workers(workers: int | None) -> int:
-    """Return `workers`, or the number of cores that this process may use."""
-    if workers is not None:
-        return workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_function: Callable | None = None  # what a worker process does with each item
 
 
-def ordered_map(
-    function: Callable, items: Iterable, workers: int | None, setup: Callable | None = None, setup_args: tuple = ()
-) -> Iterator:
-    """Yield `function(item)` in the order of `items`; each process calls `setup(*setup_args)` first.
+def ordered_map(function: Callable, items: Iterable, workers: int | None) -> Iterator:
+    """Yield `function(item)` in the order of `items`; None workers are as many as this process may use cores.
 
     Only a few items are under way at any time, so neither the items nor the results have to fit in memory. One worker
-    works in this process. Worker processes end with this one, however it ends.
+    works in this process. Worker processes keep their `function`, and end with this process, however it ends.
     """
-    workers = count_workers(workers)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 1:
-        if setup:
-            setup(*setup_args)
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(setup, setup_args))
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(function,))
     try:
         pool.submit(os.getpid).result()  # the processes start before `items` can start threads
         pending = deque()
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append(pool.submit(work, item))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -49,10 +39,14 @@ def ordered_map(
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(setup: Callable | None, setup_args: tuple) -> None:
+def start_worker(function: Callable) -> None:
+    global _function
+    _function = function
     threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
-    if setup:
-        setup(*setup_args)
+
+
+def work(item):
+    return _function(item)
 
 
 def end_with_parent() -> None:
@@ -62,11 +56,11 @@ def end_with_parent() -> None:
 
 def report(text: str, enabled: bool = True) -> None:
     if enabled:
-        console.print(text, markup=False)
+        print(text, file=sys.stderr, flush=True)
 
 
 class Rates:
-    """Counts and their rates: a changing line on a terminal, else a line now and then; a summary line at the end.
+    """Counts and their rates, reported now and then, and at the end.
 
     `done` is what an earlier start counted, which is not in the rates. Use it as a context and count as in
     `advance(documents=5, tokens=9)`.
@@ -74,29 +68,25 @@ class Rates:
 
     def __init__(self, label: str, enabled: bool, **done: int):
         self.label, self.enabled = label, enabled
-        self.counts, self.done = Counter(done), Counter(done)
-        self.line = console.status(label) if enabled and console.is_terminal else None
+        self.counts, self.done = Counter(done), done
 
     def __enter__(self) -> "Rates":
         self.start = self.last_report = time.monotonic()
-        if self.line:
-            self.line.start()
         return self
 
     def __exit__(self, *error) -> None:
-        if self.line:
-            self.line.stop()
-        report(f"{self.label}: {self.rates()} in {time.monotonic() - self.start:.1f} s", self.enabled)
+        self.report()
 
     def advance(self, **counts: int) -> None:
         self.counts.update(counts)
-        if self.line:
-            self.line.update(f"{self.label}: {self.rates()}")
-        elif time.monotonic() - self.last_report > REPORT_EVERY:
-            self.last_report = time.monotonic()
-            report(f"{self.label}: {self.rates()}", self.enabled)
+        if time.monotonic() - self.last_report > REPORT_EVERY:
+            self.report()
 
-    def rates(self) -> str:
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        rates = {unit: (count - self.done[unit]) / seconds for unit, count in self.counts.items()}
-        return ", ".join(f"{count:,} {unit} ({rates[unit]:,.0f}/s)" for unit, count in self.counts.items())
+    def report(self) -> None:
+        self.last_report = time.monotonic()
+        seconds = max(self.last_report - self.start, 1e-9)
+        counts = (
+            f"{count:,} {unit} ({(count - self.done.get(unit, 0)) / seconds:,.0f}/s)"
+            for unit, count in self.counts.items()
+        )
+        report(f"{self.label}: {', '.join(counts)} in {seconds:.1f} s", self.enabled)

@@ -5,7 +5,6 @@ preparation resumes when it is started again. With `part=I parts=N` it is one of
 several machines; the last to finish joins them.
 """
 
-import os
 import re
 import shlex
 import shutil
@@ -15,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from configs.app import app, choices, configured
-from configs.errors import ConfigError, Mistakes, writing
+from configs.errors import ConfigError, writing
 from configs.load import shown
-from data.build import Job, build, has_finished_shards
+from data.build import Job, build, join, prepare_part
 from data.config import DataCommand, DataConfig, TokenizerConfig, fill_data_dir
 from data.parallel import report
-from data.parts import Division, join, prepare_part, remove_parts
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest
 from data.sources.base import source_of
 from data.tokenizers import new_tokenizer
@@ -35,12 +33,6 @@ class PrepareConfig(DataCommand):
     part: int = 0  # of `parts`, from 0
     parts: int = Field(1, ge=1)
 
-    @model_validator(mode="after")
-    def _check_part(self):
-        if not 0 <= self.part < self.parts:
-            raise Mistakes(f"part={self.part}: must lie between 0 and parts - 1 = {self.parts - 1}")
-        return self
-
 
 def prepare(
     data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True, part: int = 0, parts: int = 1
@@ -51,7 +43,7 @@ def prepare(
 
     ConfigError if the folder holds data made with other settings, something else, or a broken shard.
     """
-    dir, job = Path(data.dir), Job(data, tokenizer, progress)
+    dir, job = Path(data.dir), Job(data, tokenizer, progress, parts)
     unfinished, lock = dir.with_name(f"{dir.name}.partial"), dir.with_name(f"{dir.name}.lock")
     if found := prepared(data, tokenizer):
         report(f"{dir}: already prepared, {describe(found)}", progress)
@@ -60,9 +52,8 @@ def prepare(
     with writing("data.dir", dir, "; what is finished is kept, and the same command resumes"):
         dir.parent.mkdir(parents=True, exist_ok=True)
         if parts > 1:
-            division = Division(job, parts)
-            prepare_part(division, part)
-            if not division.all_finished():
+            prepare_part(job, part)
+            if not all(job.finished_part(each) for each in range(parts)):
                 report(f"{dir}: other parts are not finished; the last one joins them", progress)
                 return None
         with alone(lock, f"{dir}: waiting for another process that is preparing it", progress):
@@ -73,11 +64,12 @@ def prepare(
                 if job.source.in_place:
                     manifest = job.source.adopt(job)
                 else:  # whoever else wrote into the unfinished folder is gone, because this process has the lock
-                    manifest = join(division, unfinished) if parts > 1 else build(job, unfinished)
+                    manifest = join(job, unfinished) if parts > 1 else build(job, unfinished)
                     unfinished.rename(dir)
-                    remove_parts(dir)
+                    for finished in dir.parent.glob(f"{dir.name}.parts-*"):
+                        shutil.rmtree(finished, ignore_errors=True)
             finally:
-                if has_finished_shards(unfinished):
+                if any(unfinished.glob("*.bin")):
                     report(f"{unfinished}: finished shards are kept; the same command resumes", progress)
                 else:
                     shutil.rmtree(unfinished, ignore_errors=True)
@@ -197,8 +189,7 @@ def describe(manifest: Manifest) -> str:
 
 
 def main(config: PrepareConfig) -> None:
-    progress = int(os.environ.get("RANK", 0)) == 0
-    prepare(config.data, config.tokenizer, progress, config.part, config.parts)
+    prepare(config.data, config.tokenizer, part=config.part, parts=config.parts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Token shards on disk: the .bin files of llm.c, and the manifest that describes them.
+"""Token shards on disk: the .bin files of llm.c, their writer and reader, and the manifest that describes them.
 
 A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens: magic 20240520 and
 version 1 for uint16, 20240801 and 7 for uint32, as llm.c has them for the vocabularies of GPT-2 and Llama 3. Next to
@@ -6,26 +6,29 @@ it, `<shard>.index.npy` holds the offsets (uint32) at which its documents start.
 `manifest.json` does.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import ConfigError
 from data.config import TokenizerConfig
 from data.documents import SPLITS
 from data.files import sha256_of, write_atomic
+from data.tokenizers import load_tokenizer
 
-MAGIC, VERSION = 20240520, 1  # of uint16 shards
-FORMATS = {"uint16": (MAGIC, VERSION), "uint32": (20240801, 7)}
+FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # magic and version
 HEADER_BYTES = 256 * 4
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 2
+OPEN = ".open"  # the ending of a shard that the journal does not know as finished
 PREPARE_AGAIN = "remove it and prepare the data again (with its folder, unless another program wrote the shards)"
 
 
@@ -79,20 +82,18 @@ class Manifest:
     def tokenizer_config(self) -> TokenizerConfig:
         return TokenizerConfig(**{key: value for key, value in self.tokenizer.items() if key != "fingerprint"})
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decided these shards: data prepared with another identity are other data."""
+        return {"settings": self.settings, "tokenizer": self.tokenizer_config().model_dump(), "source": self.source}
+
     def save(self, dir: Path) -> None:
-        write_atomic(dir / MANIFEST_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_atomic(dir / MANIFEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def fingerprint_of(splits: dict[str, Split], tokenizer_fingerprint: str) -> str:
     """Return the SHA-256 of all tokens and the tokenizer."""
     checksums = [shard.sha256 for split in SPLITS for shard in splits[split].shards]
     return hashlib.sha256("\n".join([*checksums, tokenizer_fingerprint]).encode()).hexdigest()
-
-
-def header(tokens: int, dtype) -> np.ndarray:
-    values = np.zeros(256, dtype="<i4")
-    values[:3] = *FORMATS[np.dtype(dtype).name], tokens
-    return values
 
 
 def map_tokens(path: Path, dtype: str, offset: int = HEADER_BYTES) -> np.ndarray:
@@ -113,6 +114,7 @@ def index_file(shard: Path) -> Path:
 
 
 def save_index(shard: Path, starts: np.ndarray) -> None:
+    """Write the offsets at which documents start next to a shard."""
     content = io.BytesIO()
     np.save(content, starts)
     write_atomic(index_file(shard), content.getvalue())
@@ -131,13 +133,10 @@ def read_manifest(dir: str | Path) -> Manifest:
     if version != MANIFEST_VERSION:
         raise ConfigError(f"{path}: has version {version}, must be {MANIFEST_VERSION}; {PREPARE_AGAIN}")
     try:
-        splits = {}
-        for split in SPLITS:
-            found = fields["splits"][split]
-            splits[split] = Split(**found | {"shards": [Shard(**shard) for shard in found["shards"]]})
-        return Manifest(**fields | {"splits": splits})
-    except (TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: is not a whole manifest ({error}); {PREPARE_AGAIN}") from error
+        return TypeAdapter(Manifest).validate_python(fields)
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
+        raise ConfigError(f"{path}: is not a whole manifest (see {wrong}); {PREPARE_AGAIN}") from error
 
 
 def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
@@ -158,6 +157,104 @@ def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
     if start[2] != shard.tokens:
         return f"{path}: its header has {start[2]} tokens, the manifest {shard.tokens}"
     return None
+
+
+class ShardWriter:
+    """Write the tokens of one split into `<split>_000000.bin`, ..., of `shard_tokens` tokens each except the last.
+
+    Each gets a document index next to it. Tokens are appended to an open file. `state()` tells how much of it counts,
+    and a writer with `restore(state)` cuts off the rest. Finished shards get their names in `publish()`, to be called
+    after the state has been saved: a file with the name of a shard is finished and is never written again.
+    """
+
+    def __init__(self, dir: str | Path, split: str, shard_tokens: int, vocab_size: int, end_of_text: int, dtype: str):
+        self.dir, self.split, self.shard_tokens, self.vocab_size = Path(dir), split, shard_tokens, vocab_size
+        self.end_of_text, self.dtype = end_of_text, np.dtype(dtype).newbyteorder("<")
+        self.shards: list[Shard] = []
+        self._open_tokens = 0  # in the open shard
+        self._at_start = True  # the open shard begins with a document
+        self._file = None
+
+    def write(self, tokens: np.ndarray) -> bool:
+        """Append tokens, the end-of-text of each document included. Return whether a shard was finished.
+
+        ValueError for a token outside the vocabulary.
+        """
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise ValueError(f"token {tokens.max()} is outside the vocabulary of {self.vocab_size}")
+        before = len(self.shards)
+        while len(tokens) > (room := self.shard_tokens - self._open_tokens):
+            self._append(tokens[:room])
+            self._finish()
+            tokens = tokens[room:]
+        self._append(tokens)
+        return len(self.shards) > before
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens so far."""
+        return sum(shard.tokens for shard in self.shards) + self._open_tokens
+
+    def close(self) -> list[Shard]:
+        """Finish the last shard and return the shards of the split."""
+        if self._open_tokens:
+            self._finish()
+        return self.shards
+
+    def state(self) -> dict[str, Any]:
+        """Return, as plain values, how far the files go that are on disk by then."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {
+            "shards": [asdict(shard) for shard in self.shards],
+            "tokens": self._open_tokens,
+            "at_start": self._at_start,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from a saved state: publish its shards, cut off what came after."""
+        self.shards = [Shard(**shard) for shard in state["shards"]]
+        self._open_tokens, self._at_start = state["tokens"], state["at_start"]
+        self.publish()
+        if self._open_tokens:
+            self._file = open(self._open_path(), "r+b")
+            self._file.truncate(HEADER_BYTES + self._open_tokens * self.dtype.itemsize)
+            self._file.seek(0, os.SEEK_END)
+
+    def publish(self) -> None:
+        """Give the finished shards their names."""
+        for shard in self.shards:
+            unnamed = self.dir / f"{shard.file}{OPEN}"
+            if unnamed.exists():
+                os.replace(unnamed, self.dir / shard.file)
+
+    def _open_path(self) -> Path:
+        return self.dir / f"{self.split}_{len(self.shards):06d}.bin{OPEN}"
+
+    def _append(self, tokens: np.ndarray) -> None:
+        if not len(tokens):
+            return
+        if self._file is None:
+            self._file = open(self._open_path(), "wb+")
+            self._file.write(bytes(HEADER_BYTES))
+        self._file.write(tokens.astype(self.dtype, copy=False).data)
+        self._open_tokens += len(tokens)
+
+    def _finish(self) -> None:
+        path = self._open_path()
+        self._file.seek(0)
+        self._file.write(np.array([*FORMATS[self.dtype.name], self._open_tokens], dtype="<i4").data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        tokens = map_tokens(path, self.dtype)
+        starts, documents = document_index(tokens, self.end_of_text, self._at_start)
+        file = path.name.removesuffix(OPEN)
+        save_index(self.dir / file, starts)
+        self.shards.append(Shard(file, self._open_tokens, documents, sha256_of(path)))
+        self._open_tokens, self._at_start = 0, bool(tokens[-1] == self.end_of_text)
 
 
 class TokenShards:
@@ -184,54 +281,51 @@ class TokenShards:
         return [np.load(index_file(self.dir / shard.file)) for shard in self.manifest.splits[self.split].shards]
 
 
-def verify(dir: str | Path, end_of_text: int | None = None) -> list[str]:
+def verify(dir: str | Path) -> list[str]:
     """Read everything and return what differs from the checksums and counts of the manifest, a line for each problem.
 
-    Given the tokenizer's `end_of_text`, the document indexes are compared with the tokens too.
+    Document indexes are compared with the tokens, if the tokenizer can be loaded.
     """
-    dir = Path(dir)
+    dir, problems, end_of_text = Path(dir), [], None
     try:
         manifest = read_manifest(dir)
     except ConfigError as error:
         return error.errors
-    problems = []
+    try:
+        tokenizer = load_tokenizer(manifest.tokenizer_config(), dir)
+        end_of_text = tokenizer.end_of_text
+        if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
+            problems.append(f"{dir}: the tokenizer is not the one that made the shards (their fingerprints differ)")
+    except ConfigError as error:
+        problems += error.errors
     for split, expected in manifest.splits.items():
-        at_start: bool | None = True  # the next shard starts with a document; None: unknown, the last one is broken
-        for shard in expected.shards:
-            path = dir / shard.file
-            problem = problem_with(path, shard, manifest.token_dtype) or problem_with_checksum(path, shard)
-            if problem:
-                at_start = None
-            elif end_of_text is not None:
-                tokens = map_tokens(path, manifest.token_dtype, shard.offset)
-                if at_start is not None:
-                    problem = problem_with_index(path, shard, *document_index(tokens, end_of_text, at_start))
-                at_start = bool(tokens[-1] == end_of_text)
-            if problem:
-                problems.append(problem)
+        problems += problems_of_shards(dir, expected.shards, manifest.token_dtype, end_of_text)
         for key in ("tokens", "documents"):
-            total = sum(getattr(shard, key) for shard in expected.shards)
-            if total != getattr(expected, key):
-                problems.append(
-                    f"{dir / MANIFEST_FILE}: {split} has {getattr(expected, key)} {key}, its shards have {total}"
-                )
+            stated, total = getattr(expected, key), sum(getattr(shard, key) for shard in expected.shards)
+            if total != stated:
+                problems.append(f"{dir / MANIFEST_FILE}: {split} has {stated} {key}, its shards have {total}")
     if fingerprint_of(manifest.splits, manifest.tokenizer["fingerprint"]) != manifest.fingerprint:
         problems.append(f"{dir / MANIFEST_FILE}: the fingerprint is not that of its shards and tokenizer")
     return problems
 
 
-def problem_with_checksum(path: Path, shard: Shard) -> str | None:
-    sha256 = sha256_of(path)
-    return None if sha256 == shard.sha256 else f"{path}: its sha256 is {sha256}, the manifest has {shard.sha256}"
-
-
-def problem_with_index(path: Path, shard: Shard, starts: np.ndarray, documents: int) -> str | None:
-    try:
-        index = np.load(index_file(path))
-    except (OSError, ValueError) as error:
-        return f"{index_file(path)}: cannot be read ({error})"
-    if not np.array_equal(index, starts):
-        return f"{index_file(path)}: is not the index of the documents in {path.name}"
-    if documents != shard.documents:
-        return f"{path}: {documents} documents end in it, the manifest has {shard.documents}"
-    return None
+def problems_of_shards(dir: Path, shards: list[Shard], dtype: str, end_of_text: int | None) -> Iterator[str]:
+    """Yield what is wrong with the shards of a split, and with their indexes if `end_of_text` is given."""
+    at_start: bool | None = True  # the next shard starts with a document; None: unknown, the last one is broken
+    for shard in shards:
+        path, was_at_start, at_start = dir / shard.file, at_start, None
+        if problem := problem_with(path, shard, dtype):
+            yield problem
+        elif (sha256 := sha256_of(path)) != shard.sha256:
+            yield f"{path}: its sha256 is {sha256}, the manifest has {shard.sha256}"
+        elif end_of_text is not None:
+            tokens = map_tokens(path, dtype, shard.offset)
+            at_start = bool(tokens[-1] == end_of_text)
+            starts, documents = document_index(tokens, end_of_text, bool(was_at_start))
+            if documents != shard.documents:
+                yield f"{path}: {documents} documents end in it, the manifest has {shard.documents}"
+            try:
+                if was_at_start is not None and not np.array_equal(np.load(index_file(path)), starts):
+                    yield f"{index_file(path)}: is not the index of the documents in {path.name}"
+            except (OSError, ValueError) as error:
+                yield f"{index_file(path)}: cannot be read ({error})"

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,9 +23,13 @@ from configs.errors import ConfigError, did_you_mean
 from data.config import TokenizerConfig
 from data.files import write_atomic
 
-END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 64_000_000  # of text is plenty to train a vocabulary
 MAX_LINE = 16_384  # bytes
+TOO_LITTLE = {  # what sentencepiece raises, and what is wrong with the text
+    r"Vocabulary size too high .* value <= (\d+)": r"the text to train on allows at most \1",
+    r"required_chars\. \d+ vs (\d+)": r"the characters of the text alone need at least \1",
+    r"sentences_\.empty\(\)": "there is no text to train the tokenizer on",
+}
 
 
 class Tokenizer:
@@ -45,13 +49,14 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
+    def encode_all(self, texts: list[str]) -> Iterable[Sequence[int]]:
+        """Return the tokens of each of `texts`, as fast as the library can."""
+        return map(self.encode, texts)
+
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """Return the tokens of all `texts` in a row, uint32, with end-of-text after each."""
-        return self.joined(map(self.encode, texts))
-
-    def joined(self, documents: Iterable) -> np.ndarray:
         end = np.array([self.end_of_text], dtype=np.uint32)
-        parts = [part for tokens in documents for part in (np.asarray(tokens, dtype=np.uint32), end)]
+        parts = [part for tokens in self.encode_all(texts) for part in (np.asarray(tokens, dtype=np.uint32), end)]
         return np.concatenate(parts) if parts else end[:0]
 
     def save(self, dir: Path) -> None:
@@ -118,7 +123,14 @@ class TiktokenTokenizer(Tokenizer):
     @classmethod
     def read(cls, config: TokenizerConfig) -> "TiktokenTokenizer":
         if config.path:
-            return cls.read_file(config.path)
+            try:
+                fields = json.loads(Path(config.path).read_bytes())
+                ranks = {base64.b64decode(token): rank for token, rank in fields.pop("mergeable_ranks").items()}
+                return cls(tiktoken.Encoding(mergeable_ranks=ranks, **fields))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{config.path}: is not a stored tokenizer ({error}); prepare the data again"
+                ) from error
         name, known = config.encoding, tiktoken.list_encoding_names()
         if name not in known:
             raise ConfigError(f"tokenizer.encoding={name}: unknown to tiktoken; {did_you_mean(name, known)}")
@@ -129,15 +141,6 @@ class TiktokenTokenizer(Tokenizer):
                 f"tokenizer.encoding={name}: tiktoken cannot download its file ({type(error).__name__}); set "
                 "TIKTOKEN_CACHE_DIR to a folder where tiktoken has loaded it before"
             ) from error
-
-    @classmethod
-    def read_file(cls, path: str) -> "TiktokenTokenizer":
-        try:
-            fields = json.loads(Path(path).read_bytes())
-            ranks = {base64.b64decode(token): rank for token, rank in fields.pop("mergeable_ranks").items()}
-            return cls(tiktoken.Encoding(mergeable_ranks=ranks, **fields))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: is not a stored tokenizer ({error}); prepare the data again") from error
 
     @property
     def content(self) -> bytes:
@@ -153,9 +156,8 @@ class TiktokenTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
-    def encode_documents(self, texts: list[str]) -> np.ndarray:
-        encode = self._encoding.encode_to_numpy  # no list of Python integers on the way
-        return self.joined(encode(text, disallowed_special=()) for text in texts)
+    def encode_all(self, texts: list[str]) -> Iterable[np.ndarray]:
+        return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)  # no Python integers
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(token) for token in ids])
@@ -204,19 +206,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_documents(self, texts: list[str]) -> np.ndarray:
-        batch = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return self.joined(encoded.ids for encoded in batch)
+    def encode_all(self, texts: list[str]) -> Iterable[list[int]]:
+        return (encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
 
-KINDS = {
-    "sentencepiece": SentencePieceTokenizer,
-    "tiktoken": TiktokenTokenizer,
-    "huggingface": HuggingFaceTokenizer,
-}
+KINDS = {"sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer, "huggingface": HuggingFaceTokenizer}
 
 
 def new_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
@@ -283,17 +280,13 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> Senten
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            eos_piece=END_OF_TEXT,
+            eos_piece="<|endoftext|>",
             num_threads=2,
             minloglevel=3,
         )
     except RuntimeError as error:
-        wrong = f"tokenizer.vocab_size={config.vocab_size}"
-        if found := re.search(r"Vocabulary size too high .* value <= (\d+)", str(error)):
-            raise ConfigError(f"{wrong}: the text to train on allows at most {found[1]}") from error
-        if found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            raise ConfigError(f"{wrong}: the characters of the text alone need at least {found[1]}") from error
-        if "sentences_.empty()" in str(error):
-            raise ConfigError(f"{wrong}: there is no text to train the tokenizer on") from error
+        for pattern, reason in TOO_LITTLE.items():
+            if found := re.search(pattern, str(error)):
+                raise ConfigError(f"tokenizer.vocab_size={config.vocab_size}: {found.expand(reason)}") from error
         raise
     return SentencePieceTokenizer(model.getvalue())

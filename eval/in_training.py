@@ -18,7 +18,8 @@ from eval.results import collect, inbox_of, pending, save
 from model.transformer import Transformer
 from training.config import Config
 from training.device import Runtime
-from training.metrics import Metrics, read_lines
+from training.jsonl import read_lines
+from training.metrics import Metrics
 from training.ranks import from_main
 from training.saver import CheckpointSaver
 

@@ -16,7 +16,8 @@ from configs.load import to_dict
 from data.files import write_atomic
 from eval.loading import LoadedRun
 from training.checkpoint import newest
-from training.metrics import append_line, metrics_line
+from training.jsonl import append_line
+from training.metrics import metrics_line
 from training.run_folder import is_finished
 from training.wandb_run import log_evaluation
 

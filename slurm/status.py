@@ -19,7 +19,8 @@ from configs.errors import ConfigError
 from slurm import scheduler
 from slurm.jobs import read_jobs
 from training.checkpoint import problems, read_manifest
-from training.metrics import read_events, read_lines
+from training.jsonl import read_lines
+from training.metrics import read_events
 from training.run_folder import is_finished, read_config
 
 QUIET_AFTER = 600  # seconds in which a running job should have written something

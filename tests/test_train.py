@@ -21,7 +21,7 @@ from configs.load import load, to_dict
 from tests.conftest import ROOT, SMALL_MLA
 from training.checks import check_sweep
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 
 def run(overrides: list[str]) -> int:

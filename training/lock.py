@@ -1,4 +1,4 @@
-"""One process trains a run at a time: a second one would write into the same files."""
+"""One process at a time writes into a folder: one trains a run, one fills its W&B run."""
 
 import contextlib
 import fcntl
@@ -39,7 +39,7 @@ class RunLock:
         deadline = time.monotonic() + patience
         told = False
         while not self._locked():
-            holder = f"{self.path.parent} is being trained by {self._holder()}"
+            holder = f"{self.path.parent} is in use by {self._holder()}"
             if time.monotonic() > deadline:
                 return f"{holder}; end it first, or choose another run.name"
             if not told:

@@ -1,38 +1,15 @@
-"""A run's record: metrics.jsonl, the truth, and events.jsonl, and the one reader and writer of such files."""
+"""A run's record: metrics.jsonl, the truth, and events.jsonl."""
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 from configs.load import to_dict
 from data.files import write_atomic
 from training.config import Config
+from training.jsonl import append_line, read_lines
 from training.wandb_run import WandbRun
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Return the objects of a file of JSON lines; torn lines, as a killed process may leave them, are left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict):
-                lines.append(line)
-    return lines
-
-
-def append_line(path: Path, line: dict) -> None:
-    """Add an object to a file of JSON lines; it is on the disk when this returns."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(("\n" if torn else "") + json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def metrics_line(step: int, tokens: int, metrics: dict[str, float]) -> dict[str, float | None]:
@@ -109,10 +86,9 @@ class Metrics:
         return None
 
     def summarize(self, facts: dict, plot: Path, texts: list[str]) -> None:
-        """Write summary.json, and show the same in W&B next to the plot and the sampled texts."""
+        """Write summary.json, and show the plot and the sampled texts in W&B."""
         write_atomic(self.run_dir / "summary.json", json.dumps(facts, indent=2) + "\n")
         self.wandb.catch_up()
-        self.wandb.summarize(facts)
         self.wandb.show_images([plot])
         if texts:
             self.wandb.show_texts("samples", texts)

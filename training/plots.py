@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from data.files import write_atomic
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 # The mechanisms have colours of Okabe and Ito's, the variants of t6 others that stay distinct from them for readers who
 # see no red, no green or no blue. All are dark enough for text on white.

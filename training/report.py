@@ -10,7 +10,8 @@ from data.files import write_atomic
 from data.shards import Manifest
 from training.config import Config
 from training.device import Runtime, dtype_name
-from training.metrics import Metrics, read_lines
+from training.jsonl import read_lines
+from training.metrics import Metrics
 from training.plots import plot_loss
 
 

@@ -1,16 +1,16 @@
 """A run in W&B: a view of its folder, which may fail at any time without harm.
 
-A run folder has one W&B run, however often it is requeued and evaluated; its id is a function of the folder. All that
-it shows is in the folder: wandb/rows.jsonl lists the rows of its history in the order of the numbers (`_step`) that W&B
-gives them, and is written before they are sent; wandb/facts.json has its summary. What metrics.jsonl has and the list
-lacks is added to it. A row stays once it is listed: steps that are trained a second time keep the values of the first.
+A run folder has one W&B run, however often it is requeued and evaluated; its id is a function of the folder.
+wandb/rows.jsonl lists the rows of its history in the order of the numbers (`_step`) that W&B gives them, each before it
+is sent, and wandb/facts.json has its summary. What metrics.jsonl has and the list lacks is added to the list. A listed
+row stays: steps that are trained a second time keep the values of the first.
 
-So a process that follows others knows what to send. Online, W&B says how many rows it has, and the rest of the list is
-sent. If it has more than the list, or W&B is offline and cannot be asked, the whole list is sent, each row with its old
-number, by which W&B knows it. An offline file therefore has the whole run; it takes the place of the older ones, which
-a killed process may have left torn, and can be synced at any time and repeatedly.
+So each process knows what to send. Online, W&B says how many rows it has, and the rest of the list is sent. If it has
+more than the list, or W&B is offline and cannot be asked, the whole list is sent, each row with its old number, by
+which W&B knows it. An offline file therefore has the whole run: it replaces the older ones, which a killed process may
+have left torn, and can be synced at any time and repeatedly.
 
-While a run trains, the training process alone writes to its W&B run, and passes on what evaluations add to
+The training process alone writes to the W&B run of a run that trains, and passes on what evaluations add to
 metrics.jsonl; afterwards evaluations do it, one at a time.
 """
 
@@ -23,15 +23,17 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
+
+import yaml
 
 from configs.load import flatten
 from data.files import write_atomic
 from data.shards import SPLITS, Manifest
 from training.config import WandbConfig
+from training.jsonl import read_from
 from training.lock import RunLock
 
 ROOT = Path(__file__).parent.parent
@@ -119,18 +121,6 @@ def save_sources(run, run_dir: Path) -> None:
     run.save(f"{run.dir}/code.zip", base_path=run.dir, policy="now")
 
 
-def read_rows(file: BinaryIO) -> list[Row]:
-    """Return the listed rows; the list is cut off before a torn one, which was not sent."""
-    file.seek(0)
-    rows, end = [], 0
-    with suppress(ValueError):
-        for text in file.read().splitlines(keepends=True):
-            rows.append(json.loads(text))
-            end += len(text)
-    file.truncate(end)
-    return rows
-
-
 def pictures(run_dir: Path, paths: list[Path]) -> Row:
     return {f"plots/{path.stem}": str(path.relative_to(run_dir)) for path in paths}
 
@@ -181,8 +171,9 @@ class WandbRun:
     def _open(self, settings: WandbConfig, tree: dict[str, Any]) -> None:
         if reason := self.lock.acquire(PATIENCE, print):
             raise RuntimeError(reason)
-        self.list = open(self.folder / "rows.jsonl", "a+b", buffering=0)
-        rows = read_rows(self.list)
+        rows, end = read_from(self.folder / "rows.jsonl")
+        self.list = open(self.folder / "rows.jsonl", "ab", buffering=0)
+        self.list.truncate(end)  # a torn row was not sent
         flat = {key.replace(".", "/"): value for key, value in flatten(tree).items()}  # W&B takes dots for nesting
         options = {"id": run_id(self.run_dir), "job_type": "train", "name": tree["run"]["name"], "config": flat}
         self.run = open_run(self.run_dir, settings, tree, resume="allow" if rows else None, **options)
@@ -196,36 +187,27 @@ class WandbRun:
         if self.run.starting_step == 0:
             save_sources(self.run, self.run_dir)
         self.note({})
-        for number, row in enumerate(rows):
-            self._send(row, is_new=number >= self.run.starting_step)
+        for row in rows:
+            self._know(row)
+        for row in rows[self.run.starting_step :]:
+            self.run.log(shown(self.run_dir, row))
         remove_older_files(self.run)
         if not self.run.offline:
             print(f"W&B: {self.run.url}")
 
-    def _send(self, row: Row, is_new: bool = True) -> None:
+    def _know(self, row: Row) -> None:
         self.known |= {(row.get("step"), key): value for key, value in row.items()}
-        if is_new:
-            self.run.log(shown(self.run_dir, row))
 
     def _add(self, row: Row) -> None:
         self.list.write(json.dumps(row).encode() + b"\n")
-        self._send(row)
+        self._know(row)
+        self.run.log(shown(self.run_dir, row))
 
     @off_if_it_fails
     def catch_up(self) -> None:
         """Send what metrics.jsonl has and W&B has not."""
-        path = self.run_dir / "metrics.jsonl"
-        if not path.exists():
-            return
-        with open(path, "rb") as file:
-            file.seek(self.read_bytes)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self.read_bytes += len(whole + end)
-        for text in whole.splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # torn by a killed process
+        lines, self.read_bytes = read_from(self.run_dir / "metrics.jsonl", self.read_bytes)
+        for line in lines:
             step, tokens = line.pop("step"), line.pop("tokens")
             if news := {key: value for key, value in line.items() if self._is_news(step, key, value)}:
                 self._add({"step": step, "tokens": tokens} | news)
@@ -242,10 +224,6 @@ class WandbRun:
         write_atomic(path, json.dumps(facts))
         self.run.summary.update(facts)
 
-    def summarize(self, facts: dict[str, Any]) -> None:
-        """Note those of the facts in summary.json that are no metrics."""
-        self.note({key: v for key, v in facts.items() if "/" not in key and key not in ("step", "tokens", "run")})
-
     @off_if_it_fails
     def show_texts(self, key: str, texts: list[str]) -> None:
         """Show texts one below the other."""
@@ -254,7 +232,8 @@ class WandbRun:
     @off_if_it_fails
     def show_images(self, paths: list[Path]) -> None:
         """Show pictures that lie in the run folder."""
-        self._add(pictures(self.run_dir, paths))
+        if paths:
+            self._add(pictures(self.run_dir, paths))
 
     @off_if_it_fails
     def _finish(self, exit_code: int) -> None:
@@ -293,7 +272,8 @@ def log_evaluation(
     except Exception as error:
         print(f"W&B failed (results/{suite}.json has everything): {error}")
     if is_finished:
-        view = WandbRun(run_dir, settings, tree)
-        if plots:
-            view.show_images(plots)
+        # The run keeps its configuration: the evaluation may have another device or kernel.
+        made_with = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        view = WandbRun(run_dir, settings, made_with)
+        view.show_images(plots)
         view.finish()

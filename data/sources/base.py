@@ -79,8 +79,8 @@ class Source:
     identity_keys: ClassVar[tuple[str, ...]] = IDENTITY_KEYS  # what of `data` makes a run that run
     settings_keys: ClassVar[tuple[str, ...]] = SETTINGS_KEYS  # what of `data` decides the contents of shards
 
-    def __init__(self, config: SourceConfig):
-        self.config = config
+    def __init__(self, config: SourceConfig, progress: bool = False):
+        self.config, self.progress = config, progress  # report what takes long
 
     def mistakes(self) -> Iterator[str]:
         """Yield what is wrong with the configuration by itself, as `key=value: what would be right`."""
@@ -89,17 +89,17 @@ class Source:
     def check(self) -> None:
         """Raise ConfigError if a quick look finds no documents."""
 
-    def open(self, progress: bool = False) -> Stream:
+    def open(self) -> Stream:
         """Return the documents from the first one. ConfigError if there are none, or they lack the column."""
         raise NotImplementedError
 
-    def facts(self, progress: bool = False) -> list:
+    def facts(self) -> list:
         """Return, as plain values, what changes whenever the documents do."""
         raise NotImplementedError
 
-    def fingerprint(self, progress: bool = False) -> str:
+    def fingerprint(self) -> str:
         """Return the SHA-256 of the facts."""
-        return hashlib.sha256(json.dumps(self.facts(progress)).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.facts()).encode()).hexdigest()
 
 
 def source_names() -> list[str]:
@@ -115,9 +115,9 @@ def source_class(name: str) -> type[Source]:
     return next(cls for cls in classes if cls.__module__ == module.__name__)
 
 
-def source_of(config: SourceConfig) -> Source:
+def source_of(config: SourceConfig, progress: bool = False) -> Source:
     """Return the source that `data` names."""
-    return source_class(config.source)(config)
+    return source_class(config.source)(config, progress)
 
 
 def batches(stream: Stream, documents: int, characters: int) -> Iterator[tuple[list[dict], dict]]:

@@ -43,12 +43,14 @@ class Builtin(Source):
 
     on_first_use = True
 
-    def open(self, progress: bool = False) -> Stream:
-        return datasets.Dataset.from_list(builtin_corpus(self.config.workers, progress)).to_iterable_dataset()
+    def open(self) -> Stream:
+        return datasets.Dataset.from_list(self.corpus()).to_iterable_dataset()
 
-    def facts(self, progress: bool = False) -> list:
-        corpus = builtin_corpus(self.config.workers, progress)
-        return [[document["name"], document["text"]] for document in corpus]
+    def facts(self) -> list:
+        return [[document["name"], document["text"]] for document in self.corpus()]
+
+    def corpus(self) -> list[dict[str, str]]:
+        return builtin_corpus(self.config.workers, self.progress)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class Files(Source):
     def check(self) -> None:
         matching_files(self.config.files)
 
-    def open(self, progress: bool = False) -> Stream:
+    def open(self) -> Stream:
         config, files = self.config, matching_files(self.config.files)
         kind = kind_of(files)
         wrong = f"data.files={config.files}: cannot be read as {kind}"
@@ -44,7 +44,7 @@ class Files(Source):
         check_column(lines, config.column, wrong, files[0])
         return lines
 
-    def facts(self, progress: bool = False) -> list:
+    def facts(self) -> list:
         stats = [(file, Path(file).stat()) for file in matching_files(self.config.files)]
         return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 

@@ -1,9 +1,6 @@
 """Data sets of the Hugging Face hub, or folders laid out like one, read while they are downloaded."""
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from logging.handlers import BufferingHandler
 
 import datasets
 
@@ -20,28 +17,26 @@ class Hub(Source):
         if not self.config.path:
             yield "path is not set: give the name of a data set on the Hugging Face hub"
 
-    def open(self, progress: bool = False) -> Stream:
+    def open(self) -> Stream:
         config = self.config
         wrong = f"data.path={config.path}: cannot be read as a Hugging Face data set"
         options = {"name": config.subset, "split": config.split, "revision": config.revision}
         stream = load_dataset(config.path, wrong, streaming=config.streaming, **options)
         return column_of(stream if config.streaming else stream.to_iterable_dataset(), config.column, wrong)
 
-    def facts(self, progress: bool = False) -> list:
+    def facts(self) -> list:
         return [self.config.path, self.config.subset, self.config.split, self.config.revision]
 
 
 def load_dataset(path: str, wrong: str, streaming: bool = True, split: str = "train", **options):
     """Return what `datasets.load_dataset` does, after a look at its first row. ConfigError begins with `wrong`."""
-    with hold_back_log() as records:
-        try:
-            stream = datasets.load_dataset(path, split=split, streaming=streaming, **options)
-            next(iter(stream), None)
-            return stream
-        except Exception as error:  # whatever a wrong name, no network or a broken file makes the library raise
-            reasons = [record.getMessage() for record in records] or [str(error.__cause__ or error)]
-            reason = next(iter(reasons[0].splitlines()), "") or type(error).__name__
-            raise ConfigError(f"{wrong}: {reason}") from error
+    try:
+        stream = datasets.load_dataset(path, split=split, streaming=streaming, **options)
+        next(iter(stream), None)
+        return stream
+    except Exception as error:  # whatever a wrong name, no network or a broken file makes the library raise
+        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+        raise ConfigError(f"{wrong}: {reason}") from error
 
 
 def column_of(stream: datasets.IterableDataset, column: str, wrong: str) -> Stream:
@@ -53,14 +48,3 @@ def column_of(stream: datasets.IterableDataset, column: str, wrong: str) -> Stre
         raise ConfigError(f"data.column={column}: no such column in the documents; columns there: {', '.join(names)}")
     stream = stream.select_columns([column])
     return stream if column == "text" else stream.rename_columns({column: "text"})
-
-
-@contextmanager
-def hold_back_log() -> Iterator[list[logging.LogRecord]]:
-    """Keep what `datasets` logs, which names the broken file, instead of printing it."""
-    logger = logging.getLogger("datasets")
-    handlers, logger.handlers = logger.handlers, [BufferingHandler(capacity=1000)]
-    try:
-        yield logger.handlers[0].buffer
-    finally:
-        logger.handlers = handlers

@@ -46,18 +46,18 @@ class Mixture(Source):
     @cached_property
     def parts(self) -> list[tuple[float, Source]]:
         """The sources with their weights."""
-        return [(part.weight, source_of(part)) for part in map(self.read_part, self.config.mixture)]
+        return [(part.weight, source_of(part, self.progress)) for part in map(self.read_part, self.config.mixture)]
 
     def check(self) -> None:
         for _, source in self.parts:
             source.check()
 
-    def open(self, progress: bool = False) -> Stream:
-        return MixedStream([(weight, source.open(progress)) for weight, source in self.parts])
+    def open(self) -> Stream:
+        return MixedStream([(weight, source.open()) for weight, source in self.parts])
 
-    def facts(self, progress: bool = False) -> list:
+    def facts(self) -> list:
         weights = [part["weight"] for part in self.config.mixture]  # as they are written, 3 and not 3.0
-        return [[weight, source.fingerprint(progress)] for weight, (_, source) in zip(weights, self.parts, strict=True)]
+        return [[weight, source.fingerprint()] for weight, (_, source) in zip(weights, self.parts, strict=True)]
 
 
 class MixedStream:

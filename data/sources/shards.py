@@ -4,19 +4,20 @@ They come without manifest and tokenizer. The configuration names the tokenizer,
 once to make what is missing: the document indexes, the counts and the manifest.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from configs.errors import ConfigError
 from data.build import Job, write_manifest
-from data.config import TokenizerConfig
+from data.config import DataConfig
 from data.documents import SPLITS
 from data.files import sha256_of
 from data.parallel import Rates, ordered_map
 from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, document_index, map_tokens, save_index
 from data.sources.base import Source, Stream
-from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer
+from data.tokenizers import Tokenizer, new_tokenizer
 
 DECODED_TOKENS = 1_000_000  # whose text shows the bytes of a token
 
@@ -32,10 +33,10 @@ class Shards(Source):
     def check(self) -> None:
         self.files()
 
-    def open(self, progress: bool = False) -> Stream:
+    def open(self) -> Stream:
         raise ConfigError("data.source=shards: holds tokens and no documents; choose another source")
 
-    def fingerprint(self, progress: bool = False) -> str:
+    def fingerprint(self) -> str:
         return ""  # by which a manifest shows that another program wrote the shards
 
     def files(self) -> dict[str, list[Path]]:
@@ -61,33 +62,34 @@ class Shards(Source):
                 "example tokenizer=gpt2, or tokenizer.path=FILE with tokenizer=sentencepiece"
             )
         tokenizer.save(dir)
-        dtype = common_dtype(files, job, tokenizer)
+        dtype = common_dtype(files, job.data, tokenizer)
         splits, counts = {}, {}
         with Rates("Indexing", job.progress) as rates:
             for split, paths in files.items():
                 shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
                 at_start = [True, *(bool(read_tokens(path)[-1] == tokenizer.end_of_text) for path in paths[:-1])]
-                tasks = [(path, starts, job.tokenizer, dir) for path, starts in zip(paths, at_start, strict=True)]
-                for shard, seen in ordered_map(index, tasks, self.config.workers):
+                indexing = partial(index, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
+                for shard, seen in ordered_map(indexing, zip(paths, at_start, strict=True), self.config.workers):
                     shards.append(shard)
                     counts[split] += seen
                     rates.advance(shards=1, tokens=shard.tokens)
-                splits[split] = measured(shards, read_tokens(paths[0]), tokenizer)
+                tokens, documents = (sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents"))
+                ratio = bytes_per_token(read_tokens(paths[0])[:DECODED_TOKENS], tokenizer)
+                splits[split] = Split(shards, tokens, documents, round(ratio * tokens), ratio)
         return write_manifest(dir, job, tokenizer, splits, counts["train"], {}, dtype)
 
 
-def common_dtype(files: dict[str, list[Path]], job: Job, tokenizer: Tokenizer) -> str:
+def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Tokenizer) -> str:
     """Return the dtype of all files. ConfigError if they differ, or do not match the configuration."""
-    dir, wanted = job.data.dir, job.data.token_dtype
     dtypes = {file_format(path)[0] for paths in files.values() for path in paths}
     if len(dtypes) > 1:
-        raise ConfigError(f"data.dir={dir}: holds shards of uint16 and of uint32; keep one kind in a folder")
+        raise ConfigError(f"data.dir={data.dir}: holds shards of uint16 and of uint32; keep one kind in a folder")
     dtype = dtypes.pop()
-    if wanted not in ("auto", dtype):
-        raise ConfigError(f"data.token_dtype={wanted}: the shards in {dir} are {dtype}")
+    if data.token_dtype not in ("auto", dtype):
+        raise ConfigError(f"data.token_dtype={data.token_dtype}: the shards in {data.dir} are {dtype}")
     if tokenizer.vocab_size > 2 ** (8 * np.dtype(dtype).itemsize):
         raise ConfigError(
-            f"tokenizer.vocab_size={tokenizer.vocab_size}: the shards in {dir} are {dtype}, too small for it; "
+            f"tokenizer.vocab_size={tokenizer.vocab_size}: the shards in {data.dir} are {dtype}, too small for it; "
             "choose the tokenizer that made them"
         )
     return dtype
@@ -95,43 +97,38 @@ def common_dtype(files: dict[str, list[Path]], job: Job, tokenizer: Tokenizer) -
 
 def file_format(path: Path) -> tuple[str, int]:
     """Return (dtype, offset of the tokens); a file without a header of llm.c is taken for the uint16 of nanoGPT."""
-    start = np.fromfile(path, dtype="<i4", count=3).tolist()
-    for dtype, known in FORMATS.items():
-        if tuple(start[:2]) == known:
-            return dtype, HEADER_BYTES
-    return "uint16", 0
+    start = tuple(np.fromfile(path, dtype="<i4", count=2).tolist())
+    return next(((dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start == known), ("uint16", 0))
 
 
 def read_tokens(path: Path) -> np.ndarray:
     """Return the tokens of a file, mapped into memory. ConfigError if it is not whole."""
     dtype, offset = file_format(path)
-    size = path.stat().st_size - offset
-    whole = size > 0 and size % np.dtype(dtype).itemsize == 0
-    tokens = map_tokens(path, dtype, offset) if whole else None
-    if not whole or (offset and np.fromfile(path, dtype="<i4", count=3)[2] != len(tokens)):
+    size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
+    whole = size > 0 and size % width == 0
+    if not whole or (offset and np.fromfile(path, dtype="<i4", count=3)[2] != size // width):
         raise ConfigError(f"{path}: is not whole: it has {size + offset} bytes; copy it again")
-    return tokens
+    return map_tokens(path, dtype, offset)
 
 
-def index(task: tuple[Path, bool, TokenizerConfig, Path]) -> tuple[Shard, np.ndarray]:
-    """Write the index of one shard. Return the shard and how often each token occurs [vocab_size]."""
-    path, at_start, config, dir = task
+def index(task: tuple[Path, bool], vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
+    """Write the index of one shard, (file, whether it starts with a document).
+
+    Return the shard and how often each token occurs [vocab_size].
+    """
+    path, at_start = task
     tokens, offset = read_tokens(path), file_format(path)[1]
-    if tokens.max() >= config.vocab_size:
+    if tokens.max() >= vocab_size:
         hint = "" if offset else " (it has no header of llm.c, so it is read as uint16 of nanoGPT)"
         raise ConfigError(
-            f"{path}: holds token {tokens.max()}, and tokenizer.vocab_size={config.vocab_size}; choose the tokenizer "
-            f"that made it{hint}"
+            f"{path}: holds token {tokens.max()}, and tokenizer.vocab_size={vocab_size}; choose the tokenizer that "
+            f"made it{hint}"
         )
-    starts, documents = document_index(tokens, load_tokenizer(config, dir).end_of_text, at_start)
+    starts, documents = document_index(tokens, end_of_text, at_start)
     save_index(path, starts)
-    counts = np.bincount(tokens, minlength=config.vocab_size)
-    return Shard(path.name, len(tokens), documents, sha256_of(path), offset), counts
+    return Shard(path.name, len(tokens), documents, sha256_of(path), offset), np.bincount(tokens, minlength=vocab_size)
 
 
-def measured(shards: list[Shard], tokens: np.ndarray, tokenizer: Tokenizer) -> Split:
-    """Return the split of these shards; its bytes are those of the first `tokens`, scaled up to all of them."""
-    first = tokens[:DECODED_TOKENS]
-    text = tokenizer.decode(first[first != tokenizer.end_of_text].tolist())
-    total, ratio = sum(shard.tokens for shard in shards), len(text.encode()) / len(first)
-    return Split(shards, total, sum(shard.documents for shard in shards), round(ratio * total), bytes_per_token=ratio)
+def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
+    text = tokenizer.decode(tokens[tokens != tokenizer.end_of_text])
+    return len(text.encode()) / len(tokens)

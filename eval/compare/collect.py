@@ -14,7 +14,8 @@ from data.shards import MANIFEST_FILE, read_manifest
 from eval import published
 from model import counting
 from training.config import Config
-from training.metrics import read_events, read_lines
+from training.jsonl import read_lines
+from training.metrics import read_events
 from training.run_folder import is_finished, read_config
 
 DECODING_KEYS = {"model", "scope", "batch", "length", "device", "tokens_per_second"}

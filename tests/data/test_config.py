@@ -73,7 +73,7 @@ def test_mistakes_come_together():
     ("overrides", "message"),
     [
         (["data=hub", "data.path=null"], "data.path is not set: give the name of a data set"),
-        (["data.shard_tokens=2147483648"], "data.shard_tokens=2147483648: must be less than 2^31"),
+        (["data.shard_tokens=2147483648"], "data.shard_tokens=2147483648: must be less than 2147483648"),
         (["tokenizer.vocab_size=259"], "tokenizer.vocab_size=259: must be at least 260"),
         (["tokenizer=gpt2", "tokenizer.encoding=null"], "tokenizer.encoding is not set: tiktoken needs"),
         (["tokenizer=huggingface", "tokenizer.path=null"], "tokenizer.path is not set: give a tokenizer.json"),

@@ -113,7 +113,7 @@ def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("data.writer.ShardWriter._append", full)
+    monkeypatch.setattr("data.shards.ShardWriter._append", full)
     with pytest.raises(ConfigError, match="data.dir=.*/shards: cannot write .No space left.*same command resumes"):
         prepare(*config, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]
@@ -179,8 +179,8 @@ def test_inspect(small, tmp_path):
                  "documents that fit into seq_len=100", "most frequent tokens"):  # fmt: skip
         assert part in shown, part
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ConfigError, match="not prepared"):
-        inspect(tmp_path, console)
+    [problem] = inspect(tmp_path, console)
+    assert "not prepared" in problem
     with pytest.raises(ConfigError, match="out=.*plot.png/plot.png: cannot write"):
         inspect(dir, console, out=tmp_path / "plot.png/plot.png")
 

@@ -19,9 +19,8 @@ import pytest
 from configs.errors import ConfigError
 from data.build import Preparation
 from data.prepare import prepare
-from data.shards import Manifest, TokenShards, verify
+from data.shards import Manifest, ShardWriter, TokenShards, verify
 from data.tokenizers import train_sentencepiece
-from data.writer import ShardWriter
 from tests.data.conftest import make_config, texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +93,7 @@ def test_killed_at_random_moments(tmp_path, workers):
         before = now
     prepare(*config, progress=False)
     assert contents(dir) == contents(tmp_path / "undisturbed")  # shards, indexes, tokenizer and manifest
-    assert verify(dir, end_of_text=1) == [] and not partial.exists()
+    assert verify(dir) == [] and not partial.exists()
 
 
 @pytest.mark.parametrize("moment", ["publish", "save", "manifest", "unlink", "rename"])
@@ -150,7 +149,7 @@ def test_an_interrupted_command_resumes(tmp_path):
         TokenShards(tmp_path / "shards", "train")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "resuming after" in done.stderr and "Training" not in done.stderr, done.stderr
-    assert verify(tmp_path / "shards", end_of_text=1) == [] and not (tmp_path / "shards.partial").exists()
+    assert verify(tmp_path / "shards") == [] and not (tmp_path / "shards.partial").exists()
 
 
 def test_other_settings_or_other_files_start_again(tmp_path):

@@ -82,10 +82,12 @@ def test_bad_values_in_parquet_and_text_files(tmp_path):
     assert reasons == ["missing", "empty", b"good", "invalid UTF-8"]
 
 
-def test_a_tokeniser_splits_by_hash_and_counts():
+def test_a_tokeniser_splits_by_hash_and_counts(tmp_path):
     tokenizer = train_sentencepiece(texts(100), SENTENCEPIECE)
+    tokenizer.save(tmp_path)
     documents = [{"text": text} for text in [*texts(50), None, "é"]]
-    done = Tokeniser(tokenizer, val_up_to=0.5, max_bytes=10_000)(documents)
+    done, state = Tokeniser(SENTENCEPIECE, tmp_path, val_up_to=0.5, max_bytes=10_000)((documents, {"at": 52}))
+    assert state == {"at": 52}
     assert done.documents["train"] + done.documents["val"] == 51 and min(done.documents.values()) > 10
     assert sum(done.bytes.values()) == sum(map(len, texts(50))) + 2 and done.skipped == {"missing": 1}
     assert all((tokens == tokenizer.end_of_text).sum() == done.documents[s] for s, tokens in done.tokens.items())

@@ -14,7 +14,8 @@ import train
 from configs.app import configured
 from tests.conftest import ROOT
 from training.config import Config
-from training.metrics import read_events, read_lines
+from training.jsonl import read_lines
+from training.metrics import read_events
 
 TRAIN, LAUNCH, SEVERAL = (
     ROOT / "train.py",

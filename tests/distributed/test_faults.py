@@ -20,7 +20,7 @@ from tests.distributed.helpers import (
     worker,
 )  # fmt: skip
 from training import checkpoint
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from eval.results import Outcome
 from tests.conftest import SMALL_RUN
 from tests.training.wandb_server import wandb_server
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 from training.plots import colour_of
 
 TINY = [*SMALL_RUN, "trainer.samples=0", "trainer.eval_batches=1"]

@@ -17,7 +17,7 @@ from eval.loading import load_run
 from eval.perplexity import evaluate
 from tests.conftest import SMALL_RUN
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 
 @pytest.fixture(scope="module")

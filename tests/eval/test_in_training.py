@@ -15,7 +15,7 @@ from eval import run as eval_run
 from eval.benchmarks import HarnessSuite
 from tests.eval.helpers import evaluation
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 BENCHMARKS = ["trainer.benchmark_every=4", "trainer.benchmarks=[builtin_cloze]", "trainer.benchmark_limit=6",
               "trainer.benchmark_overrides=['suite.tasks=[cloze]']"]  # fmt: skip

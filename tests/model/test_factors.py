@@ -17,7 +17,7 @@ from model.transformer import Transformer
 from tests.model.helpers import FACTORED, small_config, small_network, wake_up
 from tests.model.references import factor_attention
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 
 def random_factors(batch, n_queries, n_keys, heads, ranks, width, v_width, c=None, dtype=torch.float32, times=1.0):

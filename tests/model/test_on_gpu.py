@@ -24,7 +24,7 @@ from tests.model.helpers import FACTORED, PACKAGED, small_network, wake_up
 from tests.model.references import factor_attention
 from tests.model.test_factors import random_factors
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 DEVICE = os.environ.get("T6_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "")
 LARGE = DEVICE == "cuda"

@@ -1,7 +1,7 @@
 """A real Slurm cluster of two nodes on this machine, for an ordinary user: one slurmctld, two slurmd.
 
-Both nodes claim more processors than there are and eight GPUs that are device files of terminals. Nothing here needs
-systemd, munge or a database; without the last there is no `sacct`, so jobs are asked about with `scontrol show job`.
+Both nodes claim more processors than there are, and eight GPUs that are device files of terminals. Nothing here needs
+systemd, munge or a database; without a database there is no `sacct`, so `scontrol show job` tells about jobs.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ PartitionName=urgent Nodes=node[1-2] MaxTime=24:00:00 PreemptMode=OFF PriorityTi
 
 
 def why_not() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+    """Return why there can be no cluster here, or None if there can be one."""
     missing = [program for program in PROGRAMS if find(program) is None]
     return f"Slurm is not installed (no {', '.join(missing)}); .ci/run says how" if missing else None
 
@@ -83,7 +83,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """Use as a context. `environment` is what makes Slurm's commands talk to this cluster."""
+    """A context. With `environment`, Slurm's commands talk to this cluster."""
 
     def __enter__(self) -> "Cluster":
         self.dir = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: sockets live in it
@@ -112,7 +112,7 @@ class Cluster:
             if jobs:
                 self("scancel", *jobs)
                 self.wait(lambda: not self("squeue", "-h").strip(), 30, "an empty queue")
-        except (AssertionError, RuntimeError) as problem:  # the daemons end all the same
+        except (AssertionError, RuntimeError) as problem:  # the daemons are stopped nevertheless
             print(f"while the cluster was stopped: {problem}")
         for daemon in reversed(self.daemons.values()):
             stop(daemon)
@@ -137,7 +137,7 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def processes(self, command: str = "", **environment: str) -> list[int]:
-        """The processes of this cluster's jobs with these variables, and this text in their command line."""
+        """Return the processes of this cluster's jobs with these variables and this text in their command line."""
         wanted = {
             f"{key}={value}" for key, value in ({"SLURM_CONF": self.environment["SLURM_CONF"]} | environment).items()
         }
@@ -151,7 +151,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def held(self, job: str):
-        """The training processes of a job, stopped while the context lasts, so that nothing happens meanwhile."""
+        """Stop the training processes of a job while the context lasts, so that nothing happens in the meantime."""
         pids = self.processes("train.py", SLURM_JOB_ID=job)
         pids = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
         try:
@@ -164,7 +164,7 @@ class Cluster:
                     os.kill(pid, signal.SIGCONT)
 
     def __call__(self, program: str, *arguments: str, **options) -> str:
-        """The standard output of one of Slurm's commands. RuntimeError where it fails."""
+        """Return the standard output of one of Slurm's commands. RuntimeError if it fails."""
         done = subprocess.run(
             [find(program), *arguments], env=self.environment, capture_output=True, text=True, timeout=60, **options
         )
@@ -173,7 +173,7 @@ class Cluster:
         return done.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """What Slurm says about a job, or a task of an array (`12_3`)."""
+        """Return what Slurm knows about a job, or a task of an array (`12_3`)."""
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "show", "job", "-o", job)))
 
     def ended(self, job: str) -> bool:
@@ -194,10 +194,10 @@ def parent_of(pid: int) -> int:
 
 
 def is_pending(pid: int, number: int) -> bool:
-    """Whether a signal waits for a stopped process, or has reached it."""
+    """Return whether a signal is pending for a stopped process, or has reached it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:  # it has come already: with SIGTERM Slurm lets a stopped process go on
+    except FileNotFoundError:  # it has reached it: with SIGTERM, Slurm continues a stopped process
         return True
     return any(int(mask, 16) >> (number - 1) & 1 for mask in re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status))
 

@@ -1,4 +1,4 @@
-"""One cluster and one checkout to submit from, for the whole session."""
+"""A cluster and a checkout to submit from, one for the whole session."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the code to submit from, whose site.env names this Python."""
+    """Return a copy of the code whose site.env names this Python."""
     folder = tmp_path_factory.mktemp("cluster") / "t6"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.yaml", "slurm"],
@@ -38,7 +38,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shell(cluster, checkout):
-    """This process as a user's shell in the checkout, where Slurm's commands reach the cluster."""
+    """Make this process a user's shell in the checkout, where Slurm's commands reach the cluster."""
     with pytest.MonkeyPatch.context() as patch:
         for key in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_"))]:
             patch.delenv(key)

@@ -18,7 +18,7 @@ from model.transformer import Transformer
 from tests.conftest import ROOT, SMALL_RUN
 from training import checkpoint, saver
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 
 @pytest.fixture(scope="module")

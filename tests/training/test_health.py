@@ -10,7 +10,7 @@ import train
 from configs.app import configured
 from training import health
 from training.config import Config
-from training.metrics import read_lines
+from training.jsonl import read_lines
 
 
 def run(overrides: list[str]) -> int:

@@ -29,7 +29,7 @@ def test_a_run_has_one_process_at_a_time_whatever_becomes_of_it(tmp_path):
         assert holder.stdout.readline() == "None\n"
         said, lock = [], RunLock(tmp_path / "run")
         problem = lock.acquire(0.3, said.append)
-        assert f"run is being trained by process {holder.pid} on " in problem and "choose another run.name" in problem
+        assert f"run is in use by process {holder.pid} on " in problem and "choose another run.name" in problem
         assert len(said) == 1 and said[0].endswith("waiting for 0 s")
         holder.send_signal(signal.SIGKILL)
         assert lock.acquire(30, said.append) is None
@@ -59,7 +59,7 @@ def test_a_second_start_leaves_everything_as_it_is(small_run, tmp_path, capsys):
     assert lock.acquire(0, print) is None
     config = configured(Config, [*small_run, "trainer.rank_timeout=5"])
     assert train.main(config) == 1
-    assert "is being trained by process" in capsys.readouterr().out
+    assert "is in use by process" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     lock.release()
     assert train.main(config) == 0

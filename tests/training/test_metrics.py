@@ -7,7 +7,8 @@ import pytest
 from configs.app import configured
 from training.config import Config
 from training.device import known_peak
-from training.metrics import Metrics, drop_lines_after, read_lines
+from training.jsonl import read_lines
+from training.metrics import Metrics, drop_lines_after
 from training.plots import plot_loss
 
 

@@ -1,13 +1,20 @@
 """Schedules, parameter groups and peak rates against values worked out by hand."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 
+import train
+from configs.app import configured
+from configs.errors import ConfigError
 from model.transformer import Transformer
 from tests.model.helpers import small_network
+from training.config import Config
 from training.device import peak_flops
+from training.jsonl import read_lines
 from training.optim import OptimConfig, ScheduleConfig, build_optimizer, learning_rate
 
 
@@ -45,3 +52,37 @@ def test_one_dimensional_parameters_do_not_decay_unless_asked(decay_all, undecay
 def test_the_measured_peak_is_a_rate_that_a_product_of_that_machine_reaches():
     peak = peak_flops(torch.device("cpu"), torch.float32)
     assert math.isfinite(peak) and 1e8 < peak < 1e15
+
+
+@pytest.mark.parametrize(
+    ("overrides", "moments"),
+    [
+        (["optim=sgd"], {"momentum_buffer"}),
+        (["optim.name=NAdam", "deepspeed=zero2"], {"exp_avg", "exp_avg_sq"}),
+        (["optim.name=adagrad", "deepspeed=zero3"], {"sum"}),
+        (["optim.name=adafactor", "++optim.args.eps=[1e-8,1e-3]"], {"row_var", "col_var"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_any_optimizer_resumes_bit_for_bit(small_run, tmp_path, overrides, moments):
+    def run(name: str) -> list[float]:
+        assert (
+            train.main(configured(Config, [*small_run, *overrides, "trainer.samples=0", f"run.dir={tmp_path}/{name}"]))
+            == 0
+        )
+        return [line["train/loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")]
+
+    whole = run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts/summary.json").unlink()
+    shutil.rmtree(tmp_path / "parts/checkpoints/step_00000008")
+    config = tmp_path / "parts/config.yaml"
+    config.write_text(config.read_text().replace(f"{tmp_path}/whole", f"{tmp_path}/parts"))
+    assert run("parts") == whole and whole[-1] < whole[0]
+    with safe_open(tmp_path / "parts/checkpoints/step_00000008/optimizer.safetensors", framework="pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} >= moments  # noqa: SIM118
+
+
+def test_an_optimizer_of_whole_matrices_is_refused_where_they_are_shared_out():
+    with pytest.raises(ConfigError, match="optim.name=muon: updates whole matrices, and deepspeed=zero1"):
+        configured(Config, ["optim.name=muon", "deepspeed=zero1"])

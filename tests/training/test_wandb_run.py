@@ -21,7 +21,8 @@ from tests.conftest import ROOT, SMALL_RUN
 from tests.training.wandb_server import wandb_server
 from training import wandb_run
 from training.config import Config, WandbConfig
-from training.metrics import Metrics, append_line, read_lines
+from training.jsonl import append_line, read_lines
+from training.metrics import Metrics
 from training.run_folder import create_run_folder
 from training.wandb_run import WandbRun, run_id, wandb_mode
 
@@ -34,7 +35,8 @@ WRITER = f"""
 import sys
 from pathlib import Path
 from training.config import WandbConfig
-from training.metrics import append_line, drop_lines_after
+from training.jsonl import append_line
+from training.metrics import drop_lines_after
 from training.wandb_run import WandbRun
 folder, attempt, resumed_from = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 drop_lines_after(folder / "metrics.jsonl", resumed_from)
@@ -63,12 +65,15 @@ def kill(process: subprocess.Popen, with_service: bool) -> None:
 
 
 class Writer:
+    """A process that runs WRITER."""
+
     def __init__(self, folder, attempt: int, resumed_from: int = 0, **variables: str):
         command = [sys.executable, "-c", WRITER, str(folder), str(attempt), str(resumed_from)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment(**variables), **pipes)
 
     def log(self, first: int, last: int) -> None:
+        """Log these steps, and return when W&B's client has them."""
         self.process.stdin.write(f"{first} {last}\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
@@ -100,13 +105,10 @@ def values(rows: list[dict]) -> dict[tuple[int, str], list[float | None]]:
 
 
 def losses(server, folder) -> dict[int, list[float]]:
-    """Return what a server has of the training loss, by step."""
-    assert [row["_step"] for row in server[run_id(folder)]["history"]] == list(
-        range(len(server[run_id(folder)]["history"]))
-    )
-    return {
-        step: found for (step, key), found in values(server[run_id(folder)]["history"]).items() if key == "train/loss"
-    }
+    """Return what a server has of the training loss, by step; no row's number is missing."""
+    history = server[run_id(folder)]["history"]
+    assert [row["_step"] for row in history] == list(range(len(history)))
+    return {step: found for (step, key), found in values(history).items() if key == "train/loss"}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,7 @@ def test_an_evaluation_is_a_job_of_its_own_too(finished):
     )
 
 
-@pytest.mark.parametrize("death", ["trainer", "trainer and service", "trainer and service, while the server was away"])
+@pytest.mark.parametrize("death", ["trainer", "trainer and service, while the server is away"])
 def test_online_nothing_is_lost_or_doubled(death, tmp_path):
     """A run is killed at step 30, goes back to its checkpoint of step 20, and ends at step 40."""
     with wandb_server() as server:

@@ -1,5 +1,5 @@
 """How fast documents become shards and shards become batches, next to the plain loops that others use, in one run:
-`python -m data.benchmark [overrides]`, best with tokenizer=gpt2 and documents of your own.
+`python -m tests.data.benchmark [overrides]`, best with tokenizer=gpt2 and documents of your own.
 
 The plain loops are those of nanoGPT and its descendants: a pool of processes that takes documents in chunks of 16 and
 fills a preallocated numpy buffer, and random crops from a memmap. Every side gets the same documents, in memory, and
@@ -9,6 +9,7 @@ use too, processor time is more reliable than the clock.
 
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -29,7 +30,6 @@ from data.build import Job, Preparation, make_tokenizer, tokenise_all, validatio
 from data.config import DataCommand, TokenizerConfig
 from data.documents import encoded
 from data.loader import TrainLoader
-from data.parallel import count_workers
 from data.shards import HEADER_BYTES, map_tokens
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -126,8 +126,10 @@ def random_crops(file: Path, dtype: str) -> int:
 
 
 def prepare(texts: list[str], job: Job, dir: Path, val_up_to: float) -> Preparation:
-    made = Preparation(dir, job, load_tokenizer(job.tokenizer, dir), {})
-    tokenise_all(Listed(texts), made, dir, val_up_to)
+    """Make shards in `dir/shards`, with the tokenizer in `dir`."""
+    shutil.rmtree(dir / "shards", ignore_errors=True)
+    made = Preparation(dir / "shards", job, {}, lambda: load_tokenizer(job.tokenizer, dir))
+    tokenise_all(Listed(texts), made, val_up_to)
     made.close()
     return made
 
@@ -162,7 +164,7 @@ def measure(title: str, sides: dict[str, Callable[[], int]], rounds: int) -> Tab
 
 
 def main(config: BenchmarkConfig) -> None:
-    workers = count_workers(config.data.workers)
+    workers = config.data.workers or len(os.sched_getaffinity(0))
     job = Job(config.data.replace(workers=workers, shard_tokens=SHARD_TOKENS), config.tokenizer, progress=False)
     texts = read_texts(job, config.text_bytes)
     one_share = texts[: max(1, len(texts) // workers)]
@@ -170,9 +172,9 @@ def main(config: BenchmarkConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dir = Path(folder)
         val_up_to = validation_up_to(Listed(texts), job.data)
-        make_tokenizer(job, Listed(texts), val_up_to, dir)
+        make_tokenizer(job, Listed(texts), val_up_to).save(dir)
         preparing = {
-            "data.prepare": lambda: prepare(texts, job, dir, val_up_to).tokens.total(),
+            "data.prepare": lambda: prepare(texts, job, dir, val_up_to).tokens,
             "process pool, 16 documents at a time": partial(plain_pool, texts, job, dir),
             f"{name} alone on {workers} processes": partial(tokenizer_alone, texts, job, dir, workers),
             f"{name} alone on 1 process": partial(tokenizer_alone, one_share, job, dir, 1),
@@ -180,7 +182,7 @@ def main(config: BenchmarkConfig) -> None:
         console.print(measure("Preparation", preparing, config.rounds))
         console.print(f"{sum(map(len, texts)) / 1e6:.0f} M characters, {workers} processes")
         made = prepare(texts, job, dir, val_up_to)
-        files = [dir / shard.file for shard in made.writers["train"].shards]
+        files = [made.dir / shard.file for shard in made.writers["train"].shards]
         shards = SimpleNamespace(arrays=[map_tokens(file, made.dtype) for file in files], split="train", dir=dir)
         loading = {
             "data.loader": partial(loaded, TrainLoader(shards, SEQ_LEN, 0, BATCH, BATCH)),
