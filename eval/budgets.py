@@ -78,17 +78,17 @@ def cells(config: BudgetsConfig, network: TransformerConfig, ratios: dict[str, f
     """Return one network's numbers by the titles of their columns; `ratios` are those to MHA."""
     dtype = CACHE_DTYPES[config.cache_dtype]
     kept = counting.kv_bytes_per_token(network, dtype)
-    alone = network.n_layers * bytes_per_token(network.attention.cache_shapes(), dtype)  # of the mechanism itself
+    own = network.n_layers * bytes_per_token(network.attention.cache_shapes(), dtype)  # of the mechanism itself
     row = {
         "heads": str(network.attention.n_heads),
         "params (M)": f"{counting.num_params(network) / 1e6:.1f}",
         "attention / 4 d_model^2": f"{ratios['params']:.3f}",
         "training FLOPs a token": f"{counting.training_flops_per_token(network, config.seq_len):.2e}",
         "KV bytes a token": f"{kept:,}",
-        "/ MHA's": f"{ratios['kv_bytes'] * kept / alone:.3f}",
+        "/ MHA's": f"{ratios['kv_bytes'] * kept / own:.3f}",
     }
     if any(override.startswith("core=") for override in config.overrides):
-        row["without that core"] = f"{alone:,}"
+        row["without that core"] = f"{own:,}"
     if config.detail:
         row["activations (KiB a token)"] = f"{counting.activation_bytes_per_token(network) / 1024:,.0f}"
     if config.memory:

@@ -49,11 +49,10 @@ class Part:
 
     def read(self, n_keys: int | None, dtype: torch.dtype) -> Tensor:
         """Return the first `n_keys` tokens, or the whole capacity if None: [B, S, *shape]."""
-        values = self.values if n_keys is None else self.values[:, :n_keys]
+        values = self.values[:, :n_keys]
         if self.scales is None:
             return values.to(dtype)
-        scales = self.scales if n_keys is None else self.scales[:, :n_keys]
-        return values.to(dtype) * expand_to(scales.to(dtype), values)
+        return values.to(dtype) * expand_to(self.scales[:, :n_keys].to(dtype), values)
 
     def tensors(self) -> list[Tensor]:
         return [self.values] if self.scales is None else [self.values, self.scales]

@@ -5,7 +5,7 @@ A token's queries, a matrix over heads and features, are a sum of R rank-one ter
     Q = A B / R        A [H, R]: head factor        B [R, D]: token factor
 
 with A and B linear in the token (contextual) or learned constants. In third order (Appendix C) each row of B is itself
-vec(b x c). RoPE turns the rows of B, or b alone: that equals turning Q (Theorems 3.1 and C.1), since the rotation acts
+vec(b x c). RoPE turns the rows of B, or only b: that equals turning Q (Theorems 3.1 and C.1), since the rotation acts
 on features only. One class has every variant of the paper; `factor_shapes` says which factors a variant has.
 """
 

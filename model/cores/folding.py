@@ -84,7 +84,7 @@ def open_hop(axis: Axis, q: Tensor, k: Tensor, closed: Tensor, own: Tensor, scal
 
     One causal flash attention, which differentiates itself: the keys move up by one, so that query i sees those before
     it, and the key put first stands for i itself. Two features carry the score q(i) . k(i) to it (as a sum, so that
-    bf16 loses none of it), and a column that is 1 in its value alone brings back the weight w(i, i). Correcting the
+    bf16 loses none of it), and a column that is 1 only in its value brings back the weight w(i, i). Correcting the
     diagonal afterwards instead, w C - diag C + diag O, would let rounding leak the future.
     """
     n_heads, qk_dim, width = q.size(2), q.size(-1), own.size(-1)

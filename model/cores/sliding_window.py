@@ -47,7 +47,7 @@ class SlidingWindow(PartialCore):
         return self.attend_blocks(dense, mask.documents, scale)
 
     def attend_blocks(self, dense: Dense, documents: Tensor | None, scale: float) -> Tensor:
-        """Return [B, T, H, E] in time and memory that grow with the length alone.
+        """Return [B, T, H, E] in time and memory that grow linearly with the length.
 
         The first `window` queries see all that is before them; each further block of queries sees its own keys and
         those of the block before, under a mask of window x 2 window.

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a Hopper GPU, to PTX and machine code; no GPU needed: run by `test_kernels.py`.
 
-A kernel is built in a usual configuration and in its last, which must fit where the others ask for too much.
+A kernel is built in a usual configuration and in its last, which must fit when the others need too much.
 """
 
 from triton.backends.compiler import GPUTarget

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from configs.app import choices, configured
 from model.attention.base import AttentionConfig
@@ -41,6 +42,16 @@ def wake_up(model: Transformer) -> Transformer:
         block.attention.out_proj.reset_parameters()
         block.mlp.down_proj.reset_parameters()
     return model
+
+
+def compiles_once(net: Transformer) -> bool:
+    """Return whether torch.compile traces training steps in one graph, and only once; checks their loss."""
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True, isolate_recompiles=True)
+    for _ in range(2):
+        tokens = torch.randint(0, 300, (2, 13))
+        torch.testing.assert_close(compiled(tokens, tokens), net(tokens, tokens))
+    return counter.frame_count == 1
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def test_packed_documents_equal_the_mask_spelt_out():
 
 
 def test_the_kernel_for_packed_documents_is_given_what_it_takes(monkeypatch):
-    """Its shapes alone, forward and backward: the kernel itself needs a GPU (`test_on_gpu.py`)."""
+    """Only its shapes, forward and backward: the kernel itself needs a GPU (`test_on_gpu.py`)."""
 
     def checked(q, k, v, *bounds_and_longest, **options):
         assert q.size(-1) == k.size(-1) == v.size(-1) == 16  # one width, a multiple of 8

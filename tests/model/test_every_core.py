@@ -9,7 +9,7 @@ from configs.app import choices
 from configs.errors import ConfigError
 from model import counting
 from model.transformer import Transformer
-from tests.model.helpers import MODELS, small_config, wake_up
+from tests.model.helpers import MODELS, compiles_once, small_config, wake_up
 
 # Full attention through explicit keys and values is in test_every_mechanism.
 CORES = ["full core.kernel=factors", *(core for core in choices("core") if core != "full")]
@@ -71,6 +71,11 @@ def test_bf16_autocast_comes_close(model, core):
     exact = net(tokens, tokens) / tokens.numel()
     net.autocast_dtype = torch.bfloat16
     assert abs(net(tokens, tokens) / tokens.numel() - exact) < 0.02 * exact
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_a_training_step_compiles_once(core):
+    assert compiles_once(network("t6", core, "size.n_layers=1"))
 
 
 @pytest.mark.parametrize("core", CORES)

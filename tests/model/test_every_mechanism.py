@@ -11,7 +11,7 @@ from data.loader import IGNORED
 from model import counting, transformer
 from model.mask import AttentionMask
 from model.transformer import Transformer
-from tests.model.helpers import MODELS, config_of, small_network, wake_up
+from tests.model.helpers import MODELS, compiles_once, config_of, small_network, wake_up
 
 
 def count(module: torch.nn.Module) -> int:
@@ -143,6 +143,11 @@ def test_bf16_autocast_keeps_fp32_weights_and_comes_close(model):
     rough.backward()
     assert rough.dtype == torch.float32 and net.embedding.weight.grad.dtype == torch.float32
     assert abs(exact - rough) < 0.02 * exact
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_training_step_compiles_once(model):
+    assert compiles_once(Transformer(small_network(model, "size.n_layers=1")))
 
 
 @pytest.mark.parametrize("model", MODELS)

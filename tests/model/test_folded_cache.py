@@ -42,7 +42,7 @@ def test_a_token_costs_what_its_axes_hold(fold):
         decode(net, tokens, [1] * seq_len)
     with FlopCounterMode(display=False) as rest, sdpa_kernel(SDPBackend.MATH):
         for token in tokens.split(1, dim=1):
-            net.logits(token)  # attends to itself alone
+            net.logits(token)  # attends only to itself
     config, core = net.config.attention, net.config.core
     a_key = 2 * 2 * config.n_heads * config.head_dim
     keys = (counter.get_total_flops() - rest.get_total_flops()) / a_key / seq_len
@@ -61,7 +61,7 @@ def test_rows_of_different_lengths(fold):
 
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("model", ["gqa", "mla", "t6", "t6_third_order"])
-def test_the_bytes_are_the_counted_ones_beside_the_unfinished_blocks(model, fold):
+def test_the_bytes_are_the_counted_ones_and_those_of_unfinished_blocks(model, fold):
     net = network(model, fold, "size.n_layers=1")
     cache = decode(net, torch.randint(0, 300, (2, 7)), [7], torch.bfloat16)[1]
     config, core = net.config.attention, net.config.core

@@ -35,7 +35,7 @@ def copying(rows: int):
 
 
 def accuracy(task, core: str, steps: int) -> float:
-    """The share of targets that are the likeliest token, on fresh data, after `steps` of training."""
+    """The share of targets that are the most likely token, on fresh data, after `steps` of training."""
     torch.manual_seed(0)
     network = replace(small_network("mha", f"core={core}", CORES[core]), vocab_size=ASK + 1)
     net = Transformer(network)

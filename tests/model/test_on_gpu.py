@@ -1,4 +1,4 @@
-"""What only a GPU shows: kernels at real sizes in bf16, CUDA graphs, a training run beside the CPU's.
+"""What only a GPU shows: kernels at real sizes in bf16, CUDA graphs, a training run next to the CPU's.
 
 T6_TEST_DEVICE=cpu tries these tests themselves without one, at small sizes.
 """
@@ -116,7 +116,7 @@ def test_losses_and_gradients_are_the_cpus(core):
 
 
 def test_a_run_learns_as_on_a_cpu(small_run, tmp_path):
-    """Whole runs of train.py, compiled, in bf16 and fp32, beside one on a CPU in fp32."""
+    """Whole runs of train.py, compiled, in bf16 and fp32, next to one on a CPU in fp32."""
     losses = []
     for i, (device, options) in enumerate((
         ("cpu", ["trainer.dtype=fp32"]),

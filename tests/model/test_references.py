@@ -92,7 +92,7 @@ def slow_partial_rope(x, config):
 
 
 def slow_latent(attention, x):
-    """DeepSeek-V2's equations 9 to 19, token by token where they differ from MHA."""
+    """DeepSeek-V2's equations 9 to 19, token by token if they differ from MHA."""
     c = attention.config
     down_q, down_kv, down_rope = attention.down_proj.weight.split([c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim])
 

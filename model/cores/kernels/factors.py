@@ -25,8 +25,8 @@ PREFILL_BLOCK = 1024  # queries and keys of one block of a prefill
 def attend(factored: Factored, scale: float, starts: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T * scale) v [B, T, H, E] from factors whose b of q and k is rotated, without a gradient.
 
-    `starts` is `AttentionMask.starts`; what lies beyond a row's last query may be anything, NaN included. On a GPU the
-    shapes alone decide what runs, so a CUDA graph may hold it.
+    `starts` is `AttentionMask.starts`; what lies beyond a row's last query may be anything, NaN included. On a GPU only
+    shapes decide what runs, so a CUDA graph may hold it.
     """
     return flash_tpa(*factored.tensors(), float(scale), starts)
 

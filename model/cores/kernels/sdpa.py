@@ -21,7 +21,7 @@ def attend(dense: Dense, mask: AttentionMask, scale: float) -> Tensor:
 
 
 def has_flash(q: Tensor, v: Tensor) -> bool:
-    """Return whether a GPU's flash kernels take these widths and dtypes; they alone share heads and pack sequences."""
+    """Return whether a GPU's flash kernels take these widths and dtypes; no others share heads or pack."""
     return (
         q.is_cuda
         and q.dtype == v.dtype
@@ -81,8 +81,8 @@ def attend_documents(dense: Dense, mask: AttentionMask, scale: float, window: in
 def attend_packed(dense: Dense, lengths: list[int], bounds: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Return [B, T, H, E] of sequences of `lengths`, one after the other in the rows of `dense`, each by itself.
 
-    No mask is formed, nor a score that it would hide. On a GPU the variable-length flash kernel does it, which alone
-    takes a `window`, and reads the `bounds` of the sequences ([N + 1], int32) from its own memory.
+    No mask is formed, nor a score that it would hide. On a GPU the variable-length flash kernel does it, the only
+    one that takes a `window`; it reads the `bounds` of the sequences ([N + 1], int32) from its own memory.
     """
     q, k, v = (x.flatten(0, 1) for x in (dense.q, dense.k, dense.v))
     if q.is_cpu:

@@ -1,6 +1,6 @@
 """Triton kernels, for GPUs; with TRITON_INTERPRET=1 they run on a CPU, slowly.
 
-Only `model.cores.kernels.available.load_triton` imports this: where no kernel of these is chosen, Triton need not be
+Only `model.cores.kernels.available.load_triton` imports this: unless one of these kernels is chosen, Triton need not be
 installed.
 """
 

@@ -3,7 +3,7 @@
 One pass over the cache. A program has a range of keys (a split) and a block of columns, each a (query, head) pair; it
 forms its queries q [D, columns] from their factors, and with them tensor cores make b_k q for each rank, which a_k
 scales to logits. The softmax runs online; values are accumulated as b_v^T (weights x a_v). A second kernel merges the
-splits by their log-sum-exp. Lengths are read on the device and the grid depends on the cache's capacity alone, so that
+splits by their log-sum-exp. Lengths are read on the device and the grid depends only on the cache's capacity, so that
 CUDA graphs hold it.
 """
 
@@ -128,7 +128,7 @@ def merge_kernel(partial, lse, out, n_splits, n_columns, R_V: tl.constexpr, E: t
 
 
 def count_splits(device: torch.device, batch: int, column_blocks: int, n_keys: int) -> int:
-    """Return enough ranges of keys for two programs a multiprocessor: from shapes alone, so a CUDA graph keeps it."""
+    """Return enough ranges of keys for two programs a multiprocessor: only shapes decide, so a CUDA graph keeps it."""
     wanted = -(-2 * multiprocessors(device) // (batch * column_blocks))
     return max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
 

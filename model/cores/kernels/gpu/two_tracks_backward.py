@@ -30,7 +30,7 @@ def rows_kernel(
     GROUP_K: tl.constexpr, GROUP_OWN: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CLOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Fill what depends on one query and head alone: g [B, T, H, E] (`both`), the gradient of `own`, the deltas
+    """Fill what depends on a single query and head: g [B, T, H, E] (`both`), the gradient of `own`, the deltas
     [B, T, H], and what the diagonal's score gets from the open track."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = places < n_rows
