@@ -1,6 +1,6 @@
 """From the tree that Hydra composes, or a stored one, to typed configuration, with all mistakes reported together.
 
-A configuration class stands beside the code that reads it and derives from `Block`; a default stands there and nowhere
+A configuration class stands next to the code that reads it and derives from `Block`; a default stands there and nowhere
 else. A block whose YAML picks one of several classes (`_target_`) derives from `Choice`, the configuration of a whole
 command from `Command`.
 """

@@ -148,7 +148,7 @@ def off_if_it_fails(method: Callable) -> Callable:
             try:
                 method(self, *arguments)
             except Exception as error:
-                print(f"W&B failed and is off from here on (metrics.jsonl goes on): {error}")
+                print(f"W&B failed and is off from here on (metrics.jsonl has everything): {error}")
                 self.is_on = False
 
     return guarded

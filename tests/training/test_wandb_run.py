@@ -342,7 +342,7 @@ def test_wandb_that_cannot_start_or_fails_later_does_not_stop_a_run(small_run, m
         record = Metrics(config, 0)
         record.log(1, 10, {"train/loss": 1.0})
         record.close()
-    assert "W&B failed and is off from here on (metrics.jsonl goes on): no room" in capsys.readouterr().out
+    assert "W&B failed and is off from here on (metrics.jsonl has everything): no room" in capsys.readouterr().out
 
     record = Metrics(config, 1)
     assert record.wandb.is_on
