@@ -25,27 +25,43 @@ from training.config import Config
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
-# The second tier, which `make test` leaves out: files, or tests as FILE::NAME, those that take longest first.
-# `make test-list` shows the tests of both tiers.
+# The second tier, which `make test` leaves out: files, or tests as FILE::NAME. A file that is named earlier starts
+# earlier, so those that take longest come first. `make test-list` shows the tests of both tiers.
 SLOW = (
-    "tests/slurm/test_cluster.py",  # jobs on a real Slurm cluster
+    # Jobs on a real Slurm cluster, and the commands of the README
+    "tests/slurm/test_cluster.py",
     "tests/test_readme.py::test_commands_run",
-    "tests/distributed/test_zero.py",  # several processes
+    # Several processes
     "tests/distributed/test_faults.py",
+    "tests/distributed/test_zero.py",
     "tests/distributed/test_commands.py",
     "tests/distributed/test_benchmarks.py",
-    "tests/training/test_wandb_run.py::test_online_nothing_is_lost_or_doubled",  # kills and waits for W&B
+    "tests/eval/test_suites.py::test_two_processes_find_what_one_finds",
+    # Compiled steps, and kernels built for a GPU
+    "tests/test_train.py::test_compile_trains_the_same",
+    "tests/model/test_two_tracks.py::test_a_compiled_model_trains_as_with_sdpa",
+    "tests/model/test_generation.py::test_the_compiled_step_gives_the_same",
+    "tests/model/test_kernels.py::test_kernels_compile_for_a_hopper_gpu",
+    "tests/model/test_decoding.py::test_a_step_compiles_once",
+    "tests/model/test_document_mask.py::test_a_compiled_model_learns_the_same",
+    "tests/model/test_factors.py::test_the_operation_is_one_that_torch_compile_can_call",
+    # Processes of W&B that are killed and waited for
+    "tests/training/test_wandb_run.py::test_online_nothing_is_lost_or_doubled",
     "tests/training/test_wandb_run.py::test_offline_nothing_is_lost_or_doubled",
     "tests/training/test_wandb_run.py::test_offline_files_of_a_killed_run_can_be_sent_before_it_is_resumed",
     "tests/training/test_wandb_run.py::test_a_run_goes_from_offline_to_online",
-    "tests/model/test_long_reach.py",  # trains until the difference shows
-    "tests/model/test_two_tracks.py::test_a_compiled_model_trains_as_with_sdpa",  # compiled steps and kernels
-    "tests/model/test_factors.py::test_the_operation_is_one_that_torch_compile_can_call",
-    "tests/model/test_kernels.py::test_kernels_compile_for_a_hopper_gpu",
-    "tests/model/test_document_mask.py::test_a_compiled_model_learns_the_same",
-    "tests/model/test_decoding.py::test_a_step_compiles_once",
-    "tests/model/test_generation.py::test_the_compiled_step_gives_the_same",
-    "tests/test_train.py::test_compile_trains_the_same",
+    "tests/training/test_wandb_run.py::test_a_requeued_run_is_one_run_without_a_gap",
+    # Whole corpora, whole commands, and other tests that take many seconds
+    "tests/data/test_builtin.py::test_full_corpus",
+    "tests/data/test_resume.py::test_killed_at_random_moments",
+    "tests/data/test_resume.py::test_an_interrupted_command_resumes",
+    "tests/data/test_prepare.py::test_commands",
+    "tests/model/test_adding_a_mechanism.py",
+    "tests/model/test_two_tracks.py::test_large_scores_and_half_precision",
+    "tests/model/test_two_tracks.py::test_nothing_leaks_and_everything_past_is_reached",
+    "tests/model/test_long_reach.py",
+    "tests/test_train.py::test_multirun_runs_one_job_after_another",
+    "tests/training/test_checkpoint.py::test_a_disk_that_is_full_does_not_end_a_run",
 )
 MAY_APPEAR = {"__pycache__", ".pytest_cache", ".ruff_cache", ".venv"}  # in the checkout while tests run
 
@@ -65,9 +81,13 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 
 def pytest_configure(config) -> None:
-    """Give the session folders of its own for what libraries read and write; workers of pytest-xdist get the same."""
-    if hasattr(config, "workerinput"):
+    """Check SLOW, and give the session folders of its own for what libraries read and write."""
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist has the environment of the process that started it
         return
+    for path in SLOW:
+        file, _, name = path.partition("::")
+        if not (ROOT / file).is_file() or (name and f"def {name}(" not in (ROOT / file).read_text()):
+            raise pytest.UsageError(f"tests/conftest.py: SLOW names {path}, which does not exist")
     folder = Path(tempfile.mkdtemp(prefix="t6-tests-"))
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["WANDB_DIR"] = str(folder)
@@ -90,10 +110,6 @@ def cache_gpt2(source: Path, cache: Path) -> None:
 
 def pytest_collection_modifyitems(items) -> None:
     """Mark the tests of SLOW, and put them first, so that no worker is left alone with a long file in the end."""
-    for path in SLOW:
-        file, _, name = path.partition("::")
-        if not (ROOT / file).is_file() or (name and f"def {name}(" not in (ROOT / file).read_text()):
-            raise pytest.UsageError(f"tests/conftest.py: SLOW names {path}, which does not exist")
     order = {path: number for number, path in enumerate(SLOW)}
 
     def place(item) -> int:
@@ -111,12 +127,12 @@ def pytest_collection_modifyitems(items) -> None:
 
 def untracked() -> set[str] | None:
     """Return the paths in the checkout that git does not track, ignored ones included; None if git cannot tell."""
-    command = ["git", "-c", "core.quotePath=off", "status", "--porcelain", "--ignored"]
+    command = ["git", "status", "--porcelain", "-z", "--ignored"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    paths = {line[3:] for line in done.stdout.splitlines() if line[:2] in ("??", "!!")}
+    paths = {line[3:] for line in done.stdout.split("\0") if line[:2] in ("??", "!!")}
     return {path for path in paths if MAY_APPEAR.isdisjoint(Path(path).parts)}
 
 
