@@ -61,7 +61,7 @@ def test_the_other_commands_compose(schema):
         ("model.q_rank=0", "model.q_rank=0: must be at least 1"),
         ("model.head_dim=33", "model.head_dim=33: RoPE turns pairs of features, so it must be even"),
         ("model.init=zeros", "model.init=zeros: must be "),
-        ("tokenizer.vocab_size=3000000000", "tokenizer.vocab_size=3000000000: must be at most 2^31"),
+        ("tokenizer.vocab_size=3000000000", "tokenizer.vocab_size=3000000000: must be at most 2147483648"),
         ("trainer.dtype=fp16", "trainer.dtype=fp16: must be auto, fp32 or bf16"),
         ("device=tpu", "device=tpu: must be auto, cpu or cuda"),
         ("run.name=a/b", "run.name=a/b: must be a plain folder name (use run.dir for a path)"),
