@@ -24,6 +24,7 @@ from configs.load import RENAMED, Command, load, to_dict
 CONFIGS = Path(__file__).parent.resolve()
 INTERRUPTED = 130  # what shells make of Ctrl-C
 GROUPS = {path.name for path in CONFIGS.iterdir() if any(path.glob("**/*.yaml"))}
+OmegaConf.register_new_resolver("pick", lambda key, values: values.get(key, values["other"]), replace=True)
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 

@@ -187,6 +187,10 @@ class TrainerConfig(Block):
         )
 
 
+# Keys that older runs do not have, and the value that stands for how those runs were: no part of an identity with it.
+LATER_KEYS = {"schedule.first_step": 1}
+
+
 class Config(Command):
     """A run. Validation decides what is left open: widths, head counts, the fold, folders and the run's name.
 
@@ -259,7 +263,8 @@ class Config(Command):
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
         trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
         trainer["horizon"] = self.trainer.horizon
-        return flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
+        found = flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
+        return {key: value for key, value in found.items() if LATER_KEYS.get(key) != value}
 
 
 def upgrade_core(core: dict[str, Any]) -> dict[str, Any]:

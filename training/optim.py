@@ -51,6 +51,7 @@ class ScheduleConfig(Block):
     warmup_steps: int = Field(20, ge=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)  # the last learning rate over the peak
     decay_fraction: float = Field(0.2, ge=0, le=1)  # wsd: the share of the run that decays
+    first_step: int = Field(1, ge=0, le=1)  # the number of the first step; 0: its learning rate is 0, if it warms up
 
     @field_validator("name")
     @classmethod
@@ -77,7 +78,9 @@ SCHEDULES: dict[str, Callable[[int, ScheduleConfig, int], float]] = {"cosine": c
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig, horizon: int) -> float:
     """Return the learning rate of step number `step`, counted from 1, of a run of `horizon` steps."""
-    if step <= schedule.warmup_steps:
+    later = 1 - schedule.first_step
+    step, horizon = step - later, horizon - later
+    if step <= schedule.warmup_steps and schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     low = schedule.min_lr_ratio
     return peak * (low + (1 - low) * SCHEDULES[schedule.name](step, schedule, horizon))

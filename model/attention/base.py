@@ -193,8 +193,12 @@ class AttentionConfig(Choice):
             yield "rope_scaling and model.rope_factor go together, as in rope_scaling=yarn, rope_factor=4"
         if all(getattr(self, key) for key in self.needed) and self.rope_dim % 2:
             width = getattr(self, self.rope_key)
-            turning = "it" if self.rope_dim == width else f"the {self.rope_dim} of them that turn"
-            yield f"{self.rope_key}={width}: RoPE turns pairs of features, so {turning} must be even"
+            if self.rope_dim == width:
+                yield f"{self.rope_key}={width}: RoPE turns pairs of features, so it must be even"
+            else:
+                below, above = (f"{n / self.rope_width:.8g} ({n})" for n in (self.rope_dim - 1, self.rope_dim + 1))
+                turning = f"{self.rope_dim} of the {self.rope_width} features"
+                yield f"rope_fraction={self.rope_fraction}: RoPE turns pairs, and not {turning}; use {below} or {above}"
 
     @model_validator(mode="after")
     def _check(self):

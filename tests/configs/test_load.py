@@ -139,6 +139,8 @@ def test_the_identity_is_what_changes_the_result_and_names_the_run():
               "trainer.global_batch_size=16", "trainer.max_steps=7", "schedule=wsd")  # fmt: skip
     for other in others:
         assert config(other).run.name != base.run.name, other
+    assert "schedule.first_step" not in base.identity()  # older runs have no such key, and resume
+    assert config("schedule.first_step=0").identity()["schedule.first_step"] == 0
     assert base.run.dir == f"runs/{base.run.name}" and base.run.name.startswith("t6_tiny_")
 
 

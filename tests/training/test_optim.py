@@ -39,6 +39,15 @@ def test_a_run_shorter_than_its_warm_up_only_rises(name):
     assert [learning_rate(step, 1.0, schedule, 3) for step in (1, 2, 3)] == [0.01, 0.02, 0.03]
 
 
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+@pytest.mark.parametrize("warmup_steps", [0, 10])
+def test_a_schedule_that_counts_from_zero_is_one_step_behind(name, warmup_steps):
+    schedule = ScheduleConfig(name=name, warmup_steps=warmup_steps)
+    rates = [learning_rate(step, 1.0, schedule, 100) for step in range(1, 101)]
+    behind = [learning_rate(step, 1.0, schedule.replace(first_step=0), 101) for step in range(1, 102)]
+    assert behind[1:] == rates and behind[0] == (0.0 if warmup_steps else 1.0)
+
+
 @pytest.mark.parametrize(("decay_all", "undecayed"), [(False, 4), (True, 0)])
 def test_one_dimensional_parameters_do_not_decay_unless_asked(decay_all, undecayed):
     net = Transformer(small_network("mla"))  # the one with norm weights: two a layer
