@@ -73,8 +73,9 @@ class HarnessSuite(SuiteConfig):
     def run(self, run: LoadedRun, options: EvalConfig) -> Outcome | None:
         """Return the scores of the tasks, as fractions, and their average, on rank 0."""
         with undisturbed():
+            model = HarnessModel(run, options.batch_size, self.max_length, self.add_bos)
             found = lm_eval.simple_evaluate(
-                HarnessModel(run, options.batch_size, self.max_length, self.add_bos),
+                model,
                 tasks=load_tasks(self.tasks, self.data_dir, run),
                 num_fewshot=self.num_fewshot,
                 limit=options.limit,
@@ -82,7 +83,7 @@ class HarnessSuite(SuiteConfig):
                 log_samples=self.samples,
                 task_manager=TaskManager(include_defaults=False),
             )
-        return outcome_of(run, self, found) if rank() == 0 else None
+        return outcome_of(run, self, found, model.shortened) if rank() == 0 else None
 
 
 @contextmanager
@@ -109,14 +110,22 @@ def undisturbed() -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
-    """Return the harness's results as ours: flat, the tasks' own scores first."""
+def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict, shortened: int) -> Outcome:
+    """Return the harness's results as ours: flat, the tasks' own scores first.
+
+    `shortened` is the number of requests that lost their beginning.
+    """
     results, stderr = flat_scores(found["results"])
     counted = {task: headline(suite, task, results) for task in asked(suite.tasks, found)}
     scores = [results[f"{task}/{metric}"] for task, metric in counted.items()]
     if len(scores) > 1 and FRACTIONS.issuperset(counted.values()):
         results["average"] = sum(scores) / len(scores)
     table = str(score_table(run, suite.name, counted, results, stderr))
+    if shortened:
+        length = suite.max_length or run.context
+        table += (
+            f"\n\n{shortened:,} requests were longer than {length} tokens (suite.max_length) and lost their beginning."
+        )
     files = {".md": table + "\n"}
     if suite.samples:
         lines = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
@@ -129,7 +138,7 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
         stderr,
         tasks={task: task + shots for task in counted},
         versions=versions | {"tasks": found["versions"]},
-        details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions},
+        details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions, "shortened": shortened},
         shown=table,
         files=files,
     )

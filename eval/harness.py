@@ -10,6 +10,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.progress import track
 
+from configs.errors import ConfigError
 from eval.loading import LoadedRun
 from eval.scoring import log_likelihoods
 from model.generation import stream
@@ -35,6 +36,7 @@ class HarnessModel(TemplateLM):
         self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
         self.batch_size, self.max_length, self.add_bos = batch_size, max_length or run.context, add_bos
         self._device = run.runtime.device
+        self.shortened = 0  # requests that have lost their beginning
 
     # --- text and tokens
     @property
@@ -54,11 +56,17 @@ class HarnessModel(TemplateLM):
         context_ids, continuation_ids = super()._encode_pair(context, continuation)
         if not continuation_ids:  # one token spans the border: it counts as the continuation
             whole = self.tok_encode(context + continuation)
-            context_ids, continuation_ids = whole[:-1] or [self.prefix_token_id], whole[-1:]
-        return context_ids, continuation_ids
+            context_ids, continuation_ids = whole[:-1], whole[-1:]
+        return context_ids or [self.prefix_token_id], continuation_ids  # a context of spaces went to the continuation
 
     # --- what the harness asks for
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        for request in requests:
+            if not request.args[1]:
+                raise ConfigError(
+                    f"suite.tasks: {request.task_name}: question {request.doc_id} has an empty answer, which has no "
+                    f"likelihood to compare; correct or remove it: {request.args[0][-80:]!r}"
+                )
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs):
@@ -67,6 +75,8 @@ class HarnessModel(TemplateLM):
             for number, (_, context, continuation) in enumerate(requests)
             for window in self.windows(context, continuation)
         ]
+        whole = self.max_length + 1  # of which the model sees all but the last
+        self.shortened += sum(len(context) > max(1, whole - len(answer)) for _, context, answer in requests)
         scores = log_likelihoods(
             self.model, [window for _, window in split], self.max_length, self.batch_size, self._device,
             lambda batches: self.progress(batches, "scoring"),
@@ -97,7 +107,15 @@ class HarnessModel(TemplateLM):
             text, settings = request.args
             settings = normalize_gen_kwargs(settings)
             ids = self.tok_encode(text) or [self.eot_token_id]
-            ids = ids[-max(self.max_length - settings["max_gen_toks"], 1) :]
+            room = self.max_length - settings["max_gen_toks"]
+            if room < 1:
+                raise ConfigError(
+                    f"suite.max_length={self.max_length}: {request.task_name} generates up to "
+                    f"{settings['max_gen_toks']} tokens, which leaves no room for its questions; set suite.max_length= "
+                    "to more than that"
+                )
+            self.shortened += len(ids) > room
+            ids = ids[-room:]
             key = json.dumps(settings, sort_keys=True, default=str)
             groups.setdefault(key, []).append((number, ids, settings))
         batches = []
@@ -116,7 +134,7 @@ class HarnessModel(TemplateLM):
         """Return the texts that follow the contexts, cut where a stop sequence begins."""
         stops = [stop for stop in handle_stop_sequences(list(settings["until"]), eos=None) if stop]
         temperature = settings.get("temperature", 0.0) if settings["do_sample"] else 0.0
-        sampling = Sampling(temperature=temperature, top_k=settings.get("top_k"), top_p=settings.get("top_p"))
+        sampling = Sampling(temperature=temperature, top_k=settings.get("top_k") or None, top_p=settings.get("top_p"))
         digest = hashlib.sha256(repr(contexts).encode()).digest()  # the same draws for the same requests
         steps = stream(
             self.model, contexts, settings["max_gen_toks"], sampling, seed=int.from_bytes(digest[:4], "little"),

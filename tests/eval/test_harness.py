@@ -9,6 +9,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from configs.errors import ConfigError
 from eval import cloze
 from eval.harness import HarnessModel
 from eval.scoring import share_rows
@@ -24,7 +25,7 @@ TEXTS = [
 
 
 def requests(*pairs):
-    return [SimpleNamespace(args=pair) for pair in pairs]
+    return [SimpleNamespace(args=pair, task_name="task", doc_id=number) for number, pair in enumerate(pairs)]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,37 @@ def test_generated_texts_are_those_of_the_harnesss_hf_model(ours, hf):
     asked = requests(*((text, dict(settings)) for text in ("The class", "If the", "x = ", TEXTS[1] * 3)))
     expected = [hf.generate_until([one], disable_tqdm=True)[0] for one in asked]
     assert HarnessModel(ours, batch_size=2).generate_until(asked) == expected
+
+
+def test_a_generation_that_leaves_no_room_for_its_question_is_refused(ours):
+    settings = {"until": ["\n"], "do_sample": False}
+    asked = requests(("The class", settings | {"max_gen_toks": ours.context}))
+    with pytest.raises(
+        ConfigError, match=f"suite.max_length={ours.context}: task generates up to {ours.context} tokens"
+    ):
+        HarnessModel(ours).generate_until(asked)
+    longer = HarnessModel(ours, max_length=ours.context + 20)
+    both = requests(*((text, settings | {"max_gen_toks": ours.context}) for text in ("The class", "If the")))
+    first, second = longer.generate_until(both)
+    assert first != second
+
+
+def test_requests_that_lose_their_beginning_are_counted(ours):
+    model = HarnessModel(ours)
+    model.loglikelihood(requests(("If", " so"), (TEXTS[1] * 40, " so"), (TEXTS[1] * 40, " not")))
+    assert model.shortened == 2
+    model.generate_until(requests((TEXTS[1] * 40, {"until": ["\n"], "max_gen_toks": 4, "do_sample": False})))
+    assert model.shortened == 3
+
+
+def test_an_empty_answer_is_refused(ours):
+    with pytest.raises(ConfigError, match="suite.tasks: task: question 1 has an empty answer"):
+        HarnessModel(ours).loglikelihood(requests(("If", " so"), ("If", "")))
+
+
+def test_a_context_of_spaces_is_an_empty_one(ours):
+    spaces, empty = HarnessModel(ours).loglikelihood(requests((" ", "stone"), ("", " stone")))
+    assert spaces == pytest.approx(empty)
 
 
 def test_answers_do_not_depend_on_the_batch(ours, pairs):
