@@ -122,10 +122,8 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict, shortened: int)
         results["average"] = sum(scores) / len(scores)
     table = str(score_table(run, suite.name, counted, results, stderr))
     if shortened:
-        length = suite.max_length or run.context
-        table += (
-            f"\n\n{shortened:,} requests were longer than {length} tokens (suite.max_length) and lost their beginning."
-        )
+        limit = f"suite.max_length={suite.max_length or run.context}"
+        table += f"\n\n{shortened:,} requests were longer than {limit} tokens and lost their beginning"
     files = {".md": table + "\n"}
     if suite.samples:
         lines = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]

@@ -4,6 +4,7 @@ They come without manifest and tokenizer. The configuration names the tokenizer,
 once to make what is missing: the document indexes, the counts and the manifest.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from data.build import Job, write_manifest
 from data.config import DataConfig
 from data.documents import SPLITS
 from data.files import sha256_of
-from data.parallel import Rates, ordered_map
+from data.parallel import Rates, ordered_map, report
 from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, document_index, map_tokens, save_index
 from data.sources.base import Source, Stream
 from data.tokenizers import Tokenizer, new_tokenizer
 
 DECODED_TOKENS = 1_000_000  # whose text shows the bytes of a token
+DECODED_AT_START = 24  # tokens that are shown
+NAMES = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # words of a file's name, by its split
 
 
 class Shards(Source):
@@ -42,11 +45,16 @@ class Shards(Source):
     def files(self) -> dict[str, list[Path]]:
         """Return the files of each split, sorted by name. ConfigError if a split has none."""
         dir = self.config.dir
-        found = {split: sorted(path for path in Path(dir).glob("*.bin") if split in path.name) for split in SPLITS}
+        words = {path: set(re.split("[^a-z]+", path.stem.lower())) for path in sorted(Path(dir).glob("*.bin"))}
+        found = {split: [path for path, own in words.items() if own & NAMES[split]] for split in SPLITS}
+        if both := sorted(set(found["train"]) & set(found["val"])):
+            raise ConfigError(f"{both[0]}: is named after both train and val; rename it")
         missing = [split for split in SPLITS if not found[split]]
         if missing:
             names = " and ".join(f"*{split}*.bin" for split in missing)
-            raise ConfigError(f"data.dir={dir}: holds no {names}; set data.dir to the folder of the shards")
+            raise ConfigError(
+                f"data.dir={dir}: holds no {names} (as a word of the name); set data.dir to the folder of the shards"
+            )
         return found
 
     def adopt(self, job: Job) -> Manifest:
@@ -67,21 +75,24 @@ class Shards(Source):
         with Rates("Indexing", job.progress) as rates:
             for split, paths in files.items():
                 shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
-                at_start = [True, *(bool(read_tokens(path)[-1] == tokenizer.end_of_text) for path in paths[:-1])]
-                indexing = partial(index, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
+                at_start = [True, *(bool(read_tokens(path, dtype)[-1] == tokenizer.end_of_text) for path in paths[:-1])]
+                options = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+                indexing = partial(index, dtype=dtype, **options)
                 for shard, seen in ordered_map(indexing, zip(paths, at_start, strict=True), self.config.workers):
                     shards.append(shard)
                     counts[split] += seen
                     rates.advance(shards=1, tokens=shard.tokens)
                 tokens, documents = (sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents"))
-                ratio = bytes_per_token(read_tokens(paths[0])[:DECODED_TOKENS], tokenizer)
+                beginning = tokenizer.decode(read_tokens(paths[0], dtype)[:DECODED_AT_START])
+                report(f"{paths[0]}: read as {dtype}, begins with {beginning!r}", job.progress)
+                ratio = bytes_per_token(read_tokens(paths[0], dtype)[:DECODED_TOKENS], tokenizer)
                 splits[split] = Split(shards, tokens, documents, round(ratio * tokens), ratio)
         return write_manifest(dir, job, tokenizer, splits, counts["train"], {}, dtype)
 
 
 def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Tokenizer) -> str:
     """Return the dtype of all files. ConfigError if they differ, or do not match the configuration."""
-    dtypes = {file_format(path)[0] for paths in files.values() for path in paths}
+    dtypes = {file_format(path, data.token_dtype)[0] for paths in files.values() for path in paths}
     if len(dtypes) > 1:
         raise ConfigError(f"data.dir={data.dir}: holds shards of uint16 and of uint32; keep one kind in a folder")
     dtype = dtypes.pop()
@@ -95,31 +106,44 @@ def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Toke
     return dtype
 
 
-def file_format(path: Path) -> tuple[str, int]:
-    """Return (dtype, offset of the tokens); a file without a header of llm.c is taken for the uint16 of nanoGPT."""
+def file_format(path: Path, token_dtype: str) -> tuple[str, int]:
+    """Return (dtype, offset of the tokens); without a header of llm.c it is `token_dtype`, auto being nanoGPT's uint16."""
     start = tuple(np.fromfile(path, dtype="<i4", count=2).tolist())
-    return next(((dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start == known), ("uint16", 0))
+    without = "uint16" if token_dtype == "auto" else token_dtype
+    return next(((dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start == known), (without, 0))
 
 
-def read_tokens(path: Path) -> np.ndarray:
-    """Return the tokens of a file, mapped into memory. ConfigError if it is not whole."""
-    dtype, offset = file_format(path)
+def read_tokens(path: Path, token_dtype: str) -> np.ndarray:
+    """Return the tokens of a file, mapped into memory. ConfigError if it is not whole, or its tokens are wider.
+
+    Nothing in a file without a header says how wide its tokens are. If they are wider than they are read, every second
+    one is 0.
+    """
+    dtype, offset = file_format(path, token_dtype)
     size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
     whole = size > 0 and size % width == 0
     if not whole or (offset and np.fromfile(path, dtype="<i4", count=3)[2] != size // width):
         raise ConfigError(f"{path}: is not whole: it has {size + offset} bytes; copy it again")
-    return map_tokens(path, dtype, offset)
+    tokens = map_tokens(path, dtype, offset)
+    sample = tokens[:DECODED_TOKENS]
+    if not offset and not (sample[::2].any() and sample[1::2].any()):
+        others = "set data.token_dtype=uint32 if they have 4 bytes; " if dtype == "uint16" else ""
+        raise ConfigError(
+            f"{path}: has no header of llm.c, and read as {dtype} every second token is 0, so its tokens are wider: "
+            f"{others}others must be saved again as uint16 or uint32"
+        )
+    return tokens
 
 
-def index(task: tuple[Path, bool], vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
+def index(task: tuple[Path, bool], dtype: str, vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
     """Write the index of one shard, (file, whether it starts with a document).
 
     Return the shard and how often each token occurs [vocab_size].
     """
     path, at_start = task
-    tokens, offset = read_tokens(path), file_format(path)[1]
+    tokens, offset = read_tokens(path, dtype), file_format(path, dtype)[1]
     if tokens.max() >= vocab_size:
-        hint = "" if offset else " (it has no header of llm.c, so it is read as uint16 of nanoGPT)"
+        hint = "" if offset else f" (it has no header of llm.c, and is read as {dtype}: data.token_dtype)"
         raise ConfigError(
             f"{path}: holds token {tokens.max()}, and tokenizer.vocab_size={vocab_size}; choose the tokenizer that "
             f"made it{hint}"

@@ -73,9 +73,39 @@ def test_uint32_shards(tmp_path):
         ensure_prepared(*config(tmp_path, "data.token_dtype=uint16"), progress=False)
 
 
+@pytest.mark.parametrize(("dtype", "remedy"), [("int32", "uint32 if they have 4 bytes"), ("int64", "saved again")])
+def test_tokens_of_another_width_are_not_read_as_uint16(tmp_path, dtype, remedy, capsys):
+    """Every other token would be a 0, which the vocabulary has too."""
+    for split in ("train", "val"):
+        np.array(rows(), dtype=dtype).tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(ConfigError, match=f"train.bin: has no header.*as uint16 every second token is 0.*{remedy}"):
+        ensure_prepared(*config(tmp_path), progress=False)
+    wide = config(tmp_path, "data.token_dtype=uint32")
+    if dtype == "int64":
+        with pytest.raises(ConfigError, match="read as uint32 every second token is 0"):
+            ensure_prepared(*wide, progress=False)
+        return
+    manifest = ensure_prepared(*wide, progress=True)
+    assert manifest.tokens("train") == len(rows()) and manifest.token_dtype == "uint32"
+    np.testing.assert_array_equal(TokenShards(tmp_path, "train").arrays[0], rows())
+    assert f"train.bin: read as uint32, begins with '<|endoftext|>{texts(40)[0][:9]}" in capsys.readouterr().err
+
+
+def test_a_split_is_a_word_of_the_name(tmp_path):
+    """A `retrieval` file is no validation, and a `constrained` one no training."""
+    for name, count in (("retrieval_train", 40), ("retrieval_val", 20), ("test", 9)):
+        write(tmp_path / f"{name}.bin", [1, END] * count)
+    manifest = ensure_prepared(*config(tmp_path), progress=False)
+    assert [manifest.tokens(split) for split in ("train", "val")] == [80, 40]
+    (tmp_path / "manifest.json").unlink()
+    write(tmp_path / "train_val.bin", [1, END])
+    with pytest.raises(ConfigError, match="train_val.bin: is named after both train and val; rename it"):
+        ensure_prepared(*config(tmp_path), progress=False)
+
+
 def test_mistakes(tmp_path):
     gpt2()
-    with pytest.raises(ConfigError, match=r"holds no \*train\*.bin and \*val\*.bin; set data.dir"):
+    with pytest.raises(ConfigError, match=r"holds no \*train\*.bin and \*val\*.bin .*; set data.dir"):
         ensure_prepared(*config(tmp_path), progress=False)
     write(tmp_path / "train.bin", [1, END] * 50)
     write(tmp_path / "val.bin", [1, END] * 50)
