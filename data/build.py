@@ -37,7 +37,6 @@ from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer, train_sent
 JOURNAL_FILE = "journal.json"
 JOURNAL_EVERY = 20  # seconds; and after each finished shard
 TASK_DOCUMENTS, TASK_CHARACTERS = 512, 500_000  # of a work item, whichever comes first
-FEW_DOCUMENTS = 1000  # a smaller source gets a validation document even if the hash gives it none
 CHUNK = 4_000_000  # tokens joined at a time
 END = "end"  # where the source of a finished part stands
 
@@ -261,13 +260,18 @@ def good_documents(stream: Stream, data: DataConfig, skipped: Counter) -> Iterat
 
 
 def validation_up_to(stream: Stream, data: DataConfig) -> float:
-    """Return the place up to which documents are validation: `val_fraction`, or the lowest place of a small source."""
-    skipped = Counter()
-    places = [place for _, place in islice(good_documents(stream, data, skipped), FEW_DOCUMENTS)]
-    if len(places) == FEW_DOCUMENTS:
-        return data.val_fraction
-    up_to = max(data.val_fraction, min(places, default=0.0))
-    check_splits(Counter("val" if place <= up_to else "train" for place in places), skipped, data)
+    """Return the place up to which documents are validation: `val_fraction`, or the lowest place if none lies there.
+
+    Reads the source until both splits have a document, or to its end: hashes alone, before any work is done.
+    """
+    skipped, total, lowest, highest = Counter(), 0, 1.0, 0.0
+    for _, place in good_documents(stream, data, skipped):
+        total, lowest, highest = total + 1, min(lowest, place), max(highest, place)
+        if lowest <= data.val_fraction < highest:
+            return data.val_fraction
+    up_to = max(data.val_fraction, lowest)
+    train = max(0, total - 1) if highest > up_to else 0
+    check_splits(Counter(train=train, val=total - train), skipped, data)
     return up_to
 
 

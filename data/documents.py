@@ -48,6 +48,8 @@ def encoded(text, max_bytes: int) -> bytes | NotText:
         content = text.encode()
     except UnicodeEncodeError:  # lone surrogates, which is also how readers pass on bytes that are not UTF-8
         return NotText("invalid UTF-8")
+    if b"\0" in content:  # UTF-16 without a mark at its beginning, or a binary file
+        return NotText("holds NUL characters")
     return content if len(content) <= max_bytes else NotText("too long")
 
 
@@ -80,7 +82,7 @@ class Tokeniser:
 
     def __call__(self, item: tuple[list[dict], dict]) -> tuple[Tokenised, dict]:
         documents, state = item
-        texts = {split: [] for split in SPLITS}
+        found: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}  # (text, its bytes)
         done = Tokenised()
         for document in documents:
             content = encoded(document["text"], self.max_bytes)
@@ -88,9 +90,22 @@ class Tokeniser:
                 done.skipped[content.reason] += 1
                 continue
             split = "val" if place_of(document, content) <= self.val_up_to else "train"
-            texts[split].append(document["text"])
-            done.documents[split] += 1
-            done.bytes[split] += len(content)
+            found[split].append((document["text"], len(content)))
         dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
-        done.tokens = {split: self.tokenizer.encode_documents(texts[split]).astype(dtype) for split in SPLITS}
+        for split, texts in found.items():
+            try:
+                tokens = self.tokenizer.encode_documents([text for text, _ in texts])
+            except Exception:  # of the library, at a text such as a million spaces in a row
+                good = [text for text in texts if self.can_encode(text[0])]
+                done.skipped["cannot be tokenised"] += len(texts) - len(good)
+                texts, tokens = good, self.tokenizer.encode_documents([text for text, _ in good])
+            done.tokens[split] = tokens.astype(dtype)
+            done.documents[split], done.bytes[split] = len(texts), sum(size for _, size in texts)
         return done, state
+
+    def can_encode(self, text: str) -> bool:
+        try:
+            self.tokenizer.encode_documents([text])
+        except Exception:
+            return False
+        return True

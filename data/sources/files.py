@@ -1,5 +1,6 @@
 """Local files: parquet, JSON lines, or text with one document a file; all but parquet may be packed."""
 
+import codecs
 import glob
 import io
 import itertools
@@ -96,7 +97,10 @@ def check_column(lines: Stream, column: str, wrong: str, file: str) -> None:
         raise ConfigError(f"{wrong}: it is empty")
     if all(isinstance(document["text"], NotText) for document in first):
         with unpacked(file) as content:
-            line = parsed(content.readline(1_000_000))
+            beginning = without_mark(content.readline(1_000_000))
+        if beginning.lstrip().startswith(b"["):
+            raise ConfigError(f"{wrong}: {file} is one JSON array; write one object a line: jq -c '.[]' {file}")
+        line = parsed(beginning)
         if isinstance(line, dict) and column not in line:
             raise ConfigError(
                 f"data.column={column}: no such column in the files of data.files; columns there: {', '.join(line)}"
@@ -118,20 +122,27 @@ def whole_texts(files: list[str]) -> Iterator[dict]:
     """Yield one document a file; bytes that are not UTF-8 become lone surrogates, by which they are found later."""
     for file in files:
         with unpacked(file) as content:
-            yield {"text": content.read().decode("utf-8", "surrogateescape")}
+            yield {"text": without_mark(content.read()).decode("utf-8", "surrogateescape")}
+
+
+def without_mark(content: bytes) -> bytes:
+    """Return the beginning of a file without the mark that some programs put there for UTF-8."""
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def json_lines(files: list[str], column: str, limit: int) -> Iterator[dict]:
     """Yield one document a line, of at most `limit` bytes. A broken line yields NotText, and the rest is still read."""
     for name in files:
         with unpacked(name) as file:
-            while line := file.readline(limit):
+            line = without_mark(file.readline(limit))
+            while line:
                 if len(line) == limit and not line.endswith(b"\n"):
                     while (rest := file.readline(limit)) and not rest.endswith(b"\n"):
                         pass
                     yield {"text": NotText("too long")}
                 elif line.strip():
                     yield {"text": text_of(parsed(line), column)}
+                line = file.readline(limit)
 
 
 def parsed(line: bytes):

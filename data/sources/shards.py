@@ -107,7 +107,7 @@ def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Toke
 
 
 def file_format(path: Path, token_dtype: str) -> tuple[str, int]:
-    """Return (dtype, offset of the tokens); without a header of llm.c it is `token_dtype`, auto being nanoGPT's uint16."""
+    """Return (dtype, offset of the tokens); without a header of llm.c `token_dtype`, or uint16 for auto."""
     start = tuple(np.fromfile(path, dtype="<i4", count=2).tolist())
     without = "uint16" if token_dtype == "auto" else token_dtype
     return next(((dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start == known), (without, 0))

@@ -106,6 +106,13 @@ def test_failed_preparation_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
 
 
+@pytest.mark.parametrize("count", [200, 1500])
+def test_a_source_of_any_size_has_a_validation_document(tmp_path, count):
+    file = write_jsonl(tmp_path / "some.jsonl", [f"{text} {number}" for number, text in enumerate(texts(1) * count)])
+    manifest = prepare(*make_config(tmp_path / "shards", [file], val_fraction=1e-6, vocab_size=300), progress=False)
+    assert (manifest.documents("val"), manifest.documents("train")) == (1, count - 1)
+
+
 def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "some.jsonl", texts(50))
     config = make_config(tmp_path / "shards", [file])

@@ -1,6 +1,7 @@
 """Streams of documents: every kind of file, the hub's loader on local folders, mixtures, and resuming in the middle."""
 
 import bz2
+import codecs
 import gzip
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 
@@ -22,7 +24,7 @@ from data.prepare import prepare
 from data.sources.base import source_of
 from data.tokenizers import train_sentencepiece
 from tests.data.conftest import make_config, texts, write_jsonl
-from tests.data.test_tokenizers import SENTENCEPIECE
+from tests.data.test_tokenizers import GPT2, SENTENCEPIECE, gpt2
 
 PACK = {
     "gz": gzip.compress,
@@ -93,6 +95,27 @@ def test_a_tokeniser_splits_by_hash_and_counts(tmp_path):
     assert all((tokens == tokenizer.end_of_text).sum() == done.documents[s] for s, tokens in done.tokens.items())
 
 
+def test_the_mark_of_utf8_is_no_part_of_the_text_and_utf16_is_none(tmp_path):
+    mark = codecs.BOM_UTF8
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(mark + b'{"text": "first"}\n{"text": "second"}\n')
+    assert read(make_config(tmp_path, [tmp_path / "*.jsonl"])) == ["first", "second"] * 2
+    (tmp_path / "a.txt").write_bytes(mark + "caf\u00e9".encode())
+    (tmp_path / "b.txt").write_bytes("text".encode("utf-16"))
+    (tmp_path / "c.txt").write_bytes("text".encode("utf-16-le"))
+    found = [encoded(text, 100) for text in read(make_config(tmp_path, [tmp_path / "*.txt"]))]
+    assert found == ["caf\u00e9".encode(), NotText("invalid UTF-8"), NotText("holds NUL characters")]
+
+
+def test_a_document_that_the_tokenizer_cannot_take_is_skipped_alone(tmp_path):
+    tokenizer = gpt2()
+    tokenizer.save(tmp_path)
+    documents = [{"text": text} for text in ["one", "two" + " " * 1_000_000 + "three", "four"]]
+    done, _ = Tokeniser(GPT2, tmp_path, val_up_to=0.0, max_bytes=10**7)((documents, {}))
+    np.testing.assert_array_equal(done.tokens["train"], tokenizer.encode_documents(["one", "four"]))
+    assert done.skipped == {"cannot be tokenised": 1} and done.documents["train"] == 2 and done.bytes["train"] == 7
+
+
 def test_no_document_holds_text(tmp_path):
     file = write_jsonl(tmp_path / "some.jsonl", [1, 2, None])
     with pytest.raises(ConfigError, match="data.column=text: no document holds text .2 not text, 1 missing."):
@@ -120,6 +143,9 @@ def test_bad_files(tmp_path):
     for file in (good, tmp_path / "good.parquet"):
         with pytest.raises(ConfigError, match="data.column=body: no such column .*columns there: text"):
             load(file, column="body")
+    (tmp_path / "array.json").write_text(json.dumps([{"text": text} for text in texts(3)], indent=1))
+    with pytest.raises(ConfigError, match="array.json is one JSON array; write one object a line"):
+        load(tmp_path / "array.json")
     with pytest.raises(ConfigError, match="empty.jsonl.* cannot be read as json lines: it is empty"):
         load(tmp_path / "empty.jsonl")
     with pytest.raises(ConfigError, match="cannot be read as parquet: .*"):
