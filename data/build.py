@@ -31,7 +31,7 @@ from data.documents import SPLITS, NotText, Tokenised, Tokeniser, encoded, place
 from data.files import remove_partial, write_atomic
 from data.parallel import Rates, ordered_map, report
 from data.shards import MANIFEST_FILE, Manifest, ShardWriter, Split, fingerprint_of, map_tokens, read_manifest
-from data.sources.base import Source, Stream, batches, source_of
+from data.sources.base import Source, Stream, batches, documents_of, source_of
 from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer, train_sentencepiece
 
 JOURNAL_FILE = "journal.json"
@@ -234,6 +234,8 @@ def tokenise_all(stream: Stream, made: Preparation, val_up_to: float) -> None:
             made.add(done, state)
             documents = done.documents.total() + done.skipped.total()
             rates.advance(documents=documents, tokens=sum(map(len, done.tokens.values())))
+    if ending := getattr(stream, "ending", None):
+        report(ending, job.progress)
 
 
 def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None:
@@ -251,7 +253,7 @@ def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None
 
 def good_documents(stream: Stream, data: DataConfig, skipped: Counter) -> Iterator[tuple[dict, float]]:
     """Yield (document, its place) of those that hold text; count the others by reason in `skipped`."""
-    for document in stream:
+    for document in documents_of(stream):
         content = encoded(document["text"], data.max_document_bytes)
         if isinstance(content, NotText):
             skipped[content.reason] += 1

@@ -8,6 +8,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from configs.errors import ConfigError
 
 REPORT_EVERY = 20  # seconds
 
@@ -35,6 +38,11 @@ def ordered_map(function: Callable, items: Iterable, workers: int | None) -> Ite
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"data.workers={workers}: a worker process was ended from outside, as when memory runs out; the same "
+            "command resumes, and fewer workers take less memory"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

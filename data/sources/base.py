@@ -120,23 +120,21 @@ def source_of(config: SourceConfig, progress: bool = False) -> Source:
     return source_class(config.source)(config, progress)
 
 
-def batches(stream: Stream, documents: int, characters: int) -> Iterator[tuple[list[dict], dict]]:
-    """Yield (documents, the state of the stream after them); a batch ends after so many documents or characters.
+def documents_of(stream: Stream) -> Iterator[dict]:
+    """Yield the documents. ConfigError if the source breaks off, as at a broken file or without a network."""
+    try:
+        yield from stream
+    except ConfigError:
+        raise
+    except Exception as error:  # of any of the libraries that read and download
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"the source broke off ({reason}); the same command resumes here") from error
 
-    ConfigError if the source breaks off, as when a file is broken or the network is down for too long.
-    """
+
+def batches(stream: Stream, documents: int, characters: int) -> Iterator[tuple[list[dict], dict]]:
+    """Yield (documents, the state of the stream after them); a batch ends after so many documents or characters."""
     batch, size = [], 0
-    remaining = iter(stream)
-    while True:
-        try:
-            document = next(remaining, None)
-        except ConfigError:
-            raise
-        except Exception as error:  # of any of the libraries that read and download
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ConfigError(f"the source broke off ({reason}); the same command resumes here") from error
-        if document is None:
-            break
+    for document in documents_of(stream):
         batch.append(document)
         size += len(document["text"]) if isinstance(document["text"], str) else 0
         if len(batch) >= documents or size >= characters:

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import pyarrow
+import pyarrow.parquet
 
 from configs.errors import ConfigError, each
 from data.documents import NotText
 from data.sources.base import Source, Stream
-from data.sources.hub import column_of, load_dataset
 
 READERS = {".parquet": "parquet", ".jsonl": "json lines", ".json": "json lines", ".txt": "text", ".md": "text"}
 PACKED = (".gz", ".xz", ".bz2", ".zst")  # unpacked while reading
+ROWS = 1000  # of parquet, read at a time
 PEEK = 100  # lines in which the column is looked for
 
 
@@ -36,7 +36,9 @@ class Files(Source):
         kind = kind_of(files)
         wrong = f"data.files={config.files}: cannot be read as {kind}"
         if kind == "parquet":
-            return column_of(load_dataset("parquet", wrong, data_files=files), config.column, wrong)
+            check_parquet(files, config.column, wrong)
+            options = {"files": files, "column": config.column}
+            return datasets.IterableDataset.from_generator(parquet_rows, gen_kwargs=options)
         if kind == "text":
             return datasets.IterableDataset.from_generator(whole_texts, gen_kwargs={"files": files})
         limit = 2 * config.max_document_bytes + 10_000  # of a line: escapes may double the bytes of the text
@@ -105,6 +107,34 @@ def check_column(lines: Stream, column: str, wrong: str, file: str) -> None:
             raise ConfigError(
                 f"data.column={column}: no such column in the files of data.files; columns there: {', '.join(line)}"
             )
+
+
+def check_parquet(files: list[str], column: str, wrong: str) -> None:
+    """Raise ConfigError if a file is not parquet, or none has the column, or none has a row."""
+    opened = (open_parquet(file, wrong) for file in files)
+    found = [(file.metadata.num_rows, file.schema_arrow.names) for file in opened]
+    if not any(rows for rows, _ in found):
+        raise ConfigError(f"{wrong}: it is empty")
+    if not any(column in names for _, names in found):
+        names = ", ".join(found[0][1])
+        raise ConfigError(f"data.column={column}: no such column in the documents; columns there: {names}")
+
+
+def open_parquet(file: str, wrong: str) -> pyarrow.parquet.ParquetFile:
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{wrong}: {file}: {str(error).splitlines()[0]}") from error
+
+
+def parquet_rows(files: list[str], column: str) -> Iterator[dict]:
+    """Yield one document a row. Only the column is read, so files may differ in the others, and in its type."""
+    for name in files:
+        file = open_parquet(name, "data.files")
+        columns = [column] if column in file.schema_arrow.names else []
+        for batch in file.iter_batches(ROWS, columns=columns):
+            values = batch.column(0).to_pylist() if columns else [NotText("missing")] * batch.num_rows
+            yield from ({"text": value} for value in values)
 
 
 @contextmanager

@@ -72,6 +72,7 @@ class MixedStream:
         self.streams = [stream for _, stream in parts]
         self.start = {"taken": [0] * len(parts), "streams": [None] * len(parts)}
         self.taken = self.start["taken"]
+        self.ending = ""  # why there are no more
 
     def __iter__(self) -> Iterator[dict]:
         self.taken = list(self.start["taken"])
@@ -82,6 +83,11 @@ class MixedStream:
             try:
                 document = next(iterators[which])
             except StopIteration:
+                taken = ", ".join(f"{count:,}" for count in self.taken)
+                self.ending = (
+                    f"data.mixture[{which}] has no more documents, so the mixture ends with {taken} documents of its "
+                    "sources; what the others still have is left out"
+                )
                 return
             self.taken[which] += 1
             yield {"text": document["text"]}

@@ -12,7 +12,7 @@ import signal
 
 import datasets
 import numpy as np
-import pyarrow
+import pyarrow.parquet
 import pytest
 
 from configs.app import configured
@@ -74,6 +74,32 @@ def test_bad_documents_are_counted_by_reason_and_skipped(tmp_path):
     }
     assert made["mixed"].skipped == REASONS and made["good"].skipped == {}
     assert made["mixed"].fingerprint == made["good"].fingerprint
+
+
+def test_parquet_files_may_differ_in_all_but_the_column(tmp_path):
+    tables = [
+        {"text": pyarrow.array([], pyarrow.string())},
+        {"text": pyarrow.array([None], pyarrow.null()), "score": [1]},
+        {"text": pyarrow.array(["large"], pyarrow.large_string()), "score": ["high"]},
+        {"text": [7], "url": ["a"]},
+        {"body": ["b"]},
+        {"text": ["last"]},
+    ]
+    for number, columns in enumerate(tables):
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{number}.parquet")
+    found = read(make_config(tmp_path, [tmp_path / "*.parquet"]))
+    assert found == [None, "large", 7, NotText("missing"), "last"]
+
+
+def test_a_source_that_breaks_off_is_one_message_in_every_pass(tmp_path):
+    good = pyarrow.table({"text": texts(50)})
+    pyarrow.parquet.write_table(good, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(good, tmp_path / "b.parquet", compression="none")
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[4:1000] = bytes(996)
+    (tmp_path / "b.parquet").write_bytes(content)
+    with pytest.raises(ConfigError, match="the source broke off .*; the same command resumes here"):
+        prepare(*make_config(tmp_path / "shards", [tmp_path / "*.parquet"], val_fraction=1e-6), progress=False)
 
 
 def test_bad_values_in_parquet_and_text_files(tmp_path):
@@ -227,8 +253,10 @@ def test_every_stream_resumes_where_its_state_says(tmp_path, kind):
     assert [document["text"] for document in stream] == found  # and from the start where there is none
 
 
-def test_a_mixture_keeps_its_shares(tmp_path):
-    found = [document["text"].split()[0] for document in source_of(sources(tmp_path)["mixture"]).open()]
+def test_a_mixture_keeps_its_shares_and_says_what_ended_it(tmp_path):
+    stream = source_of(sources(tmp_path)["mixture"]).open()
+    found = [document["text"].split()[0] for document in stream]
+    assert f"data.mixture[1] has no more documents, so the mixture ends with {len(found) - 90}, 90" in stream.ending
     assert 120 <= len(found) <= 127  # the hub's 90 are used up first: 90 / 2.5 of the others
     for length in (7, 35, 70, len(found)):
         assert abs(found[:length].count("hub") - length * 2.5 / 3.5) <= 1
