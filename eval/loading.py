@@ -10,7 +10,7 @@ from configs.load import Block, load, to_dict
 from data.tokenizers import Tokenizer, load_tokenizer
 from model.attention.base import AttentionCore
 from model.transformer import Transformer
-from training.checkpoint import checkpoint_dir, load_weights, newest, problems, read_manifest
+from training.checkpoint import checkpoint_dir, checkpoint_dirs, load_weights, newest, problems, read_manifest
 from training.checks import check_core
 from training.config import Config
 from training.device import Runtime, find_runtime
@@ -100,7 +100,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         return found
     found = checkpoint_dir(run_dir, step)
     if not found.is_dir():
-        steps = sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+        steps = [int(path.name.removeprefix("step_")) for path in checkpoint_dirs(run_dir)]
         remedy = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
         raise ConfigError(f"step={step}: {run_dir} has no checkpoint of it; {remedy}")
     if broken := problems(found):

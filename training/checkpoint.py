@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,12 @@ NOT_ARCHITECTURE = (
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoint_dirs(run_dir: Path) -> list[Path]:
+    """Return the folders of checkpoints, oldest first. Whatever else lies there is somebody else's."""
+    found = (Path(run_dir) / "checkpoints").glob("step_*")
+    return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
 
 def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -60,7 +67,7 @@ def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> N
 
     Those past the `last` step are broken: training has resumed from one before them.
     """
-    folders = sorted((Path(run_dir) / "checkpoints").glob("step_*"))
+    folders = [folder for folder in checkpoint_dirs(run_dir) if not folder.is_symlink()]
     whole = [folder for folder in folders if not problems(folder, checksums=False)]
     manifests = {folder: manifest for folder in whole if (manifest := read_manifest(folder))["step"] <= last}
     kept = keep(list(manifests.values()))
@@ -92,6 +99,13 @@ def seal(manifest: dict) -> str:
 def problems(folder: Path, checksums: bool = True) -> list[str]:
     """Return what is wrong with a checkpoint, a line each; without `checksums` only what its files' sizes show."""
     try:
+        return _problems(folder, checksums)
+    except OSError as error:
+        return [f"{folder}: cannot be read ({error})"]
+
+
+def _problems(folder: Path, checksums: bool) -> list[str]:
+    try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["checksum"] != seal(manifest):
             return [f"{folder / 'manifest.json'}: does not have its own checksum"]
@@ -114,13 +128,18 @@ def problems(folder: Path, checksums: bool = True) -> list[str]:
 
 def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """Return the most recent complete checkpoint of a run, if any; broken ones are reported to `warn` and skipped."""
-    for folder in sorted((Path(run_dir) / "checkpoints").glob("step_*"), reverse=True):
+    for folder in reversed(checkpoint_dirs(run_dir)):
         broken = problems(folder)
         if not broken:
             return folder
         for line in broken:
-            warn(f"{line}; taking the checkpoint before it")
+            warn(f"{line}; taking the checkpoint before it, if there is one")
     return None
+
+
+def has_saved(run_dir: Path) -> bool:
+    """Return whether a run has ever had a complete checkpoint."""
+    return os.path.lexists(Path(run_dir) / "latest")
 
 
 def check_source(source: str) -> None:

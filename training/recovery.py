@@ -1,5 +1,6 @@
 """Where a run starts, what a checkpoint says of it, and how it goes back or ends early."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,15 +18,22 @@ from training.ranks import from_main, world_size
 from training.report import Report
 from training.run_folder import create_run_folder
 from training.saver import CheckpointSaver
-from training.session import Session
+from training.session import Ended, Session
 from training.wandb_run import data_facts
 
+LOST = (
+    "{0}: has saved checkpoints, and none can be read, so training would begin again and lose what it has logged. Bring "
+    "one back to {0}/checkpoints. To begin again on purpose, move {0} away, or remove {0}/latest"
+)
 GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint
 
 
 def load_start(config: Config, model: Transformer, data: Manifest, report: Report) -> Path | None:
     """Load the weights the run starts from, if not its own; return the checkpoint from which it resumes, if any."""
-    own = from_main(lambda: checkpoint.newest(Path(config.run.dir), report.say))
+    run_dir = Path(config.run.dir)
+    own, is_lost = from_main(lambda: find_own(run_dir, report.say))
+    if is_lost:
+        raise Ended(LOST.format(run_dir), 1)
     if own:
         checkpoint.check_same_run(own, config.identity(), data.fingerprint)
         checkpoint.load_weights(model, own)
@@ -34,6 +42,12 @@ def load_start(config: Config, model: Transformer, data: Manifest, report: Repor
         checkpoint.check_same_architecture(other, config.identity(), data.tokenizer["fingerprint"])
         checkpoint.load_weights(model, other)
     return own
+
+
+def find_own(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path | None, bool]:
+    """Return the checkpoint to resume from, if any, and whether there should be one, but none can be read."""
+    found = checkpoint.newest(run_dir, warn)
+    return found, found is None and checkpoint.has_saved(run_dir)
 
 
 def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[int, Health]:

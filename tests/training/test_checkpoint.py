@@ -90,6 +90,46 @@ def test_any_damage_to_any_byte_is_noticed(finished, tmp_path):
     assert checkpoint.newest(tmp_path / "run", print) == newest
 
 
+LOSSES = {
+    "every one is broken": lambda folder: [flip(one / "model.safetensors") for one in folder.glob("step_*")],
+    "they are gone": shutil.rmtree,
+    "the folder is a link to nothing": lambda folder: (shutil.rmtree(folder), folder.symlink_to("unmounted")),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_again(finished, small_data, tmp_path, loss, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    LOSSES[loss](run / "checkpoints")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    command = [*SMALL_RUN, *small_data, f"run.dir={run}"]
+    assert train.main(configured(Config, command)) == 1
+    assert "has saved checkpoints, and none can be read" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    if loss == "every one is broken":
+        assert len(list((run / "checkpoints").iterdir())) == 2
+    if loss == "they are gone":
+        (run / "latest").unlink()  # to begin again on purpose
+        assert train.main(configured(Config, command)) == 0
+
+
+def test_what_is_no_checkpoint_is_neither_read_nor_deleted(finished, small_data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "summary.json").unlink()
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "step_00000008", folder / "step_backup")
+    shutil.rmtree(folder / "step_00000008")
+    (folder / "step_note.txt").write_text("mine")
+    (folder / "step_00000099").symlink_to("step_00000099")  # a loop
+    assert checkpoint.newest(run, print) == folder / "step_00000004"
+    assert train.main(configured(Config, [*SMALL_RUN, *small_data, f"run.dir={run}"])) == 0
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"step_00000004", "step_00000008", "step_00000099", "step_backup", "step_note.txt"}
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_the_differing_keys(finished, small_data, tmp_path):
     shutil.copytree(finished, tmp_path / "other")
     (tmp_path / "other/summary.json").unlink()
