@@ -48,3 +48,5 @@ def test_the_generic_tests_run_on_it(environment):
 def test_it_trains(environment, small_run, tmp_path):
     run(environment, "train.py", f"hydra.searchpath=[file://{tmp_path}/configs]", "model=tied_kv", *small_run)
     assert "tied_kv" in (tmp_path / "run/config.yaml").read_text()
+    run(environment | {"T6_PACKAGES": "tied_kv"}, "-m", "eval.run", f"run={tmp_path}/run", "limit=2")
+    assert (tmp_path / "run/results/perplexity.json").exists()
