@@ -13,6 +13,7 @@ from training.lock import RunLock
 from training.preemption import Preemption
 from training.ranks import from_main
 from training.run_folder import is_finished
+from training.streams import make_streams_lenient
 from training.watchdog import ENDING, Watchdog
 
 FINISHED = "{} is finished; choose another run.name to train again"
@@ -41,6 +42,7 @@ def session(
     Rank 0 calls `prepare` first; the others wait for it where the process group forms. Raise Ended for a run that is
     finished or that another process trains, and if another rank's end is the reason for an error here.
     """
+    make_streams_lenient()
     run_dir, rank_timeout = config.run.dir, config.trainer.rank_timeout
     with Preemption() as preemption:
         if runtime.is_main:

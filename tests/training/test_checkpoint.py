@@ -197,6 +197,14 @@ def test_a_disk_that_is_full_does_not_end_a_run(small_data, tmp_path):
     assert train.main(configured(Config, overrides)) == 0  # with room again the same command ends well
 
 
+def test_a_log_that_cannot_be_written_does_not_end_a_run(small_run, tmp_path):
+    """/dev/full takes no byte, as the disk of Slurm's log may not."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "train.py", *small_run]
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, timeout=300).returncode == 0
+    assert (tmp_path / "run/summary.json").exists()
+
+
 def test_a_disk_without_room_for_a_byte_costs_nothing_once_there_is_room(small_run, tmp_path, monkeypatch, capsys):
     """No file can grow between steps 3 and 6: lines of metrics.jsonl wait, a checkpoint and its event are not there."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

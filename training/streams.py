@@ -1,0 +1,34 @@
+"""Standard output and error that a full disk does not turn into the end of a run."""
+
+import sys
+from typing import Any
+
+
+class Lenient:
+    """A text stream whose failing writes are dropped: Slurm puts the log on the disk that checkpoints fill."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            pass
+
+
+def make_streams_lenient() -> None:
+    """Let this process write on, from here to its end, when its standard streams fail."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Lenient):
+            setattr(sys, name, Lenient(stream))
