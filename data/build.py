@@ -92,8 +92,7 @@ class Preparation:
         self.dir, self.job, self.identity = dir, job, identity
         journal = read_journal(dir, identity)
         if not journal:
-            shutil.rmtree(dir, ignore_errors=True)
-            dir.mkdir()
+            empty(dir)
             make().save(dir)
         self.tokenizer = load_tokenizer(job.tokenizer, dir)
         self.dtype = job.data.dtype_for(self.tokenizer.vocab_size)
@@ -172,6 +171,20 @@ class Preparation:
         manifest = write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, skipped, self.dtype)
         (self.dir / JOURNAL_FILE).unlink()
         return manifest
+
+
+def is_unfinished(dir: Path) -> bool:
+    """Return whether a folder is what an earlier start of a build has left."""
+    return (dir / JOURNAL_FILE).is_file()
+
+
+def empty(dir: Path) -> None:
+    """Make a folder for a new build, in place of an unfinished one. ConfigError if it holds anything else."""
+    if dir.exists() and not is_unfinished(dir) and any(dir.iterdir()):
+        raise ConfigError(f"{dir}: is in the way: it is no unfinished preparation; move it, or choose another data.dir")
+    shutil.rmtree(dir, ignore_errors=True)
+    dir.mkdir()
+    write_atomic(dir / JOURNAL_FILE, "{}")  # from here on it is one
 
 
 def write_manifest(

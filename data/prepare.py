@@ -5,6 +5,7 @@ preparation resumes when it is started again. With `part=I parts=N` it is one of
 several machines; the last to finish joins them.
 """
 
+import glob
 import re
 import shlex
 import shutil
@@ -19,7 +20,7 @@ from pydantic import Field
 from configs.app import app, choices, configured
 from configs.errors import ConfigError, writing
 from configs.load import shown
-from data.build import Job, build, join, prepare_part
+from data.build import Job, build, is_unfinished, join, prepare_part
 from data.config import DataCommand, DataConfig, TokenizerConfig, fill_data_dir
 from data.parallel import report
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest
@@ -66,12 +67,12 @@ def prepare(
                 else:  # whoever else wrote into the unfinished folder is gone, because this process has the lock
                     manifest = join(job, unfinished) if parts > 1 else build(job, unfinished)
                     unfinished.rename(dir)
-                    for finished in dir.parent.glob(f"{dir.name}.parts-*"):
+                    for finished in dir.parent.glob(f"{glob.escape(dir.name)}.parts-{'[0-9a-f]' * 8}"):
                         shutil.rmtree(finished, ignore_errors=True)
             finally:
                 if any(unfinished.glob("*.bin")):
                     report(f"{unfinished}: finished shards are kept; the same command resumes", progress)
-                else:
+                elif is_unfinished(unfinished):
                     shutil.rmtree(unfinished, ignore_errors=True)
     report(f"{dir}: prepared, {describe(manifest)}", progress)
     return manifest
@@ -80,6 +81,8 @@ def prepare(
 @contextmanager
 def alone(path: Path, words: str, progress: bool) -> Iterator[None]:
     """Hold a lock; report `words` if another process has it first."""
+    if path.exists() and path.stat().st_size:
+        raise ConfigError(f"{path}: is in the way: it is no lock; move it, or choose another data.dir")
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -60,8 +60,13 @@ def matching_files(patterns: list[str]) -> list[str]:
 
 
 def matches(pattern: str) -> list[str]:
-    found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
-    if found:
+    if Path(pattern).is_file():  # whatever characters are in its name
+        return [pattern]
+    paths = glob.iglob(pattern)
+    if "**" in pattern:  # pathlib follows no links to folders there, which may lead back
+        root = Path(pattern).anchor
+        paths = map(str, Path(root).glob(str(Path(pattern).relative_to(root))))
+    if found := [path for path in paths if Path(path).is_file()]:
         return found
     if Path(pattern).is_dir():
         raise ConfigError(

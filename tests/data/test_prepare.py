@@ -89,6 +89,22 @@ def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
         prepare(*make_config(tmp_path / "mine.txt", small[0][0].files), progress=False)
 
 
+def test_what_lies_next_to_the_folder_is_left_alone(small, tmp_path):
+    """Names that a preparation would use, and a pattern as the folder's name."""
+    config = make_config(tmp_path / "x", small[0][0].files)
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial/mine").write_text("mine")
+    with pytest.raises(ConfigError, match="x.partial: is in the way"):
+        prepare(*config, progress=False)
+    (tmp_path / "x.partial").rename(tmp_path / "y.parts-01234567")
+    (tmp_path / "x.lock").write_text("mine")
+    with pytest.raises(ConfigError, match="x.lock: is in the way"):
+        prepare(*config, progress=False)
+    assert (tmp_path / "x.lock").read_text() == "mine"
+    prepare(*make_config(tmp_path / "*", small[0][0].files), progress=False)
+    assert (tmp_path / "y.parts-01234567/mine").read_text() == "mine"
+
+
 def test_files_are_not_prepared_on_first_use(tmp_path):
     config = make_config(tmp_path / "shards", ["a/*.jsonl"])
     with pytest.raises(ConfigError, match=r"not prepared: run `python -m data.prepare data=files .* data.files='\[a/"):

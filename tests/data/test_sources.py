@@ -178,6 +178,16 @@ def test_bad_files(tmp_path):
         load(tmp_path / "broken.parquet")
 
 
+def test_patterns_follow_no_loops_and_names_may_look_like_patterns(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.txt", "a/2.txt", "[1].txt"):
+        (tmp_path / name).write_text(name)
+    for link in ("a/loop", "a/other"):
+        (tmp_path / link).symlink_to(tmp_path)
+    assert sorted(read(make_config(tmp_path, [tmp_path / "**/*.txt"]))) == ["[1].txt", "a/1.txt", "a/2.txt"]
+    assert read(make_config(tmp_path, [tmp_path / "[1].txt"])) == ["[1].txt"]
+
+
 def on_the_hub(folder, documents, column="content", subset="sample-10"):
     """A data set as it lies on the hub: a card that names the configurations and their files."""
     (folder / "sample").mkdir(parents=True)
