@@ -83,6 +83,10 @@ def alone(path: Path, words: str, progress: bool) -> Iterator[None]:
     """Hold a lock; report `words` if another process has it first."""
     if path.exists() and path.stat().st_size:
         raise ConfigError(f"{path}: is in the way: it is no lock; move it, or choose another data.dir")
+    try:
+        path.touch()  # filelock takes a folder that cannot be written to for a lock that another process has
+    except FileNotFoundError as error:  # /proc
+        raise ConfigError(f"{path}: cannot be made ({error.strerror}); choose another data.dir") from error
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -51,7 +51,7 @@ class SourceConfig(Block):
     mixture: list[dict[str, Any]] = Field(default_factory=list)  # each with a weight, a source and the source's keys
     column: str = "text"
     max_document_bytes: int = Field(10_000_000, ge=1)  # longer documents are skipped
-    workers: int | None = Field(None, ge=1)  # processes; null: one for each core
+    workers: int | None = Field(None, ge=1, le=1024)  # processes; null: one for each core
 
     @field_validator("source")
     @classmethod

@@ -40,7 +40,8 @@ class Files(Source):
             options = {"files": files, "column": config.column}
             return datasets.IterableDataset.from_generator(parquet_rows, gen_kwargs=options)
         if kind == "text":
-            return datasets.IterableDataset.from_generator(whole_texts, gen_kwargs={"files": files})
+            options = {"files": files, "limit": config.max_document_bytes}
+            return datasets.IterableDataset.from_generator(whole_texts, gen_kwargs=options)
         limit = 2 * config.max_document_bytes + 10_000  # of a line: escapes may double the bytes of the text
         options = {"files": files, "column": config.column, "limit": limit}
         lines = datasets.IterableDataset.from_generator(json_lines, gen_kwargs=options)
@@ -153,11 +154,16 @@ def unpacked(file: str) -> Iterator[io.BufferedReader]:
         raise ConfigError(f"{file}: cannot be read ({error}); copy it again, or leave it out") from error
 
 
-def whole_texts(files: list[str]) -> Iterator[dict]:
-    """Yield one document a file; bytes that are not UTF-8 become lone surrogates, by which they are found later."""
+def whole_texts(files: list[str], limit: int) -> Iterator[dict]:
+    """Yield one document a file, of at most `limit` bytes.
+
+    Bytes that are not UTF-8 become lone surrogates, by which they are found later.
+    """
     for file in files:
-        with unpacked(file) as content:
-            yield {"text": without_mark(content.read()).decode("utf-8", "surrogateescape")}
+        with unpacked(file) as stream:
+            content = without_mark(stream.read(limit + len(codecs.BOM_UTF8) + 1))  # a packed file may hold gigabytes
+        is_long = len(content) > limit
+        yield {"text": NotText("too long") if is_long else content.decode("utf-8", "surrogateescape")}
 
 
 def without_mark(content: bytes) -> bytes:

@@ -142,6 +142,8 @@ def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]
     with pytest.raises(ConfigError, match=r"data.dir=.*some.jsonl/shards: cannot write"):
         prepare(*make_config(file / "shards", [file]), progress=False)
+    with pytest.raises(ConfigError, match="/proc/shards.lock: cannot be made"):
+        prepare(*make_config("/proc/shards", [file]), progress=False)
 
 
 def test_a_folder_is_no_pattern(tmp_path):

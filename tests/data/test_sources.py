@@ -9,6 +9,7 @@ import lzma
 import multiprocessing
 import os
 import signal
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -108,6 +109,17 @@ def test_bad_values_in_parquet_and_text_files(tmp_path):
     found = read(make_config(tmp_path, [tmp_path / "a.parquet"])) + read(make_config(tmp_path, [tmp_path / "b.txt"]))
     reasons = [value.reason if isinstance(value := encoded(text, 100), NotText) else value for text in found]
     assert reasons == ["missing", "empty", b"good", "invalid UTF-8"]
+
+
+def test_a_packed_file_is_read_no_further_than_a_document_may_be_long(tmp_path):
+    for kind, size in (("short", 100), ("long", 10**8)):
+        with gzip.open(tmp_path / f"{kind}.txt.gz", "wb") as file:
+            for _ in range(0, size, 10**7):
+                file.write(b"x" * min(size, 10**7))
+    tracemalloc.start()
+    found = read(make_config(tmp_path, [tmp_path / "*.txt.gz"], max_document_bytes=1000))
+    assert found == [NotText("too long"), "x" * 100] and tracemalloc.get_traced_memory()[1] < 10**8
+    tracemalloc.stop()
 
 
 def test_a_tokeniser_splits_by_hash_and_counts(tmp_path):
