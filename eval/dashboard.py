@@ -11,19 +11,21 @@ from typing import ClassVar
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from configs.app import app
 from configs.errors import ConfigError
 from configs.load import Command
 from eval import published
 
+NAME = "Attention mechanisms"
 METHOD = "model/name"  # as training/wandb_run.py names configuration keys
 PINNED = [
     "config:model/name.value", "config:size/name.value", "config:run/seed.value", "summary:val/loss.min",
     "summary:val/bits_per_byte.min", "summary:params", "summary:kv_bytes_per_token",
     "summary:perf/tokens_per_second.mean",
 ]  # fmt: skip
+SMOOTHED = {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6, "smoothing_show_original": True}
 
 
 class DashboardConfig(Command):
@@ -32,9 +34,6 @@ class DashboardConfig(Command):
     project: str
     entity: str | None = None  # default: the one that is logged in
     group: str | None = None  # the experiment that the report is about; default: all runs
-    name: str = "Attention mechanisms"
-    tasks: list[str] = Field(default_factory=list)  # benchmark metrics, as logged; default: the paper's
-    max_runs: int = Field(50, ge=1)
     dry_run: bool = False  # print what would be saved, without a network
 
     @field_validator("project")
@@ -47,10 +46,7 @@ class DashboardConfig(Command):
 
 def line(title: str, metric: str, raw: bool = False, x: str = "tokens", **options) -> wr.LinePlot:
     """Return a plot of a metric: as it is (`raw`), or smoothed a little with the raw curve behind."""
-    if not raw:
-        smooth = {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6, "smoothing_show_original": True}
-        options |= smooth
-    return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **options)
+    return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **({} if raw else SMOOTHED), **options)
 
 
 def scatter(title: str, x: str, **options) -> wr.ScatterPlot:
@@ -61,15 +57,10 @@ def bars(title: str, *metrics: str, **options) -> wr.BarPlot:
     return wr.BarPlot(title=title, metrics=list(metrics), groupby=wr.Config(METHOD), **options)
 
 
-def benchmark_metrics(tasks: list[str]) -> list[str]:
-    """Return the benchmark metrics by the names under which runs log them; by default those that the paper reports."""
+def panels() -> dict[str, list]:
+    """Return the panels of each section, for the workspace and the report alike; the benchmarks are the paper's."""
     paper = published.tasks("paper_zeroshot").items()
-    return tasks or ["eval/paper_zeroshot/average", *(f"eval/{task}/{metric}" for task, metric in paper)]
-
-
-def panels(tasks: list[str]) -> dict[str, list]:
-    """Return the panels of each section, for the workspace and the report alike."""
-    benchmarks = benchmark_metrics(tasks)
+    benchmarks = ["eval/paper_zeroshot/average", *(f"eval/{task}/{metric}" for task, metric in paper)]
     return {
         "Loss & perplexity": [
             line("Validation loss", "val/loss", raw=True),
@@ -112,11 +103,11 @@ def workspace(config: DashboardConfig, entity: str) -> ws.Workspace:
     filters = [ws.Metric("JobType") == "train"] + ([ws.Metric("Group") == config.group] if config.group else [])
     sections = [
         ws.Section(name=name, panels=found, is_open=number < 2, pinned=number == 0)
-        for number, (name, found) in enumerate(panels(config.tasks).items())
+        for number, (name, found) in enumerate(panels().items())
     ]
     return ws.Workspace(
-        entity=entity, project=config.project, name=config.name, sections=sections,
-        settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=config.max_runs),
+        entity=entity, project=config.project, name=NAME, sections=sections,
+        settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=50),
         runset_settings=ws.RunsetSettings(filters=filters, pinned_columns=PINNED),
     )  # fmt: skip
 
@@ -134,14 +125,14 @@ def report(config: DashboardConfig, entity: str) -> wr.Report:
         "over seeds, with the standard error behind it. Whether they are matched, intervals and paired differences: "
         "see the report of python -m eval.compare."
     )
-    blocks = [wr.H1(config.name), wr.P(introduction), wr.TableOfContents()]
-    for name, found in panels(config.tasks).items():
+    blocks = [wr.H1(NAME), wr.P(introduction), wr.TableOfContents()]
+    for name, found in panels().items():
         for panel in found:
             if isinstance(panel, wr.LinePlot):
                 panel.groupby, panel.groupby_aggfunc, panel.groupby_rangefunc = wr.Config(METHOD), "mean", "stderr"
         blocks += [wr.H2(name), grid(found)]
     blocks += [wr.H2("What differs"), grid([wr.RunComparer(diff_only="split")])]
-    title = f"{config.name}: {config.group}" if config.group else config.name
+    title = f"{NAME}: {config.group}" if config.group else NAME
     return wr.Report(entity=entity, project=config.project, title=title, blocks=blocks, width="fluid")
 
 
@@ -165,4 +156,4 @@ def main(config: DashboardConfig) -> int:
 
 
 if __name__ == "__main__":
-    app(main, DashboardConfig, texts=("project", "entity", "group", "name"))
+    app(main, DashboardConfig, texts=("project", "entity", "group"))
