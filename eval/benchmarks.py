@@ -28,11 +28,7 @@ from eval.tables import Table
 from eval.tasks import download, load_tasks
 from training.ranks import rank
 
-SHORT = {
-    "arc_easy": "ARC-E", "arc_challenge": "ARC-C", "boolq": "BoolQ", "hellaswag": "HellaSw.", "openbookqa": "OBQA",
-    "piqa": "PIQA", "winogrande": "W.G.", "mmlu": "MMLU", "sciq": "SciQ",
-}  # fmt: skip
-
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
 FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "f1"}  # metrics between 0 and 1, shown in percent
 
 
@@ -87,13 +83,12 @@ class HarnessSuite(SuiteConfig):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Silence the harness's log and progress bars, start no worker processes, and afterwards restore the random state
-    of Python, numpy and torch, which the harness seeds."""
+    """Seed Python and numpy, whose random numbers some tasks use when they are loaded, and afterwards restore the
+    random state of them and of torch; show none of the harness's progress, and start no worker processes."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    random.seed(0)
+    np.random.seed(0)
     datasets.disable_progress_bars()
     try:
         with (
@@ -105,7 +100,6 @@ def undisturbed() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        logger.setLevel(level)
         datasets.enable_progress_bars()
 
 
@@ -171,7 +165,7 @@ def score_table(
     `counted` has the metric of each task.
     """
     tasks, keys = list(counted), [f"{task}/{metric}" for task, metric in counted.items()]
-    header, has_average = ["percent", *(SHORT.get(task, task) for task in tasks)], "average" in results
+    header, has_average = ["percent", *tasks], "average" in results
     if has_average:
         header.append("average")
         keys.append("average")
