@@ -15,6 +15,7 @@ import lm_eval
 import lm_eval.api.task
 import numpy as np
 import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from pydantic import Field, model_validator
 
@@ -83,12 +84,12 @@ class HarnessSuite(SuiteConfig):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Seed Python and numpy, whose random numbers some tasks use when they are loaded, and afterwards restore the
-    random state of them and of torch; show none of the harness's progress, and start no worker processes."""
+    """Seed Python and numpy as the harness's command does before it loads tasks, some of which draw, and afterwards
+    restore their random state and torch's; show none of the harness's progress, and start no worker processes."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
-    random.seed(0)
-    np.random.seed(0)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
     datasets.disable_progress_bars()
     try:
         with (
