@@ -20,6 +20,7 @@ from data.loader import EVAL_KEY, permute
 from data.shards import TokenShards
 from data.sources.builtin import builtin_corpus
 from eval.loading import LoadedRun
+from eval.texts import text_of
 from training.ranks import from_main
 
 TASKS = ("builtin_cloze", "cloze")  # on the built-in corpus, on the run's own data
@@ -71,17 +72,10 @@ def texts_of(name: str, run: LoadedRun) -> Iterable[str]:
 
 def shard_texts(run: LoadedRun) -> Iterator[str]:
     """Yield documents of the run's validation split, at most DOCUMENTS of them, spread over it."""
-    shards = TokenShards(run.config.data.dir, "val")
-    spans = [
-        (array, int(start), int(end))
-        for array, starts in zip(shards.arrays, shards.documents(), strict=True)
-        for start, end in zip(starts, [*starts[1:], len(array)], strict=True)
-    ]
-    chosen = permute(np.arange(min(DOCUMENTS, len(spans))), len(spans), EVAL_KEY)
-    for number in sorted(chosen):
-        array, start, end = spans[number]
-        ids = array[start:end].tolist()
-        yield run.tokenizer.decode(ids[:-1] if ids[-1] == run.tokenizer.end_of_text else ids)
+    documents = text_of(TokenShards(run.config.data.dir, "val")).documents()
+    for number in sorted(permute(np.arange(min(DOCUMENTS, len(documents))), len(documents), EVAL_KEY)):
+        ids = documents[number].tolist()
+        yield run.tokenizer.decode(token for token in ids if token != run.tokenizer.end_of_text)
 
 
 def questions(texts: Iterable[str]) -> list[dict]:

@@ -108,7 +108,8 @@ class Sweep:
 
 def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sweep:
     """Measure every scaling at every length; up to the trained length a scaling changes nothing."""
-    text = by_document(read_text(suite, run))
+    text = read_text(suite, run)
+    text.streams = text.documents()
     lengths = lengths_for(suite, run, text)
     scored = suite.scored or min(lengths) // 2
     ends = window_ends(text, max(lengths), scored, options.limit or suite.windows)
@@ -129,18 +130,6 @@ def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sw
     finally:
         run.scale_rope("none", None)
     return sweep
-
-
-def by_document(text: Text) -> Text:
-    """Return the text with each document as a stream, from the end-of-text before it if that is in its shard."""
-    if text.starts is None:
-        return text
-    documents = [
-        stream[max(int(start) - 1, 0) : int(end)]
-        for stream, starts in zip(text.streams, text.starts, strict=True)
-        for start, end in zip(starts, [*starts[1:], len(stream)], strict=True)
-    ]
-    return dataclasses.replace(text, streams=documents, starts=None)
 
 
 def lengths_for(suite: LongContextSuite, run: LoadedRun, text: Text) -> list[int]:

@@ -65,7 +65,7 @@ class PerplexitySuite(TextSource):
         if self.stride and self.stride > seq_len:
             raise ConfigError(f"suite.stride={self.stride}: must be at most the windows' length, {seq_len}")
         text = read_text(self, run)
-        windows = slide(text, seq_len, self.stride, whole=text.starts is not None and self.stride is None)
+        windows = slide(text, seq_len, self.stride)
         if not windows:
             longest = max(len(stream) - 1 for stream in text.streams)
             raise ConfigError(
@@ -82,8 +82,6 @@ class PerplexitySuite(TextSource):
             "bits_per_byte": bits_per_byte(loss, text.bytes_per_token),
             "tokens": int(count),
         }
-        if text.unigram_entropy is not None:
-            results["unigram_entropy"] = text.unigram_entropy
         curves = {
             "by_position": means(by_position, range(1, seq_len + 1)),
             "by_document_length": means(by_length, [SHORTEST * 2**n for n in range(len(by_length))]),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -49,23 +50,28 @@ class TextSource(SuiteConfig):
 class Text:
     """Streams of tokens: a model sees a stream's first token and predicts the others.
 
-    A stream is a document that begins with end-of-text, or a shard, in which `starts` says where documents begin.
+    A stream is a document after an end-of-text, or a shard; `starts` says where its documents begin.
     """
 
     name: str
     streams: list[np.ndarray]
+    starts: list[np.ndarray]
     bytes_per_token: float  # of what is predicted
-    starts: list[np.ndarray] | None = None  # None: each stream is one document
-    unigram_entropy: float | None = None
+    whole_windows: bool = False  # what is shorter at the end of a stream is left out, as in training's validation
 
     def document_lengths(self, stream: int, first: int, last: int) -> np.ndarray:
         """Return the number of tokens in the document of each of the tokens first..last-1 of a stream."""
-        length = len(self.streams[stream])
-        if self.starts is None:
-            return np.full(last - first, length - 1)
-        starts = self.starts[stream].astype(np.int64)
-        borders = np.unique(np.concatenate(([0], starts, [length])))
+        starts, end = self.starts[stream].astype(np.int64), len(self.streams[stream])
+        borders = np.unique(np.concatenate(([0], starts, [end])))
         return np.diff(borders)[np.searchsorted(borders, np.arange(first, last), side="right") - 1]
+
+    def documents(self) -> list[np.ndarray]:
+        """Return each document, from the end-of-text before it if that is in its stream."""
+        return [
+            stream[max(start - 1, 0) : end]
+            for stream, starts in zip(self.streams, self.starts, strict=True)
+            for start, end in pairwise([*starts.tolist(), len(stream)])
+        ]
 
 
 def read_text(source: TextSource, run: LoadedRun) -> Text:
@@ -80,10 +86,12 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
             f"suite.data_dir={folder}: was tokenised by {manifest.tokenizer.get('name')}, which is not the tokenizer "
             f"of {run.dir}; prepare it again with that one, or give the text itself with suite.files="
         )
-    return Text(
-        f"{manifest.name}, validation", shards.arrays, manifest.bytes_per_token("val"), shards.documents(),
-        manifest.unigram_entropy,
-    )  # fmt: skip
+    return text_of(shards)
+
+
+def text_of(shards: TokenShards) -> Text:
+    name, bytes_per_token = f"{shards.manifest.name}, validation", shards.manifest.bytes_per_token("val")
+    return Text(name, shards.arrays, shards.documents(), bytes_per_token, whole_windows=True)
 
 
 def open_shards(folder: str) -> TokenShards:
@@ -114,7 +122,8 @@ def encode_documents(source: TextSource, run: LoadedRun) -> Text:
     start = [run.tokenizer.end_of_text]
     streams = [np.asarray(start + run.tokenizer.encode(text), dtype=np.int64) for text in texts]
     predicted = sum(len(stream) - 1 for stream in streams)
-    return Text(name, streams, sum(len(text.encode()) for text in texts) / predicted)
+    starts = [np.array([1])] * len(streams)
+    return Text(name, streams, starts, sum(len(text.encode()) for text in texts) / predicted)
 
 
 class Window(NamedTuple):
@@ -127,17 +136,14 @@ class Window(NamedTuple):
     scored: int
 
 
-def slide(text: Text, seq_len: int, stride: int | None, whole: bool) -> list[Window]:
-    """Return windows of `seq_len` tokens, each `stride` after the one before, in which every token counts once.
-
-    `whole` leaves out what is shorter at the end of a stream, as the loader of training's validation does.
-    """
+def slide(text: Text, seq_len: int, stride: int | None) -> list[Window]:
+    """Return windows of `seq_len` tokens, each `stride` after the one before, in which every token counts once."""
     windows = []
     for number, stream in enumerate(text.streams):
         predicted, begin, scored = len(stream) - 1, 0, 1
         while scored <= predicted:
             end = min(begin + seq_len, predicted)
-            if whole and end - begin < seq_len:
+            if text.whole_windows and stride is None and end - begin < seq_len:
                 break
             windows.append(Window(number, begin, end, scored))
             begin, scored = begin + (stride or seq_len), end + 1

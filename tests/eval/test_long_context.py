@@ -13,7 +13,6 @@ from torch import nn
 from configs.errors import ConfigError
 from eval import run as eval_run
 from eval.loading import LoadedRun
-from eval.long_context import by_document
 from eval.passkey import prompt, retrieve
 from eval.texts import read_text
 from model.transformer import Transformer
@@ -77,7 +76,7 @@ def test_every_length_is_scored_on_the_same_tokens(ours, book):
     arguments = [f"suite.files=[{book}/*.txt]", "suite.lengths=[32,128,256]", "suite.scored=20", "suite.trials=0"]
     config = evaluation("run=x", "suite=long_context", *arguments, "suite.scalings=[none,yarn]", "suite.windows=4")
     found = config.suite.run(ours, config)
-    document, _ = sorted(by_document(read_text(config.suite, ours)).streams, key=len, reverse=True)
+    document, _ = sorted(read_text(config.suite, ours).documents(), key=len, reverse=True)
     places = range(len(document) - 1, 255, -20)
     ends = [places[n] for n in np.linspace(0, len(places) - 1, 4).round().astype(int)]
     for length in (32, 128, 256):
