@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte over a fixed set of sequences, spread over the ranks."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -96,39 +96,27 @@ class PerplexitySuite(TextSource):
         )
 
 
+@torch.no_grad()
 def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int, seq_len: int) -> list[np.ndarray]:
     """Return (sum of losses, number of tokens) of each window, position, and group of document lengths: float64 [n, 2]
-    each, over all ranks."""
-    groups = 1 + max(int(group_of(np.array(len(stream)))) for stream in text.streams)
+    each, over all ranks, which make the same number of forward passes."""
+    groups, device = 1 + max(int(group_of(np.array(len(stream)))) for stream in text.streams), run.runtime.device
     by_window, by_position, by_length = (np.zeros((n, 2)) for n in (len(windows), seq_len, groups))
-    for number, losses in token_losses(run, text, windows, batch_size):
-        stream, begin, _, scored = windows[number]
-        by_window[number] += losses.sum(), len(losses)
-        first = scored - begin - 1  # position of the first token that counts
-        by_position[first : first + len(losses)] += np.stack((losses, np.ones_like(losses)), axis=1)
-        group = group_of(text.document_lengths(stream, scored, scored + len(losses)))
-        by_length[:, 0] += np.bincount(group, losses, minlength=groups)
-        by_length[:, 1] += np.bincount(group, minlength=groups)
-    device = run.runtime.device
-    return [total(torch.from_numpy(sums).to(device)).cpu().numpy() for sums in (by_window, by_position, by_length)]
-
-
-@torch.no_grad()
-def token_losses(
-    run: LoadedRun, text: Text, windows: list[Window], batch_size: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the number of each of this rank's windows, and the losses [n] of its tokens that count.
-
-    All ranks make the same number of forward passes.
-    """
     batches = share_out(windows, batch_size)
     for numbers in track(batches, description="perplexity", transient=True, disable=not run.runtime.is_main):
         # A rank that has no more windows takes part all the same.
-        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], run.runtime.device)
-        losses = run.model(tokens, targets, reduction="none").double().cpu().numpy()
-        for n, row in zip(numbers, losses, strict=False):
-            _, begin, end, scored = windows[n]
-            yield n, row[scored - begin - 1 : end - begin]
+        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], device)
+        rows = run.model(tokens, targets, reduction="none").double().cpu().numpy()
+        for number, row in zip(numbers, rows, strict=False):
+            stream, begin, end, scored = windows[number]
+            counted = slice(scored - begin - 1, end - begin)
+            losses = row[counted]
+            by_window[number] += losses.sum(), len(losses)
+            by_position[counted] += np.stack((losses, np.ones_like(losses)), axis=1)
+            group = group_of(text.document_lengths(stream, scored, end + 1))
+            by_length[:, 0] += np.bincount(group, losses, minlength=groups)
+            by_length[:, 1] += np.bincount(group, minlength=groups)
+    return [total(torch.from_numpy(sums).to(device)).cpu().numpy() for sums in (by_window, by_position, by_length)]
 
 
 def group_of(lengths: np.ndarray) -> np.ndarray:
