@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import statistics
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,23 +11,20 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from rich.progress import track
 
 from configs.errors import ConfigError, Mistakes
-from data.loader import IGNORED
 from eval.config import EvalConfig
 from eval.loading import LoadedRun
 from eval.passkey import retrieve
 from eval.perplexity import bits_per_byte, perplexity
 from eval.plots import plain_ticks
 from eval.results import Outcome
-from eval.scoring import head_at
+from eval.scoring import log_likelihoods
 from eval.tables import Table
-from eval.texts import Text, TextSource, Window, read_text, share_out, stack
+from eval.texts import Text, TextSource, read_text
 from model.rope import Scaling
-from training import ranks
 from training.device import memory_gb, synchronize
 from training.plots import legend_below, new_figure, save_figure
 
@@ -83,7 +81,7 @@ class Point:
     loss: float
     stderr: float
     bits_per_byte: float
-    tokens_per_second: float  # of this process, without the passkeys
+    tokens_per_second: float  # of all processes, without the passkeys
     memory_gb: float
     passkey: list[float] | None = None  # accuracy by depth; None without room for a prompt
     passkey_nats: list[float] | None = None  # mean log-probability of a key's token, by depth
@@ -122,8 +120,7 @@ def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sw
             if (kind, length) not in measured:
                 run.scale_rope(kind, length / run.context)
                 batch_size = max(1, options.batch_size * run.context // length)
-                windows = [Window(number, end - length, end, end - scored + 1) for number, end in ends]
-                point = measured[kind, length] = measure(run, text, windows, batch_size)
+                point = measured[kind, length] = measure(run, text, ends, length, scored, batch_size)
                 if suite.trials and (found := retrieve(run, length, suite.depths, suite.trials, batch_size)):
                     point.passkey, point.passkey_nats = (values.tolist() for values in found)
             sweep.points.setdefault(scaling, {})[length] = measured[kind, length]
@@ -156,35 +153,24 @@ def window_ends(text: Text, longest: int, scored: int, count: int) -> list[tuple
     return [candidates[index] for index in chosen]
 
 
-@torch.no_grad()
-def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int) -> Point:
-    """Return the loss over windows of one length in which as many tokens count, and the time and memory it took."""
-    _, begin, end, scored = windows[0]
-    device, length, counted = run.runtime.device, end - begin, end - scored + 1
-    sums = torch.zeros(len(windows), dtype=torch.float64)
-    batches = share_out(windows, batch_size)
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    with head_at(run.model, first, first):  # what is made on first use is not timed
-        run.model.logits(first.expand(1, length))
+def measure(
+    run: LoadedRun, text: Text, ends: list[tuple[int, int]], length: int, scored: int, batch_size: int
+) -> Point:
+    """Return the loss of the last `scored` tokens up to each end, of which `length` are seen, and what it cost."""
+    device = run.runtime.device
+    windows = [text.streams[number][end - length : end + 1].tolist() for number, end in ends]
+    asked = [(window[:-scored], window[-scored:]) for window in windows]
+    log_likelihoods(run.model, asked[:1], length, batch_size, device)  # what is made on first use is not timed
     synchronize(device)
     reset_peak(device)
     began = time.perf_counter()
-    for numbers in batches:
-        # A rank that has no more windows takes part all the same.
-        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], device)
-        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        with head_at(run.model, rows, columns):
-            logits = run.model.logits(tokens)
-        losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
-        for n, loss in zip(numbers, losses.view(-1, counted).double().sum(1).tolist(), strict=False):
-            sums[n] = loss
+    found = log_likelihoods(run.model, asked, length, batch_size, device)
     synchronize(device)
-    seconds, memory = time.perf_counter() - began, memory_gb(device)
-    speed = sum(map(len, batches)) * length / seconds
-    means = ranks.total(sums.to(device)).cpu().numpy() / counted
-    loss = float(means.mean())
-    stderr = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else 0.0
-    return Point(loss, stderr, bits_per_byte(loss, text.bytes_per_token), speed, memory)
+    speed = len(asked) * length / (time.perf_counter() - began)
+    losses = [-log_p / scored for log_p, _ in found]
+    loss = statistics.fmean(losses)
+    stderr = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+    return Point(loss, stderr, bits_per_byte(loss, text.bytes_per_token), speed, memory_gb(device))
 
 
 def reset_peak(device: torch.device) -> None:

@@ -1,12 +1,10 @@
 """Log-likelihoods of continuations, in as few and as full forward passes as the requests allow."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from model.transformer import Transformer
 from training import ranks
@@ -33,10 +31,8 @@ def share_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> 
     inputs = []
     for number, (context, continuation) in enumerate(requests):
         if not context or not 1 <= len(continuation) <= max_length:
-            raise ValueError(
-                f"a request needs a context and 1 to {max_length} tokens after it, not {len(context)} and "
-                f"{len(continuation)}"
-            )
+            lengths = f"{len(context)} and {len(continuation)}"
+            raise ValueError(f"a request needs a context and 1 to {max_length} tokens after it, not {lengths}")
         seen = (context + continuation)[-(max_length + 1) : -1]
         inputs.append((seen, number, len(seen) - len(continuation), continuation))
     rows: list[Row] = []
@@ -55,16 +51,6 @@ def batched(rows: list[Row], budget: int) -> Iterator[list[Row]]:
         count = max(1, budget // len(rows[start].tokens))
         yield rows[start : start + count]
         start += count
-
-
-@contextmanager
-def head_at(model: Transformer, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Make the model's logits those of the positions (rows[i], columns[i]) alone: [N, V] instead of [B, T, V]."""
-    handle = model.head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, columns],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
@@ -95,8 +81,8 @@ def log_likelihoods(
         ]
         rows, columns, targets, numbers = torch.tensor(wanted, dtype=torch.int64, device=device).view(-1, 4).T
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.tokens) for row in batch], batch_first=True)
-        with head_at(model, rows, columns):
-            logits = model.logits(tokens.to(device))
+        with model.head.register_forward_pre_hook(lambda _, inputs, wanted=(rows, columns): (inputs[0][wanted],)):
+            logits = model.logits(tokens.to(device))  # [N, V] of what is wanted instead of [B, T, V]
         parts = (values.split(VOCABULARY_ROWS) for values in (logits, targets, numbers))
         for part, target, number in zip(*parts, strict=True):
             part = part.float()
