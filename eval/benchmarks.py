@@ -43,7 +43,6 @@ class HarnessSuite(SuiteConfig):
     data_dir: str | None = None  # a folder with <task>_<split>.jsonl: no network is used
     prefetch: bool = False  # fill data_dir from the network, and evaluate nothing
     max_length: int | None = Field(None, ge=2)  # null: the run's seq_len; longer requests lose their beginning
-    add_bos: bool = False  # put end-of-text before every context
     samples: bool = False  # write each question with its answers' scores next to the results
 
     @model_validator(mode="after")
@@ -71,7 +70,7 @@ class HarnessSuite(SuiteConfig):
         """Return the scores of the tasks, as fractions, and their average, on rank 0."""
         with undisturbed():
             found = lm_eval.simple_evaluate(
-                HarnessModel(run, options.batch_size, self.max_length, self.add_bos),
+                HarnessModel(run, options.batch_size, self.max_length),
                 tasks=load_tasks(self.tasks, self.data_dir, run),
                 num_fewshot=self.num_fewshot,
                 limit=options.limit,

@@ -64,8 +64,7 @@ class EvalConfig(Command):
         if (self.rope_scaling == "none") != (self.rope_factor is None):
             lines.append("rope_scaling and rope_factor go together, as in rope_scaling=yarn rope_factor=4")
         if self.rope_scaling != "none" and self.suite.scales_rope:
-            remedy = f"suite={self.suite.name} takes suite.scalings=[{self.rope_scaling}]"
-            lines.append(f"rope_scaling={self.rope_scaling}: {remedy}")
+            lines.append(f"rope_scaling={self.rope_scaling}: suite={self.suite.name} takes suite.scalings instead")
         if lines:
             raise Mistakes(*lines)
         return self

@@ -23,18 +23,18 @@ STOP_CHECK_EVERY = 16  # generated tokens between two searches for a stop sequen
 class HarnessModel(TemplateLM):
     """A run's model as the harness sees it.
 
-    A context is not preceded by end-of-text unless it is empty or `add_bos` is set: what the harness does for models
-    whose tokenizer has no token to begin with, GPT-2's among them. Longer requests than `max_length` lose their
-    beginning, token by token; a continuation that is itself longer is scored in consecutive windows.
+    A context is not preceded by end-of-text unless it is empty: what the harness does for models whose tokenizer has no
+    token to begin with, GPT-2's among them. Longer requests than `max_length` lose their beginning, token by token; a
+    continuation that is itself longer is scored in consecutive windows.
 
     The harness knows nothing of several processes, so that all draw the same examples; the requests are shared out
     here.
     """
 
-    def __init__(self, run: LoadedRun, batch_size: int = 16, max_length: int | None = None, add_bos: bool = False):
+    def __init__(self, run: LoadedRun, batch_size: int = 16, max_length: int | None = None):
         super().__init__()
         self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
-        self.batch_size, self.max_length, self.add_bos = batch_size, max_length or run.context, add_bos
+        self.batch_size, self.max_length = batch_size, max_length or run.context
         self._device = run.runtime.device
 
     # --- text and tokens
@@ -43,9 +43,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.end_of_text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        add_bos = self.add_bos if add_special_tokens is None else add_special_tokens
-        start = [self.eot_token_id] if add_bos else []
-        return start + self.tokenizer.encode(string)
+        return self.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         context_ids, continuation_ids = super()._encode_pair(context, continuation)

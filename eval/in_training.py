@@ -35,9 +35,8 @@ class Benchmarks:
     """What `trainer.benchmark_every` and `trainer.benchmarks` ask for. ConfigError if a suite is unavailable."""
 
     def __init__(self, config: Config, runtime: Runtime, say: Callable[[str], None]):
-        self.config, self.runtime, self.say = config, runtime, say
-        self.trainer, self.run_dir = config.trainer, Path(config.run.dir)
-        self.warned: set[str] = set()
+        self.config, self.trainer, self.runtime, self.say = config, config.trainer, runtime, say
+        self.run_dir, self.warned = Path(config.run.dir), set()
         self.suites: dict[str, EvalConfig] = {}
         if self.trainer.benchmark_every:
             if self.trainer.benchmark_job and not (SCRIPT.exists() and shutil.which("sbatch")):
@@ -46,16 +45,14 @@ class Benchmarks:
             self.suites = dict(zip(self.trainer.benchmarks, loaded, strict=True))
 
     def attach(self, model: Transformer, tokenizer: Tokenizer, saver: CheckpointSaver, metrics: Metrics | None, mark):
-        """Set what is there only when training starts: `metrics` on rank 0, and `mark(doing)`, which is called at every
-        forward pass as a sign of life."""
+        """Set what is there only when training starts; `mark(doing)` is called at every forward pass."""
         self.model, self.tokenizer, self.saver, self.metrics, self.mark = model, tokenizer, saver, metrics, mark
 
     def keep(self, policy: Callable[[list[dict]], set[int]]) -> Callable[[list[dict]], set[int]]:
         """Return a policy of checkpoints that also keeps those which submitted jobs have yet to read."""
 
         def wanted(manifests: list[dict]) -> set[int]:
-            marks = inbox_of(self.run_dir).glob("*.pending")
-            waiting = {int(path.stem.rpartition("_step_")[2]) for path in marks}
+            waiting = {int(path.stem.rpartition("_step_")[2]) for path in inbox_of(self.run_dir).glob("*.pending")}
             return policy(manifests) | waiting & {manifest["step"] for manifest in manifests}
 
         return wanted
@@ -104,8 +101,8 @@ class Benchmarks:
         return [f"run={self.run_dir}", f"suite={suite}", *sizes, *self.trainer.benchmark_overrides]
 
     def _load(self, name: str) -> EvalConfig:
-        """Return what a benchmark evaluates. ConfigError for what an evaluation takes and a benchmark does not, and, so
-        that it is found now and not in the middle of the run, for data and tasks that are missing."""
+        """Return what a benchmark evaluates. ConfigError, before training, for data and tasks that are missing, and for
+        what an evaluation takes and a benchmark does not."""
         options = configured(EvalConfig, self._arguments(name))
         given = flatten(to_dict(options))
         plain = flatten(to_dict(EvalConfig(suite=options.suite, run=str(self.run_dir))))
@@ -133,8 +130,8 @@ class Benchmarks:
             lockstep=self.config.deepspeed.stage == 3,
         )  # fmt: skip
         found: dict[str, float] = {}
-        model.eval()
         hook = model.embedding.register_forward_pre_hook(lambda *_: self.mark(f"step {step}, benchmarks"))
+        model.eval()
         for name, options in self.suites.items():
             suite = options.suite
             try:

@@ -18,7 +18,7 @@ from eval.config import EvalConfig
 from eval.loading import LoadedRun
 from eval.plots import plain_ticks
 from eval.results import Outcome
-from eval.texts import Text, TextSource, Window, read_text, share_out, slide, spread, stack
+from eval.texts import Text, TextSource, Window, cut, read_text, share_out, spread, stack
 from training.plots import new_figure, save_figure
 from training.ranks import total
 
@@ -50,22 +50,15 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 class PerplexitySuite(TextSource):
-    """Loss over a text in windows of `seq_len` tokens, by position in the window and by document length.
-
-    Without a stride each window begins where the one before ends. With one they overlap: each begins `stride` tokens
-    after the one before, and only its last `stride` tokens count (all of the first), so that each token counts once.
-    """
+    """Loss over a text in windows of `seq_len` tokens, by position in the window and by document length."""
 
     name: str = "perplexity"
     seq_len: int | None = Field(None, ge=1)  # null: the run's
-    stride: int | None = Field(None, ge=1)
 
     def run(self, run: LoadedRun, options: EvalConfig) -> Outcome:
         seq_len = self.seq_len or run.context
-        if self.stride and self.stride > seq_len:
-            raise ConfigError(f"suite.stride={self.stride}: must be at most the windows' length, {seq_len}")
         text = read_text(self, run)
-        windows = slide(text, seq_len, self.stride)
+        windows = cut(text, seq_len)
         if not windows:
             longest = max(len(stream) - 1 for stream in text.streams)
             raise ConfigError(
@@ -86,12 +79,11 @@ class PerplexitySuite(TextSource):
             "by_position": means(by_position, range(1, seq_len + 1)),
             "by_document_length": means(by_length, [SHORTEST * 2**n for n in range(len(by_length))]),
         }
-        settings = {"text": text.name, "seq_len": seq_len, "stride": self.stride}
         title = f"{run.config.run.name} on {text.name}, step {run.step}"
         return Outcome(
             results,
             {"loss": float(np.sqrt((residuals**2).sum()) / count)},
-            details=settings | {"curves": curves},
+            details={"text": text.name, "seq_len": seq_len, "curves": curves},
             files={".png": partial(plot, curves, seq_len, title)},
         )
 
@@ -108,12 +100,11 @@ def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int, 
         tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], device)
         rows = run.model(tokens, targets, reduction="none").double().cpu().numpy()
         for number, row in zip(numbers, rows, strict=False):
-            stream, begin, end, scored = windows[number]
-            counted = slice(scored - begin - 1, end - begin)
-            losses = row[counted]
+            stream, begin, end = windows[number]
+            losses = row[: end - begin]
             by_window[number] += losses.sum(), len(losses)
-            by_position[counted] += np.stack((losses, np.ones_like(losses)), axis=1)
-            group = group_of(text.document_lengths(stream, scored, end + 1))
+            by_position[: end - begin] += np.stack((losses, np.ones_like(losses)), axis=1)
+            group = group_of(text.document_lengths(stream, begin + 1, end + 1))
             by_length[:, 0] += np.bincount(group, losses, minlength=groups)
             by_length[:, 1] += np.bincount(group, minlength=groups)
     return [total(torch.from_numpy(sums).to(device)).cpu().numpy() for sums in (by_window, by_position, by_length)]

@@ -15,7 +15,6 @@ from configs.errors import ConfigError
 from configs.load import to_dict
 from data.files import write_atomic
 from eval.loading import LoadedRun
-from training.checkpoint import newest
 from training.jsonl import append_line
 from training.metrics import metrics_line
 from training.run_folder import is_finished
@@ -71,13 +70,6 @@ def check_writable(run_dir: str) -> None:
     existing = folder if folder.exists() else folder.parent
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise ConfigError(f"{folder}: cannot be written; evaluate a copy of the run folder")
-
-
-def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor: float | None) -> str:
-    """Return what tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
-    latest = None if step is None else newest(run.dir, warn=lambda line: None)
-    older = f"_step_{step:08d}" if latest is not None and latest.name != f"step_{step:08d}" else ""
-    return older if rope_scaling == "none" else f"{older}_{rope_scaling}{rope_factor:g}"
 
 
 # --- results/inbox: a run in training has one writer, the training process, which takes what evaluations leave there

@@ -6,8 +6,9 @@ torchrun the processes share the work.
 
 from configs.app import app
 from eval.config import EvalConfig
-from eval.loading import config_of, load_run
-from eval.results import check_writable, log, pending, save, show, variant_of
+from eval.loading import LoadedRun, config_of, load_run
+from eval.results import check_writable, log, pending, save, show
+from training.checkpoint import newest
 from training.device import find_runtime
 from training.ranks import process_group
 
@@ -24,15 +25,19 @@ def main(config: EvalConfig) -> int:
         run.scale_rope(config.rope_scaling, config.rope_factor)
         outcome = suite.run(run, config)
     if run.runtime.is_main:
-        path = save(
-            run, suite.name, outcome, config.limit,
-            variant_of(run, config.step, config.rope_scaling, config.rope_factor),
-        )  # fmt: skip
+        path = save(run, suite.name, outcome, config.limit, variant_of(run, config))
         if config.rope_scaling == "none":
             log(run, suite.name, outcome.metrics(suite.name), path)
         pending(run.dir, suite.name, run.step).unlink(missing_ok=True)
         show(outcome, path)
     return 0
+
+
+def variant_of(run: LoadedRun, config: EvalConfig) -> str:
+    """Return what tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
+    latest = newest(run.dir, warn=lambda line: None) if config.step is not None else None
+    older = f"_step_{run.step:08d}" if latest and latest.name != f"step_{run.step:08d}" else ""
+    return older if config.rope_scaling == "none" else f"{older}_{config.rope_scaling}{config.rope_factor:g}"
 
 
 if __name__ == "__main__":

@@ -99,18 +99,11 @@ def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
     rows = [list(prompt) for _ in range(config.count)]
     steps = stream(
-        run.model,
-        [[tokenizer.end_of_text, *prompt]] * config.count,
-        config.max_new_tokens,
-        config.sampling,
-        config.seed,
-        stop_tokens=[tokenizer.end_of_text],
-        use_cache=config.cache,
-        cache_dtype=CACHE_DTYPES.get(config.cache_dtype),
-        chunk=config.prefill_chunk,
-        compiled=config.compile,
+        run.model, [[tokenizer.end_of_text, *prompt]] * config.count, config.max_new_tokens, config.sampling,
+        config.seed, stop_tokens=[tokenizer.end_of_text], use_cache=config.cache,
+        cache_dtype=CACHE_DTYPES.get(config.cache_dtype), chunk=config.prefill_chunk, compiled=config.compile,
         vocab_size=tokenizer.vocab_size,
-    )
+    )  # fmt: skip
     times: list[float] = []  # of each step
     made: list[int] = []  # new tokens of each step
     is_single, is_whole, written = config.count == 1, True, ""

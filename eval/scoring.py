@@ -81,7 +81,7 @@ def log_likelihoods(
         ]
         rows, columns, targets, numbers = torch.tensor(wanted, dtype=torch.int64, device=device).view(-1, 4).T
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.tokens) for row in batch], batch_first=True)
-        with model.head.register_forward_pre_hook(lambda _, inputs, wanted=(rows, columns): (inputs[0][wanted],)):
+        with model.head.register_forward_pre_hook(lambda _, inputs, places=(rows, columns): (inputs[0][places],)):
             logits = model.logits(tokens.to(device))  # [N, V] of what is wanted instead of [B, T, V]
         parts = (values.split(VOCABULARY_ROWS) for values in (logits, targets, numbers))
         for part, target, number in zip(*parts, strict=True):

@@ -127,27 +127,21 @@ def encode_documents(source: TextSource, run: LoadedRun) -> Text:
 
 
 class Window(NamedTuple):
-    """A model sees tokens [begin, end) of a stream; of those that it predicts, begin + 1 to end, the ones from `scored`
-    on count."""
+    """A model sees tokens [begin, end) of a stream, and predicts tokens begin + 1 to end."""
 
     stream: int
     begin: int
     end: int
-    scored: int
 
 
-def slide(text: Text, seq_len: int, stride: int | None) -> list[Window]:
-    """Return windows of `seq_len` tokens, each `stride` after the one before, in which every token counts once."""
-    windows = []
-    for number, stream in enumerate(text.streams):
-        predicted, begin, scored = len(stream) - 1, 0, 1
-        while scored <= predicted:
-            end = min(begin + seq_len, predicted)
-            if text.whole_windows and stride is None and end - begin < seq_len:
-                break
-            windows.append(Window(number, begin, end, scored))
-            begin, scored = begin + (stride or seq_len), end + 1
-    return windows
+def cut(text: Text, seq_len: int) -> list[Window]:
+    """Return consecutive windows of at most `seq_len` tokens."""
+    windows = (
+        Window(number, begin, min(begin + seq_len, len(stream) - 1))
+        for number, stream in enumerate(text.streams)
+        for begin in range(0, len(stream) - 1, seq_len)
+    )
+    return [window for window in windows if not text.whole_windows or window.end - window.begin == seq_len]
 
 
 def spread(windows: list[Window], limit: int | None) -> list[Window]:
@@ -168,11 +162,10 @@ def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
 
 
 def stack(text: Text, windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens and targets of windows, [B, T] each, padded at the end; targets that don't count are IGNORED."""
+    """Return tokens and targets of windows, [B, T] each, padded at the end, where targets are IGNORED."""
     tokens = torch.zeros(len(windows), max(window.end - window.begin for window in windows), dtype=torch.int64)
     targets = torch.full_like(tokens, IGNORED)
-    for row, (stream, begin, end, scored) in enumerate(windows):
+    for row, (stream, begin, end) in enumerate(windows):
         seen = torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64))
-        tokens[row, : end - begin] = seen[:-1]
-        targets[row, scored - begin - 1 : end - begin] = seen[scored - begin :]
+        tokens[row, : end - begin], targets[row, : end - begin] = seen[:-1], seen[1:]
     return tokens.to(device), targets.to(device)
