@@ -164,25 +164,22 @@ def score_table(
 
     `counted` has the metric of each task.
     """
-    tasks, keys = list(counted), [f"{task}/{metric}" for task, metric in counted.items()]
-    header, has_average = ["percent", *tasks], "average" in results
-    if has_average:
-        header.append("average")
-        keys.append("average")
+    keys = {task: f"{task}/{metric}" for task, metric in counted.items()}
+    if "average" in results:
+        keys["average"] = "average"
     params = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())  # the former under ZeRO-3
     rows = [
-        [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys)],
-        ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys)],
+        [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys.values())],
+        ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys.values())],
     ]
     if suite in published.suites() and published.tasks(suite).keys() >= counted.keys():
         size = published.nearest(suite, params)
-        is_whole = tasks == list(published.tasks(suite))
         for row in published.rows(suite, size):
-            scores = [row["scores"][task] for task in tasks]
-            if has_average:
-                scores.append(row["average"] if is_whole else sum(scores) / len(scores))
-            rows.append([f"paper: {row['model']}, {size}", *(f"{score:.2f}" for score in scores)])
-    return Table(header, rows)
+            scores = {task: row["scores"][task] for task in counted}
+            is_whole = scores.keys() == published.tasks(suite).keys()
+            scores["average"] = row["average"] if is_whole else sum(scores.values()) / len(scores)
+            rows.append([f"paper: {row['model']}, {size}", *(f"{scores[key]:.2f}" for key in keys)])
+    return Table(["percent", *keys], rows)
 
 
 def shown(key: str, value: float) -> str:

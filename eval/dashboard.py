@@ -89,10 +89,7 @@ def panels() -> dict[str, list]:
         "Optimisation": [
             line("Learning rate", "optim/lr", raw=True),
             line("Gradient norm", "optim/grad_norm", log_y=True),
-        ],
-        "Health": [
             line("Skipped steps", "optim/skipped_steps", raw=True),
-            line("Gradient norm, unsmoothed", "optim/grad_norm", log_y=True, raw=True),
             wr.MediaBrowser(title="Samples and plots", media_keys=["samples", "plots/loss"]),
         ],
     }

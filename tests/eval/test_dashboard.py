@@ -11,7 +11,7 @@ from configs.errors import ConfigError
 from eval.dashboard import DashboardConfig, main, panels, report, workspace
 from eval.published import tasks
 
-SECTIONS = ["Loss & perplexity", "Benchmarks", "Speed & memory", "KV cache", "Optimisation", "Health"]
+SECTIONS = ["Loss & perplexity", "Benchmarks", "Speed & memory", "KV cache", "Optimisation"]
 
 
 def test_the_workspace_survives_the_library_and_back():
