@@ -45,22 +45,13 @@ def task(name: str, run: LoadedRun) -> ConfigurableTask:
 
 def as_task(name: str, asked: list[dict]) -> ConfigurableTask:
     """Return questions {context, choices, gold} as a multiple-choice task of the harness."""
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    return ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(asked)},
-            "test_split": "test",
-            "fewshot_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "context",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "num_fewshot": 0,
-            "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
-            "metadata": {"version": VERSION},
-        }
-    )
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    return ConfigurableTask(config={
+        "task": name, "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(asked)},
+        "test_split": "test", "fewshot_split": "test", "num_fewshot": 0,
+        "output_type": "multiple_choice", "metric_list": metrics, "metadata": {"version": VERSION},
+        "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold",
+    })  # fmt: skip
 
 
 def texts_of(name: str, run: LoadedRun) -> Iterable[str]:

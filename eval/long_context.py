@@ -53,23 +53,16 @@ class LongContextSuite(TextSource):
 
     def run(self, run: LoadedRun, options: EvalConfig) -> Outcome:
         sweep = sweep_of(self, run, options)
-        results, stderr = {}, {}
-        for scaling, points in sweep.points.items():
-            for length, point in points.items():
-                key = f"{scaling}/{length}"
-                results |= {
-                    f"{key}/loss": point.loss,
-                    f"{key}/perplexity": perplexity(point.loss),
-                    f"{key}/bits_per_byte": point.bits_per_byte,
-                    f"{key}/tokens_per_second": point.tokens_per_second,
-                    f"{key}/memory_gb": point.memory_gb,
-                }
-                stderr[f"{key}/loss"] = point.stderr
-                if point.passkey is not None:
-                    results[f"{key}/passkey"] = float(np.mean(point.passkey))
+        points = {
+            f"{scaling}/{length}": point
+            for scaling, by_length in sweep.points.items()
+            for length, point in by_length.items()
+        }
+        results = {f"{key}/{name}": value for key, point in points.items() for name, value in point.numbers().items()}
+        stderr = {f"{key}/loss": point.stderr for key, point in points.items()}
         shown = f"{table(sweep)}\n"
         files = {".md": shown, ".png": partial(plot, sweep)}
-        if any(key.endswith("/passkey") for key in results):
+        if any(point.passkey is not None for point in points.values()):
             files["_passkey.png"] = partial(plot_passkeys, sweep)
         return Outcome(results, stderr, details={"sweep": dataclasses.asdict(sweep)}, shown=shown, files=files)
 
@@ -85,6 +78,12 @@ class Point:
     memory_gb: float
     passkey: list[float] | None = None  # accuracy by depth; None without room for a prompt
     passkey_nats: list[float] | None = None  # mean log-probability of a key's token, by depth
+
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers to report, by name."""
+        found = {"loss": self.loss, "perplexity": perplexity(self.loss), "bits_per_byte": self.bits_per_byte}
+        found |= {"tokens_per_second": self.tokens_per_second, "memory_gb": self.memory_gb}
+        return found if self.passkey is None else found | {"passkey": float(np.mean(self.passkey))}
 
 
 @dataclass

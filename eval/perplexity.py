@@ -117,12 +117,10 @@ def group_of(lengths: np.ndarray) -> np.ndarray:
 
 def means(sums: np.ndarray, labels: Iterable[int]) -> dict[str, list]:
     """Return the labels, mean losses and counts of whatever has any tokens."""
-    filled = [(label, loss, count) for label, (loss, count) in zip(labels, sums, strict=True) if count]
-    return {
-        "up_to": [label for label, _, _ in filled],
-        "loss": [loss / count for _, loss, count in filled],
-        "tokens": [int(count) for _, _, count in filled],
-    }
+    filled = sums[:, 1] > 0
+    losses, counts = sums[filled].T
+    up_to = np.array(labels)[filled]
+    return {"up_to": up_to.tolist(), "loss": (losses / counts).tolist(), "tokens": counts.astype(int).tolist()}
 
 
 def plot(curves: dict, seq_len: int, title: str, path: Path) -> None:

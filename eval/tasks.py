@@ -54,8 +54,8 @@ def read_folder(folder: Path, task: str, subject: str | None, named: set[str]) -
     for stem in reversed([*itertools.accumulate(task.split("_"), "{}_{}".format)]):  # the task, then its groups
         found = {}
         for split in splits:
-            path = folder / f"{stem}_{split}.jsonl"
-            questions = read_questions(path) if path.exists() else []
+            paths = sorted(folder.glob(f"{stem}_{split}[_.-]*jsonl"))  # or parts, as in mmlu_test_tenth.jsonl
+            questions = (question for path in paths for question in read_questions(path))
             own = [question for question in questions if stem == task or question.get("subject", "") == subject]
             if own:
                 found[split] = datasets.Dataset.from_list(own)

@@ -131,7 +131,7 @@ def test_examples_come_from_training_questions_or_never_show_the_question(ours, 
 def test_a_groups_tasks_may_share_a_file(ours, tmp_path):
     subjects = [task.removeprefix("mmlu_") for task in find_tasks(["mmlu_stem"]).task_index["mmlu_stem_tasks"].tags]
     rows = [row | {"subject": subject} for subject in subjects for row in numbered(MMLU, 2)]
-    write(tmp_path / "mmlu_test.jsonl", rows)
+    write(tmp_path / "mmlu_test_half.jsonl", rows)
     found = outcome(ours, "suite=harness", "suite.tasks=[mmlu_stem]", f"suite.data_dir={tmp_path}")
     assert len(found.details["questions"]) == len(subjects) and found.details["metrics"] == {"mmlu_stem": "acc"}
     per_subject = [value for key, value in found.results.items() if key.startswith("mmlu_") and key != "mmlu_stem/acc"]
