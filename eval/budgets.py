@@ -3,9 +3,9 @@
 One row for each mechanism and size, with GPT-2's vocabulary (padded to 50304) unless `tokenizer=` is given.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,7 @@ from model import counting
 from model.cache import CACHE_DTYPES, bytes_per_token
 from model.transformer import TransformerConfig
 from training.config import Config
-from training.device import parse_bytes
+from training.device import format_bytes, parse_bytes
 
 SIZES = ("tiny", "small", "medium", "large", "xl")  # in the order of the table
 
@@ -32,17 +32,12 @@ class BudgetsConfig(Command):
     sizes: list[str] = Field(default_factory=list)  # empty: tiny to xl
     seq_len: int = Field(1024, ge=1)
     match: Literal["params", "flops", "kv_bytes"] = "params"
-    memory: str | None = None  # such as 24GiB: show the longest context that fits next to the weights
+    memory: Annotated[float, BeforeValidator(parse_bytes)] | None = (
+        None  # such as 24GiB: show the longest context that fits next to the weights
+    )
     cache_dtype: Literal[*CACHE_DTYPES] = "bf16"  # int8: with its scales
     detail: bool = False  # add parameters by part and the activation estimate
     overrides: list[str] = Field(default_factory=list)  # for every configuration, such as ['model.head_dim=128']
-
-    @field_validator("memory")
-    @classmethod
-    def _memory(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_bytes(text)
-        return text
 
 
 def cells(config: BudgetsConfig, network: TransformerConfig, ratios: dict[str, float]) -> dict[str, str]:
@@ -63,8 +58,8 @@ def cells(config: BudgetsConfig, network: TransformerConfig, ratios: dict[str, f
     if config.detail:
         row["activations (KiB a token)"] = f"{counting.activation_bytes_per_token(network) / 1024:,.0f}"
     if config.memory:
-        longest = counting.longest_context(network, parse_bytes(config.memory), dtype)
-        row[f"longest context in {config.memory}"] = f"{longest:,}"
+        longest = counting.longest_context(network, config.memory, dtype)
+        row[f"longest context in {format_bytes(config.memory)}"] = f"{longest:,}"
     return row
 
 

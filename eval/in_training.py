@@ -1,5 +1,6 @@
 """Benchmarks of a run in training: inside the job, or as Slurm jobs of their own that read its checkpoints."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from training.saver import CheckpointSaver
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "slurm" / "eval.sbatch"
-FIXED = ("run", "step", "rope_scaling", "rope_factor")  # of an evaluation that is a benchmark
+FIXED = ("run", "step")  # of an evaluation that is a benchmark
 FIXED_IN_JOB = ("core.kernel", "device", "dtype")  # and of one inside the training job
 # Environment variables of this job that would mislead one that it submits.
 OWN_VARIABLES = ("SLURM_", "SBATCH_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -36,7 +37,7 @@ class Benchmarks:
 
     def __init__(self, config: Config, runtime: Runtime, say: Callable[[str], None]):
         self.config, self.trainer, self.runtime, self.say = config, config.trainer, runtime, say
-        self.run_dir, self.warned = Path(config.run.dir), set()
+        self.run_dir, self.warn_once = Path(config.run.dir), functools.cache(say)
         self.suites: dict[str, EvalConfig] = {}
         if self.trainer.benchmark_every:
             if self.trainer.benchmark_job and not (SCRIPT.exists() and shutil.which("sbatch")):
@@ -82,13 +83,7 @@ class Benchmarks:
 
     def collect(self) -> None:
         """Log what evaluations of this run have left since, at the steps that they belong to; rank 0 calls this."""
-        collect(self.run_dir, self.metrics.log, self._warn)
-
-    def _warn(self, line: str) -> None:
-        """Report a line once."""
-        if line not in self.warned:
-            self.warned.add(line)
-            self.say(line)
+        collect(self.run_dir, self.metrics.log, self.warn_once)
 
     def _logged(self, step: int) -> bool:
         """Return whether metrics.jsonl has results at this step."""
@@ -124,11 +119,8 @@ class Benchmarks:
 
         Nothing random of training's is touched. A suite that fails costs its results, not the run.
         """
-        model, was_training = self.model, self.model.training
-        run = LoadedRun(
-            self.run_dir, self.config, step, step * self.trainer.tokens_per_step, model, self.tokenizer, self.runtime,
-            lockstep=self.config.deepspeed.stage == 3,
-        )  # fmt: skip
+        model, tokens, in_lockstep = self.model, step * self.trainer.tokens_per_step, self.config.deepspeed.stage == 3
+        run = LoadedRun(self.run_dir, self.config, step, tokens, model, self.tokenizer, self.runtime, in_lockstep)
         found: dict[str, float] = {}
         hook = model.embedding.register_forward_pre_hook(lambda *_: self.mark(f"step {step}, benchmarks"))
         model.eval()
@@ -146,7 +138,7 @@ class Benchmarks:
             except Exception as error:
                 self.say(f"step {step}: the benchmark {name} failed, training continues: {error}")
         hook.remove()
-        model.train(was_training)
+        model.train()
         if found:
             self.metrics.log(step, run.tokens, found)
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -31,8 +31,6 @@ from training.plots import legend_below, new_figure, save_figure
 
 class LongContextSuite(TextSource):
     """Loss on the same tokens with ever more of the text before them, and passkey retrieval."""
-
-    scales_rope: ClassVar[bool] = True
 
     name: str = "long_context"
     lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)  # default: 1 to 16 times the run's seq_len

@@ -13,12 +13,12 @@ from rich.progress import track
 from torch import Tensor
 
 from configs.errors import ConfigError
-from data.loader import IGNORED
+from data.loader import EVAL_KEY, IGNORED, permute
 from eval.config import EvalConfig
 from eval.loading import LoadedRun
 from eval.plots import plain_ticks
 from eval.results import Outcome
-from eval.texts import Text, TextSource, Window, cut, read_text, share_out, spread, stack
+from eval.texts import Text, TextSource, Window, cut, read_text, share_out, stack
 from training.plots import new_figure, save_figure
 from training.ranks import total
 
@@ -64,7 +64,8 @@ class PerplexitySuite(TextSource):
             raise ConfigError(
                 f"suite.seq_len={seq_len}: {text.name} has no {seq_len} tokens in a row, at most {longest}"
             )
-        windows = spread(windows, options.limit)
+        if options.limit is not None and options.limit < len(windows):  # spread over all, the same as an EvalLoader's
+            windows = [windows[place] for place in permute(np.arange(options.limit), len(windows), EVAL_KEY)]
         by_window, by_position, by_length = measure(run, text, windows, options.batch_size, seq_len)
         loss_sum, count = by_window.sum(0)
         loss = float(loss_sum / count)

@@ -115,19 +115,16 @@ def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
 
     if is_single:
         show(settled(tokenizer, prompt))
-    with contextlib.nullcontext() if is_single else notes.status("the prompt") as status:
-        try:
-            for tokens in steps:
-                times.append(time.perf_counter())
-                made.append(sum(token is not None for token in tokens))
-                for row, token in zip(rows, tokens, strict=True):
-                    row += [] if token is None else [token]
-                if is_single:
-                    show(settled(tokenizer, rows[0]))
-                else:
-                    status.update(f"{len(times)} of at most {config.max_new_tokens} tokens")
-        except KeyboardInterrupt:
-            is_whole = False
+    try:
+        for tokens in steps:
+            times.append(time.perf_counter())
+            made.append(sum(token is not None for token in tokens))
+            for row, token in zip(rows, tokens, strict=True):
+                row += [] if token is None else [token]
+            if is_single:
+                show(settled(tokenizer, rows[0]))
+    except KeyboardInterrupt:
+        is_whole = False
     if is_single:
         show(tokenizer.decode(rows[0]) + "\n")
     else:

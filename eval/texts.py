@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from configs.errors import ConfigError, Mistakes
-from data.loader import EVAL_KEY, IGNORED, permute
+from data.loader import IGNORED
 from data.shards import TokenShards
 from data.sources.base import SourceConfig, source_of
 from eval.config import SuiteConfig
@@ -144,13 +145,6 @@ def cut(text: Text, seq_len: int) -> list[Window]:
     return [window for window in windows if not text.whole_windows or window.end - window.begin == seq_len]
 
 
-def spread(windows: list[Window], limit: int | None) -> list[Window]:
-    """Return at most `limit` of the windows, spread over all of them; the same as an EvalLoader takes."""
-    if limit is None or limit >= len(windows):
-        return windows
-    return [windows[place] for place in permute(np.arange(limit), len(windows), EVAL_KEY)]
-
-
 def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
     """Return the numbers of this rank's windows in batches, like lengths together.
 
@@ -163,9 +157,7 @@ def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
 
 def stack(text: Text, windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return tokens and targets of windows, [B, T] each, padded at the end, where targets are IGNORED."""
-    tokens = torch.zeros(len(windows), max(window.end - window.begin for window in windows), dtype=torch.int64)
-    targets = torch.full_like(tokens, IGNORED)
-    for row, (stream, begin, end) in enumerate(windows):
-        seen = torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64))
-        tokens[row, : end - begin], targets[row, : end - begin] = seen[:-1], seen[1:]
+    seen = [torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64)) for stream, begin, end in windows]
+    tokens = pad_sequence([one[:-1] for one in seen], batch_first=True)
+    targets = pad_sequence([one[1:] for one in seen], batch_first=True, padding_value=IGNORED)
     return tokens.to(device), targets.to(device)

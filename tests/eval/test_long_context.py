@@ -154,7 +154,5 @@ def test_the_command_leaves_a_table_and_plots(trained, book, capsys):
 def test_lengths_that_no_document_has_are_refused(ours, book):
     with pytest.raises(ConfigError, match=r"suite.lengths=\[64, 100000\]: the longest document"):
         outcome(ours, "suite=long_context", f"suite.files=[{book}/*.txt]", "suite.lengths=[64,100000]")
-    with pytest.raises(ConfigError, match="takes suite.scalings"):
-        evaluation("run=x", "suite=long_context", "rope_scaling=yarn", "rope_factor=2")
     with pytest.raises(ConfigError, match="must be none, linear, ntk or yarn"):
         evaluation("run=x", "suite=long_context", "suite.scalings=[alibi]")
