@@ -1,8 +1,7 @@
 """The W&B dashboard of a project: `python -m eval.dashboard project=t6 [entity=NAME] [group=EXPERIMENT]`
 
-Makes a workspace view (every run, by section) and a report (the runs of a group compared, a line for each method with
-the spread over seeds behind it), with the wandb-workspaces library. `dry_run=true` prints what would be saved, without
-a network.
+Makes a workspace view of the runs, with a line for each method and the spread over seeds behind it, with the
+wandb-workspaces library. `dry_run=true` prints what would be saved, without a network.
 """
 
 import json
@@ -18,7 +17,6 @@ from configs.errors import ConfigError
 from configs.load import Command
 from eval import published
 
-NAME = "Attention mechanisms"
 METHOD = "model/name"  # as training/wandb_run.py names configuration keys
 PINNED = [
     "config:model/name.value", "config:size/name.value", "config:run/seed.value", "summary:val/loss.min",
@@ -33,7 +31,7 @@ class DashboardConfig(Command):
 
     project: str
     entity: str | None = None  # default: the one that is logged in
-    group: str | None = None  # the experiment that the report is about; default: all runs
+    group: str | None = None  # the experiment; default: all runs
     dry_run: bool = False  # print what would be saved, without a network
 
     @field_validator("project")
@@ -45,8 +43,12 @@ class DashboardConfig(Command):
 
 
 def line(title: str, metric: str, raw: bool = False, x: str = "tokens", **options) -> wr.LinePlot:
-    """Return a plot of a metric: as it is (`raw`), or smoothed a little with the raw curve behind."""
-    return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **({} if raw else SMOOTHED), **options)
+    """Return a plot of a metric: as it is (`raw`), or smoothed a little with the raw curve behind.
+
+    A line is the mean of a method's runs, with the standard error behind it.
+    """
+    by_method = {"groupby": wr.Config(METHOD), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
+    return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **by_method, **({} if raw else SMOOTHED), **options)
 
 
 def scatter(title: str, x: str, **options) -> wr.ScatterPlot:
@@ -58,7 +60,7 @@ def bars(title: str, *metrics: str, **options) -> wr.BarPlot:
 
 
 def panels() -> dict[str, list]:
-    """Return the panels of each section, for the workspace and the report alike; the benchmarks are the paper's."""
+    """Return the panels of each section; the benchmarks are the paper's."""
     paper = published.tasks("paper_zeroshot").items()
     benchmarks = ["eval/paper_zeroshot/average", *(f"eval/{task}/{metric}" for task, metric in paper)]
     return {
@@ -92,63 +94,38 @@ def panels() -> dict[str, list]:
             line("Skipped steps", "optim/skipped_steps", raw=True),
             wr.MediaBrowser(title="Samples and plots", media_keys=["samples", "plots/loss"]),
         ],
+        "What differs": [wr.RunComparer(diff_only="split")],
     }
 
 
 def workspace(config: DashboardConfig, entity: str) -> ws.Workspace:
     """Return the view of every training run of the project (of the group, if one is given), by section."""
-    filters = [ws.Metric("JobType") == "train"] + ([ws.Metric("Group") == config.group] if config.group else [])
+    filters = 'Metric("JobType") == "train"' + (f' and Metric("Group") == "{config.group}"' if config.group else "")
     sections = [
         ws.Section(name=name, panels=found, is_open=number < 2, pinned=number == 0)
         for number, (name, found) in enumerate(panels().items())
     ]
     return ws.Workspace(
-        entity=entity, project=config.project, name=NAME, sections=sections,
+        entity=entity, project=config.project, sections=sections,
+        name=f"Attention mechanisms: {config.group}" if config.group else "Attention mechanisms",
         settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=50),
         runset_settings=ws.RunsetSettings(filters=filters, pinned_columns=PINNED),
     )  # fmt: skip
 
 
-def report(config: DashboardConfig, entity: str) -> wr.Report:
-    """Return the comparison of the group's runs: a line for each method, and what differs in their configurations."""
-    filters = 'Metric("JobType") == "train"' + (f' and Metric("Group") == "{config.group}"' if config.group else "")
-
-    def grid(found: list) -> wr.PanelGrid:  # of runs in the report's own project
-        runset = wr.Runset(name="methods", filters=filters, groupby=[f"config.{METHOD}"])
-        return wr.PanelGrid(runsets=[runset], panels=found)
-
-    introduction = (
-        f"Runs of {f'the group {config.group}' if config.group else 'the project'}, a line for each method: the mean "
-        "over seeds, with the standard error behind it. Whether they are matched, intervals and paired differences: "
-        "see the report of python -m eval.compare."
-    )
-    blocks = [wr.H1(NAME), wr.P(introduction), wr.TableOfContents()]
-    for name, found in panels().items():
-        for panel in found:
-            if isinstance(panel, wr.LinePlot):
-                panel.groupby, panel.groupby_aggfunc, panel.groupby_rangefunc = wr.Config(METHOD), "mean", "stderr"
-        blocks += [wr.H2(name), grid(found)]
-    blocks += [wr.H2("What differs"), grid([wr.RunComparer(diff_only="split")])]
-    title = f"{NAME}: {config.group}" if config.group else NAME
-    return wr.Report(entity=entity, project=config.project, title=title, blocks=blocks, width="fluid")
-
-
 def main(config: DashboardConfig) -> int:
     if config.dry_run:
-        entity = config.entity or "ENTITY"
-        models = {"workspace": workspace(config, entity)._to_model(), "report": report(config, entity)._to_model()}
-        shown = {name: model.spec.model_dump(by_alias=True, exclude_none=True) for name, model in models.items()}
-        print(json.dumps(shown, indent=2))
+        model = workspace(config, config.entity or "ENTITY")._to_model()
+        print(json.dumps(model.spec.model_dump(by_alias=True, exclude_none=True), indent=2))
         return 0
     try:
-        entity = config.entity or wandb.Api(timeout=30).default_entity
-        view, written = workspace(config, entity).save(), report(config, entity).save()
+        view = workspace(config, config.entity or wandb.Api(timeout=30).default_entity).save()
     except Exception as error:
         raise ConfigError(
             f"project={config.project}: W&B took no dashboard ({error}). It needs a network and `wandb login`; "
             "dry_run=true prints it without"
         ) from None
-    print(f"workspace  {view.url}\nreport     {written.url}")
+    print(view.url)
     return 0
 
 
