@@ -14,7 +14,6 @@ import datasets
 import lm_eval
 import lm_eval.api.task
 import numpy as np
-import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from pydantic import Field, model_validator
@@ -75,6 +74,7 @@ class HarnessSuite(SuiteConfig):
                 num_fewshot=self.num_fewshot,
                 limit=options.limit,
                 bootstrap_iters=1000,
+                torch_random_seed=None,  # our model's draws have seeds of their own
                 log_samples=self.samples,
                 task_manager=TaskManager(include_defaults=False),
             )
@@ -84,18 +84,14 @@ class HarnessSuite(SuiteConfig):
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Seed Python and numpy as the harness's command does before it loads tasks, some of which draw, and afterwards
-    restore their random state and torch's; show none of the harness's progress, and start no worker processes."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    restore their random state; show none of the harness's progress, and start no worker processes."""
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     datasets.disable_progress_bars()
+    quiet = patch.object(lm_eval.api.task, "tqdm", functools.partial(lm_eval.api.task.tqdm, disable=True))
     try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}),
-            patch.object(lm_eval.api.task, "tqdm", functools.partial(lm_eval.api.task.tqdm, disable=True)),
-        ):
+        with quiet, patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
             yield
     finally:
         random.setstate(python)

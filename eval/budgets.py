@@ -32,9 +32,7 @@ class BudgetsConfig(Command):
     sizes: list[str] = Field(default_factory=list)  # empty: tiny to xl
     seq_len: int = Field(1024, ge=1)
     match: Literal["params", "flops", "kv_bytes"] = "params"
-    memory: Annotated[float, BeforeValidator(parse_bytes)] | None = (
-        None  # such as 24GiB: show the longest context that fits next to the weights
-    )
+    memory: Annotated[float, BeforeValidator(parse_bytes)] | None = None  # such as 24GiB, of weights and one context
     cache_dtype: Literal[*CACHE_DTYPES] = "bf16"  # int8: with its scales
     detail: bool = False  # add parameters by part and the activation estimate
     overrides: list[str] = Field(default_factory=list)  # for every configuration, such as ['model.head_dim=128']

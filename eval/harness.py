@@ -106,7 +106,8 @@ class HarnessModel(TemplateLM):
         rows: list[list[int]] = [[] for _ in contexts]
         for number, tokens in enumerate(steps, 1):
             for row, token in zip(rows, tokens, strict=True):
-                row += [] if token is None else [token]
+                if token is not None:
+                    row.append(token)
             if number % STOP_CHECK_EVERY == 0:
                 going = (row for row, token in zip(rows, tokens, strict=True) if token is not None)
                 if all(any(stop in self.tokenizer.decode(row) for stop in stops) for row in going):

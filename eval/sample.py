@@ -68,10 +68,6 @@ class SampleConfig(Command):
             raise Mistakes("compile=true: needs cache=true; without a cache every step has another shape")
         return self
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
-
 
 def sample_texts(model: Transformer, tokenizer: Tokenizer, count: int, context: int, seed: int) -> list[str]:
     """Return `count` documents that the model begins, within the `context` of its training; the same on every rank."""
@@ -95,14 +91,14 @@ def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
 
     One is printed as it comes, several when they are whole.
     """
-    tokenizer = run.tokenizer
+    tokenizer, filters = run.tokenizer, [field.name for field in dataclasses.fields(Sampling)]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
     rows = [list(prompt) for _ in range(config.count)]
+    sampling = Sampling(**{name: getattr(config, name) for name in filters})
     steps = stream(
-        run.model, [[tokenizer.end_of_text, *prompt]] * config.count, config.max_new_tokens, config.sampling,
-        config.seed, stop_tokens=[tokenizer.end_of_text], use_cache=config.cache,
-        cache_dtype=CACHE_DTYPES.get(config.cache_dtype), chunk=config.prefill_chunk, compiled=config.compile,
-        vocab_size=tokenizer.vocab_size,
+        run.model, [[tokenizer.end_of_text, *prompt]] * config.count, config.max_new_tokens, sampling, config.seed,
+        stop_tokens=[tokenizer.end_of_text], use_cache=config.cache, compiled=config.compile,
+        cache_dtype=CACHE_DTYPES.get(config.cache_dtype), chunk=config.prefill_chunk, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     times: list[float] = []  # of each step
     made: list[int] = []  # new tokens of each step
@@ -120,7 +116,8 @@ def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
             times.append(time.perf_counter())
             made.append(sum(token is not None for token in tokens))
             for row, token in zip(rows, tokens, strict=True):
-                row += [] if token is None else [token]
+                if token is not None:
+                    row.append(token)
             if is_single:
                 show(settled(tokenizer, rows[0]))
     except KeyboardInterrupt:
