@@ -114,15 +114,11 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
     shots = f"_{suite.num_fewshot}shot" if suite.num_fewshot else ""
     questions = {task: counts["effective"] for task, counts in found["n-samples"].items()}
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
+    details = {"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions}
     return Outcome(
-        results,
-        stderr,
-        tasks={task: task + shots for task in counted},
+        results, stderr, tasks={task: task + shots for task in counted}, details=details, shown=table, files=files,
         versions=versions | {"tasks": found["versions"]},
-        details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions},
-        shown=table,
-        files=files,
-    )
+    )  # fmt: skip
 
 
 def flat_scores(by_task: dict[str, dict]) -> tuple[dict[str, float], dict[str, float]]:

@@ -35,7 +35,6 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.run, self.model, self.tokenizer = run, run.model, run.tokenizer
         self.batch_size, self.max_length = batch_size, max_length or run.context
-        self._device = run.runtime.device
 
     # --- text and tokens
     @property
@@ -59,7 +58,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs):
         windows = [self.windows(context, continuation) for _, context, continuation in requests]
         scores = iter(log_likelihoods(
-            self.model, list(chain.from_iterable(windows)), self.max_length, self.batch_size, self._device,
+            self.model, list(chain.from_iterable(windows)), self.max_length, self.batch_size, self.run.runtime.device,
             lambda batches: self.progress(batches, "scoring"),
         ))  # fmt: skip
         parts = (list(islice(scores, len(own))) for own in windows)

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 from rich.progress import track
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from configs.errors import ConfigError
 from data.loader import EVAL_KEY, IGNORED, permute
@@ -18,9 +20,9 @@ from eval.config import EvalConfig
 from eval.loading import LoadedRun
 from eval.plots import plain_ticks
 from eval.results import Outcome
-from eval.texts import Text, TextSource, Window, cut, read_text, share_out, stack
+from eval.texts import Text, TextSource, read_text
 from training.plots import new_figure, save_figure
-from training.ranks import total
+from training.ranks import rank, total, world_size
 
 SHORTEST = 64  # documents up to this length are one group, those up to twice as long the next
 
@@ -70,12 +72,8 @@ class PerplexitySuite(TextSource):
         loss_sum, count = by_window.sum(0)
         loss = float(loss_sum / count)
         residuals = by_window[:, 0] - loss * by_window[:, 1]
-        results = {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "bits_per_byte": bits_per_byte(loss, text.bytes_per_token),
-            "tokens": int(count),
-        }
+        results = {"loss": loss, "perplexity": perplexity(loss)}
+        results |= {"bits_per_byte": bits_per_byte(loss, text.bytes_per_token), "tokens": int(count)}
         curves = {
             "by_position": means(by_position, range(1, seq_len + 1)),
             "by_document_length": means(by_length, [SHORTEST * 2**n for n in range(len(by_length))]),
@@ -89,6 +87,34 @@ class PerplexitySuite(TextSource):
         )
 
 
+class Window(NamedTuple):
+    """A model sees tokens [begin, end) of a stream, and predicts tokens begin + 1 to end."""
+
+    stream: int
+    begin: int
+    end: int
+
+
+def cut(text: Text, seq_len: int) -> list[Window]:
+    """Return consecutive windows of at most `seq_len` tokens."""
+    windows = (
+        Window(number, begin, min(begin + seq_len, len(stream) - 1))
+        for number, stream in enumerate(text.streams)
+        for begin in range(0, len(stream) - 1, seq_len)
+    )
+    return [window for window in windows if not text.whole_windows or window.end - window.begin == seq_len]
+
+
+def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
+    """Return the numbers of this rank's windows in batches, like lengths together.
+
+    All ranks get the same number of batches; those of ranks that have no more windows are empty.
+    """
+    order = sorted(range(len(windows)), key=lambda n: windows[n].begin - windows[n].end)
+    mine, count = order[rank() :: world_size()], -(-len(order) // (world_size() * batch_size))
+    return [mine[start : start + batch_size] for start in range(0, count * batch_size, batch_size)]
+
+
 @torch.no_grad()
 def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int, seq_len: int) -> list[np.ndarray]:
     """Return (sum of losses, number of tokens) of each window, position, and group of document lengths: float64 [n, 2]
@@ -97,8 +123,10 @@ def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int, 
     by_window, by_position, by_length = (np.zeros((n, 2)) for n in (len(windows), seq_len, groups))
     batches = share_out(windows, batch_size)
     for numbers in track(batches, description="perplexity", transient=True, disable=not run.runtime.is_main):
-        # A rank that has no more windows takes part all the same.
-        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], device)
+        chosen = [windows[n] for n in numbers] or windows[:1]  # a rank that has no more windows takes part all the same
+        seen = [torch.from_numpy(text.streams[n][begin : end + 1].astype(np.int64)) for n, begin, end in chosen]
+        tokens = pad_sequence([one[:-1] for one in seen], batch_first=True).to(device)
+        targets = pad_sequence([one[1:] for one in seen], batch_first=True, padding_value=IGNORED).to(device)
         rows = run.model(tokens, targets, reduction="none").double().cpu().numpy()
         for number, row in zip(numbers, rows, strict=False):
             stream, begin, end = windows[number]

@@ -81,8 +81,6 @@ def load_tasks(names: list[str], data_dir: str | None, run: LoadedRun | None = N
     """
     ours = [cloze.task(name, run) for name in names if name in cloze.TASKS and run is not None]
     others = [name for name in names if name not in cloze.TASKS]
-    if not others:
-        return ours
     if data_dir and not Path(data_dir).is_dir():
         raise ConfigError(f"suite.data_dir={data_dir}: there is no such folder")
     manager = find_tasks(others)

@@ -1,23 +1,17 @@
-"""The text that a suite reads, as streams of tokens, and the windows in which a model sees them."""
+"""The text that a suite reads, as streams of tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from configs.errors import ConfigError, Mistakes
-from data.loader import IGNORED
 from data.shards import TokenShards
 from data.sources.base import SourceConfig, source_of
 from eval.config import SuiteConfig
 from eval.loading import LoadedRun
-from training.ranks import rank, world_size
 
 
 class TextSource(SuiteConfig):
@@ -91,6 +85,7 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
 
 
 def text_of(shards: TokenShards) -> Text:
+    """Return the text of a validation split."""
     name, bytes_per_token = f"{shards.manifest.name}, validation", shards.manifest.bytes_per_token("val")
     return Text(name, shards.arrays, shards.documents(), bytes_per_token, whole_windows=True)
 
@@ -125,39 +120,3 @@ def encode_documents(source: TextSource, run: LoadedRun) -> Text:
     predicted = sum(len(stream) - 1 for stream in streams)
     starts = [np.array([1])] * len(streams)
     return Text(name, streams, starts, sum(len(text.encode()) for text in texts) / predicted)
-
-
-class Window(NamedTuple):
-    """A model sees tokens [begin, end) of a stream, and predicts tokens begin + 1 to end."""
-
-    stream: int
-    begin: int
-    end: int
-
-
-def cut(text: Text, seq_len: int) -> list[Window]:
-    """Return consecutive windows of at most `seq_len` tokens."""
-    windows = (
-        Window(number, begin, min(begin + seq_len, len(stream) - 1))
-        for number, stream in enumerate(text.streams)
-        for begin in range(0, len(stream) - 1, seq_len)
-    )
-    return [window for window in windows if not text.whole_windows or window.end - window.begin == seq_len]
-
-
-def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
-    """Return the numbers of this rank's windows in batches, like lengths together.
-
-    All ranks get the same number of batches; those of ranks that have no more windows are empty.
-    """
-    order = sorted(range(len(windows)), key=lambda n: windows[n].begin - windows[n].end)
-    mine, count = order[rank() :: world_size()], -(-len(order) // (world_size() * batch_size))
-    return [mine[start : start + batch_size] for start in range(0, count * batch_size, batch_size)]
-
-
-def stack(text: Text, windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens and targets of windows, [B, T] each, padded at the end, where targets are IGNORED."""
-    seen = [torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64)) for stream, begin, end in windows]
-    tokens = pad_sequence([one[:-1] for one in seen], batch_first=True)
-    targets = pad_sequence([one[1:] for one in seen], batch_first=True, padding_value=IGNORED)
-    return tokens.to(device), targets.to(device)
