@@ -45,7 +45,7 @@ def task(name: str, run: LoadedRun) -> ConfigurableTask:
 
 def as_task(name: str, asked: list[dict]) -> ConfigurableTask:
     """Return questions {context, choices, gold} as a multiple-choice task of the harness."""
-    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
     return ConfigurableTask(config={
         "task": name, "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(asked)},
         "test_split": "test", "fewshot_split": "test", "num_fewshot": 0,
