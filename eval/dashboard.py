@@ -1,7 +1,7 @@
 """The W&B dashboard of a project: `python -m eval.dashboard project=t6 [entity=NAME] [group=EXPERIMENT]`
 
-Makes a workspace view of the runs, with a line for each method and the spread over seeds behind it, with the
-wandb-workspaces library. `dry_run=true` prints what would be saved, without a network.
+Makes a workspace view of the runs and a report with the same panels, with a line for each method and the spread over
+seeds behind it, by the wandb-workspaces library. `dry_run=true` prints what would be saved, without a network.
 """
 
 import json
@@ -98,34 +98,52 @@ def panels() -> dict[str, list]:
     }
 
 
+def filters(config: DashboardConfig) -> str:
+    """Return what picks the training runs of the project, or of the group, if one is given."""
+    return 'Metric("JobType") == "train"' + (f' and Metric("Group") == "{config.group}"' if config.group else "")
+
+
+def title(config: DashboardConfig) -> str:
+    return f"Attention mechanisms: {config.group}" if config.group else "Attention mechanisms"
+
+
 def workspace(config: DashboardConfig, entity: str) -> ws.Workspace:
-    """Return the view of every training run of the project (of the group, if one is given), by section."""
-    filters = 'Metric("JobType") == "train"' + (f' and Metric("Group") == "{config.group}"' if config.group else "")
+    """Return the view of the runs by section."""
     sections = [
         ws.Section(name=name, panels=found, is_open=number < 2, pinned=number == 0)
         for number, (name, found) in enumerate(panels().items())
     ]
     return ws.Workspace(
-        entity=entity, project=config.project, sections=sections,
-        name=f"Attention mechanisms: {config.group}" if config.group else "Attention mechanisms",
+        entity=entity, project=config.project, sections=sections, name=title(config),
         settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=50),
-        runset_settings=ws.RunsetSettings(filters=filters, pinned_columns=PINNED),
+        runset_settings=ws.RunsetSettings(filters=filters(config), pinned_columns=PINNED),
     )  # fmt: skip
+
+
+def report(config: DashboardConfig, entity: str) -> wr.Report:
+    """Return the same panels as a page to share."""
+    blocks: list = [wr.TableOfContents()]
+    for name, found in panels().items():
+        runset = wr.Runset(name="methods", filters=filters(config), groupby=[f"config.{METHOD}"])
+        blocks += [wr.H1(name), wr.PanelGrid(runsets=[runset], panels=found)]
+    return wr.Report(entity=entity, project=config.project, title=title(config), blocks=blocks, width="fluid")
 
 
 def main(config: DashboardConfig) -> int:
     if config.dry_run:
-        model = workspace(config, config.entity or "ENTITY")._to_model()
-        print(json.dumps(model.spec.model_dump(by_alias=True, exclude_none=True), indent=2))
+        made = {made.__name__: made(config, config.entity or "ENTITY")._to_model() for made in (workspace, report)}
+        shown = {name: model.spec.model_dump(by_alias=True, exclude_none=True) for name, model in made.items()}
+        print(json.dumps(shown, indent=2))
         return 0
     try:
-        view = workspace(config, config.entity or wandb.Api(timeout=30).default_entity).save()
+        entity = config.entity or wandb.Api(timeout=30).default_entity
+        view, written = workspace(config, entity).save(), report(config, entity).save()
     except Exception as error:
         raise ConfigError(
             f"project={config.project}: W&B took no dashboard ({error}). It needs a network and `wandb login`; "
             "dry_run=true prints it without"
         ) from None
-    print(view.url)
+    print(f"workspace  {view.url}\nreport     {written.url}")
     return 0
 
 

@@ -52,15 +52,22 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 class PerplexitySuite(TextSource):
-    """Loss over a text in windows of `seq_len` tokens, by position in the window and by document length."""
+    """Loss over a text in windows of `seq_len` tokens, by position in the window and by document length.
+
+    Without a stride each window begins where the one before ends. With one they overlap: each begins `stride` tokens
+    after the one before, and only its last `stride` tokens count (all of the first), so that each token counts once.
+    """
 
     name: str = "perplexity"
     seq_len: int | None = Field(None, ge=1)  # null: the run's
+    stride: int | None = Field(None, ge=1)
 
     def run(self, run: LoadedRun, options: EvalConfig) -> Outcome:
         seq_len = self.seq_len or run.context
+        if self.stride and self.stride > seq_len:
+            raise ConfigError(f"suite.stride={self.stride}: must be at most the windows' length, {seq_len}")
         text = read_text(self, run)
-        windows = cut(text, seq_len)
+        windows = cut(text, seq_len, self.stride or seq_len)
         if not windows:
             longest = max(len(stream) - 1 for stream in text.streams)
             raise ConfigError(
@@ -82,27 +89,30 @@ class PerplexitySuite(TextSource):
         return Outcome(
             results,
             {"loss": float(np.sqrt((residuals**2).sum()) / count)},
-            details={"text": text.name, "seq_len": seq_len, "curves": curves},
+            details={"text": text.name, "seq_len": seq_len, "stride": self.stride, "curves": curves},
             files={".png": partial(plot, curves, seq_len, title)},
         )
 
 
 class Window(NamedTuple):
-    """A model sees tokens [begin, end) of a stream, and predicts tokens begin + 1 to end."""
+    """A model sees tokens [begin, end) of a stream, and predicts tokens begin + 1 to end; those after `known` count."""
 
     stream: int
     begin: int
     end: int
+    known: int
 
 
-def cut(text: Text, seq_len: int) -> list[Window]:
-    """Return consecutive windows of at most `seq_len` tokens."""
+def cut(text: Text, seq_len: int, stride: int) -> list[Window]:
+    """Return windows of at most `seq_len` tokens, `stride` after each other, in which every token counts once."""
+    overlap = seq_len - stride
     windows = (
-        Window(number, begin, min(begin + seq_len, len(stream) - 1))
+        Window(number, begin, min(begin + seq_len, len(stream) - 1), begin + (overlap if begin else 0))
         for number, stream in enumerate(text.streams)
-        for begin in range(0, len(stream) - 1, seq_len)
+        for begin in range(0, max(1, len(stream) - 1 - overlap), stride)
     )
-    return [window for window in windows if not text.whole_windows or window.end - window.begin == seq_len]
+    whole = text.whole_windows and not overlap  # as in training's validation
+    return [one for one in windows if one.end > one.known and (not whole or one.end - one.begin == seq_len)]
 
 
 def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
@@ -124,16 +134,16 @@ def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int, 
     batches = share_out(windows, batch_size)
     for numbers in track(batches, description="perplexity", transient=True, disable=not run.runtime.is_main):
         chosen = [windows[n] for n in numbers] or windows[:1]  # a rank that has no more windows takes part all the same
-        seen = [torch.from_numpy(text.streams[n][begin : end + 1].astype(np.int64)) for n, begin, end in chosen]
+        seen = [torch.from_numpy(text.streams[n][begin : end + 1].astype(np.int64)) for n, begin, end, _ in chosen]
         tokens = pad_sequence([one[:-1] for one in seen], batch_first=True).to(device)
         targets = pad_sequence([one[1:] for one in seen], batch_first=True, padding_value=IGNORED).to(device)
         rows = run.model(tokens, targets, reduction="none").double().cpu().numpy()
         for number, row in zip(numbers, rows, strict=False):
-            stream, begin, end = windows[number]
-            losses = row[: end - begin]
+            stream, begin, end, known = windows[number]
+            losses = row[known - begin : end - begin]
             by_window[number] += losses.sum(), len(losses)
-            by_position[: end - begin] += np.stack((losses, np.ones_like(losses)), axis=1)
-            group = group_of(text.document_lengths(stream, begin + 1, end + 1))
+            by_position[known - begin : end - begin] += np.stack((losses, np.ones_like(losses)), axis=1)
+            group = group_of(text.document_lengths(stream, known + 1, end + 1))
             by_length[:, 0] += np.bincount(group, losses, minlength=groups)
             by_length[:, 1] += np.bincount(group, minlength=groups)
     return [total(torch.from_numpy(sums).to(device)).cpu().numpy() for sums in (by_window, by_position, by_length)]

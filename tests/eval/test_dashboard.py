@@ -8,7 +8,7 @@ import wandb_workspaces.workspaces as ws
 
 from configs.app import configured
 from configs.errors import ConfigError
-from eval.dashboard import DashboardConfig, main, panels, workspace
+from eval.dashboard import DashboardConfig, main, panels, report, workspace
 from eval.published import tasks
 
 SECTIONS = ["Loss & perplexity", "Benchmarks", "Speed & memory", "KV cache", "Optimisation", "What differs"]
@@ -25,6 +25,15 @@ def test_the_workspace_survives_the_library_and_back():
     filters = json.loads(text)["section"]["runSets"][0]["filters"]["filters"]
     assert {f["key"]["name"]: f["value"] for f in filters} == {"jobType": "train", "group": "night"}
     assert "config:model/name.value" in text and "summary:val/loss.min" in text
+
+
+def test_the_report_has_the_panels_of_the_workspace():
+    made = report(DashboardConfig(project="t6", group="night"), "me")._to_model()
+    again = wr.Report._from_model(type(made).model_validate(made.model_dump() | {"spec": made.spec}))
+    assert [block.text for block in again.blocks if isinstance(block, wr.H1)] == SECTIONS
+    grids = [block for block in again.blocks if isinstance(block, wr.PanelGrid)]
+    assert [len(grid.panels) for grid in grids] == [len(found) for found in panels().values()]
+    assert all("night" in grid.runsets[0].filters for grid in grids)
 
 
 def test_a_line_is_the_mean_of_a_method():
@@ -44,7 +53,7 @@ def test_the_panels_show_metrics_that_runs_log():
 
 def test_it_can_be_printed_and_bad_input_is_named(capsys, monkeypatch, tmp_path):
     assert main(configured(DashboardConfig, ["project=t6", "dry_run=true"])) == 0
-    assert json.loads(capsys.readouterr().out)["section"]["panelBankConfig"]
+    assert json.loads(capsys.readouterr().out)["workspace"]["section"]["panelBankConfig"]
     for arguments, message in (
         ([], "project is not set"),
         (["project=t6", "grup=x"], "did you mean group"),

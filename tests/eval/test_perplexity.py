@@ -25,22 +25,28 @@ def book(tmp_path_factory):
 
 
 @torch.no_grad()
-def plain_loop(llama, documents, seq_len):
-    """Return every token's loss, one window at a time."""
+def plain_loop(llama, documents, seq_len, stride):
+    """The sliding window of transformers' documentation on perplexity, one window at a time: every token's loss."""
     losses = []
     for ids in documents:
-        for begin in range(0, len(ids) - 1, seq_len):
-            tokens = torch.tensor(ids[begin : begin + seq_len + 1])
-            logits = llama(tokens[None, :-1]).logits[0].float()
-            losses.extend(F.cross_entropy(logits, tokens[1:], reduction="none").tolist())
+        previous = 0
+        for begin in range(0, len(ids) - 1, stride):
+            end = min(begin + seq_len, len(ids) - 1)
+            tokens = torch.tensor(ids[begin : end + 1])
+            window = F.cross_entropy(llama(tokens[None, :-1]).logits[0].float(), tokens[1:], reduction="none")
+            losses.extend(window[max(previous - begin, 0) :].tolist())
+            previous = end
+            if end == len(ids) - 1:
+                break
     return np.array(losses)
 
 
-def test_perplexity_of_files_is_that_of_a_plain_loop_on_llama(ours, theirs, their_tokenizer, book):
-    found = outcome(ours, f"suite.files=[{book}/*.txt]", "batch_size=3")
+@pytest.mark.parametrize("stride", [None, 24, 64])
+def test_perplexity_of_files_is_that_of_a_plain_loop_on_llama(ours, theirs, their_tokenizer, book, stride):
+    found = outcome(ours, f"suite.files=[{book}/*.txt]", "batch_size=3", f"suite.stride={stride or 'null'}")
     texts = [path.read_text() for path in sorted(book.glob("*.txt"))]
     documents = [[ours.tokenizer.end_of_text, *their_tokenizer(text)["input_ids"]] for text in texts]
-    losses = plain_loop(theirs, documents, ours.context)
+    losses = plain_loop(theirs, documents, ours.context, stride or ours.context)
     assert found.results["tokens"] == len(losses) == sum(len(ids) - 1 for ids in documents)
     assert found.results["loss"] == pytest.approx(losses.mean(), abs=1e-4)
     assert found.results["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
@@ -51,8 +57,9 @@ def test_perplexity_of_files_is_that_of_a_plain_loop_on_llama(ours, theirs, thei
     lengths = curves["by_document_length"]
     short = len(documents[1]) - 1
     assert lengths["tokens"][0] == short and lengths["loss"][0] == pytest.approx(losses[-short:].mean(), abs=1e-4)
-    firsts = [losses[start] for start in (*range(0, len(losses) - short, ours.context), len(losses) - short)]
-    assert curves["by_position"]["loss"][0] == pytest.approx(np.mean(firsts), abs=1e-4)
+    if stride is None:
+        firsts = [losses[start] for start in (*range(0, len(losses) - short, ours.context), len(losses) - short)]
+        assert curves["by_position"]["loss"][0] == pytest.approx(np.mean(firsts), abs=1e-4)
 
 
 def test_the_validation_split_counts_by_its_own_documents(ours):
@@ -86,6 +93,7 @@ def test_the_command_leaves_json_a_plot_and_a_line(trained, book):
 
 def test_bad_requests_name_the_key(ours, trained, small_data, tmp_path):
     for overrides, message in (
+        (["suite.stride=65"], "suite.stride=65: must be at most the windows' length, 64"),
         ([f"suite.files=[{tmp_path}/*.txt]"], "suite.files: no file matches"),
         (["suite.data_dir=nowhere"], "suite.data_dir=nowhere: not prepared"),
         ([f"suite.data_dir={small_data[1].removeprefix('data.dir=')}"], "is not the tokenizer of"),
