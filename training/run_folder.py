@@ -16,7 +16,6 @@ from configs.load import load, to_dict
 from data.files import write_atomic
 from training.config import Config, upgrade_core
 
-
 PACKAGES_VARIABLE = "T6_PACKAGES"  # names packages of the user's, separated by commas
 
 
@@ -30,7 +29,7 @@ class PlainLoader(yaml.SafeLoader):
 
 
 def read_config(run_dir: str | Path) -> Config:
-    """Return the configuration that a run folder was made with. ConfigError if there is none, or it names other code."""
+    """Return the configuration that a run folder was made with. ConfigError if it has none or names code."""
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_dir}: is not a run folder (it has no config.yaml)")

@@ -1,6 +1,7 @@
 """Standard output and error that a full disk does not turn into the end of a run."""
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -20,10 +21,8 @@ class Lenient:
             return len(text)
 
     def flush(self) -> None:
-        try:
+        with suppress(OSError):
             self._stream.flush()
-        except OSError:
-            pass
 
 
 def make_streams_lenient() -> None:
