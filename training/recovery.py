@@ -22,8 +22,8 @@ from training.session import Ended, Session
 from training.wandb_run import data_facts
 
 LOST = (
-    "{0}: has saved checkpoints, and none can be read, so training would begin again and lose what it has logged. Bring one "
-    "back to {0}/checkpoints. To begin again on purpose, move {0} away, or remove {0}/latest"
+    "{0}: has saved checkpoints, none of which can be read: training would begin again and lose what it has logged. Bring "
+    "one back to {0}/checkpoints. To begin again on purpose, move {0} away, or remove {0}/latest"
 )
 GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint
 
