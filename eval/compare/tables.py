@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.compare.collect import Method, Run
+from eval.compare.collect import Method, Run, mean_of
 from eval.compare.statistics import Estimate, difference, estimate, reaches
 from eval.tables import Table
 
@@ -53,12 +53,6 @@ def count(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None or seconds < 120:
-        return DASH if seconds is None else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def with_interval(found: Estimate | None, digits: int = 4, sign: str = "") -> str:
     if found is None or not math.isfinite(found.mean):
         return DASH
@@ -71,9 +65,11 @@ def final(methods: list[Method], question: Question) -> Table:
     base, level = question.baseline, f"{question.confidence:.0%}"
     rows, gaps = [], {}
     for method in methods:
+        gap = None
         if question.comparable and method is not base:
-            gaps[method.name] = difference(question.values(method), question.values(base), question.confidence)
-        gap = gaps.get(method.name)
+            gap = difference(question.values(method), question.values(base), question.confidence)
+        if gap:
+            gaps[method.name] = gap
         lately = method.by_seed(lambda run: run.lately("train/loss", question.tokens))
         rows.append([
             method.name,
@@ -88,39 +84,38 @@ def final(methods: list[Method], question: Question) -> Table:
     notes = [
         f"At {where}. n: runs (seeds). ±: half of the {level} t interval over seeds; none if n = 1. "
         "Train loss: the mean over the last tenth of the tokens.",
-        "Δ: below zero is better; seed by seed if the seeds are the same. No correction for the number of methods."
+        "Δ: below zero is better; seed by seed if the seeds are the same, else Welch's (unpaired). No correction for "
+        "the number of methods."
         if question.comparable
         else "Δ: not given, since the runs' losses are not of the same text.",
     ]
-    found = {name: gap for name, gap in gaps.items() if gap}
-    if any(gap.half is not None for gap in found.values()):
-        clear = [f"{name} ({'better' if gap.mean < 0 else 'worse'})" for name, gap in found.items() if gap.is_clear]
+    if any(gap.half is not None for gap in gaps.values()):
+        clear = [f"{name} ({'better' if gap.mean < 0 else 'worse'})" for name, gap in gaps.items() if gap.is_clear]
         notes.append(f"The {level} interval of Δ excludes zero for: {', '.join(clear) or 'none'}.")
-    if unpaired := [name for name, gap in found.items() if not gap.paired]:
-        notes.append(f"Unpaired (other seeds than {base.name}; Welch's interval): {', '.join(unpaired)}.")
     columns = ["method", "n", "train loss", "validation loss", "perplexity", "bits per byte"]
     return Table([*columns, f"Δ {question.label} to {base.name}"], rows, notes)
 
 
 def reach(methods: list[Method], question: Question) -> Table:
     """Return the tokens, FLOPs and (if times are compared) seconds that it takes to reach the target."""
-    measures: list[tuple[str, Callable[[Run, float], float], Callable]] = [
-        (f"tokens to {question.label} {number(question.target, '.3f')}", lambda run, tokens: tokens, count),
-        ("FLOPs", lambda run, tokens: tokens * run.counts["training_flops_per_token"], count),
-    ]
+    measures: dict[str, Callable[[Run, float], float | None]] = {
+        f"tokens to {question.label} {number(question.target, '.3f')}": lambda run, tokens: tokens,
+        "FLOPs": lambda run, tokens: tokens * run.counts["training_flops_per_token"],
+    }
     if question.time:
-        measures.append(("training time", seconds_at, duration))
+        measures["training seconds"] = seconds_at
+
+    def takes(method: Method, of: Callable[[Run, float], float | None]) -> float | None:
+        reached = [reaches(run.points(question.metric), question.target) for run in method.runs]
+        return None if None in reached else mean_of(map(of, method.runs, reached))
+
     columns, rows = ["method"], [[method.name] for method in methods]
-    for name, of, show in measures:
+    for name, of in measures.items():
         columns += [name, "/ baseline's"]
-        found = {}
-        for method in methods:
-            reached = {run.dir: reaches(run.points(question.metric), question.target) for run in method.runs}
-            everyone = None not in reached.values()
-            found[method.name] = method.mean(lambda run, at=reached, of=of: of(run, at[run.dir])) if everyone else None
-        base = found[question.baseline.name]
-        for row, ours in zip(rows, found.values(), strict=True):
-            row += [show(ours), number(ours / base if ours and base else None, ".3f")]
+        base = takes(question.baseline, of)
+        for row, method in zip(rows, methods, strict=True):
+            ours = takes(method, of)
+            row += [count(ours), number(ours / base if ours and base else None, ".3f")]
     note = "Means over runs, on straight lines between evaluations; a dash if a run of the method has not got there."
     return Table(columns, rows, [note])
 
@@ -176,29 +171,27 @@ def decoding_point(method: Method) -> dict:
 def health(methods: list[Method]) -> Table:
     columns = ["run", "method", "seed", "state", "skipped steps", "restarts", "rollbacks", "failed saves"]
     columns += ["median gradient norm", "largest"]
-    rows = [[run.dir.name, method.name, *health_of(run)] for method in methods for run in method.runs]
+    rows = []
+    for method in methods:
+        for run in method.runs:
+            starts, norms = run.count("start"), [value for _, value in run.points("optim/grad_norm")]
+            state = "finished" if run.finished else f"step {run.step:,} of {run.config.trainer.horizon:,}"
+            counts = [run.at("optim/skipped_steps"), starts and starts - 1]
+            counts += [run.count("rollback"), run.count("save_failed")]
+            sizes = [run.typical("optim/grad_norm"), max(norms, default=None)]
+            cells = [number(count, ".0f") for count in counts] + [number(size, ".3f") for size in sizes]
+            rows.append([run.dir.name, method.name, str(run.seed), state, *cells])
     return Table(columns, rows, ["Gradient norms before clipping, of the steps that were logged."])
 
 
-def health_of(run: Run) -> list[str]:
-    starts, norms = run.count("start"), [value for _, value in run.points("optim/grad_norm")]
-    return [
-        str(run.seed),
-        "finished" if run.finished else f"step {run.step:,} of {run.config.trainer.horizon:,}",
-        number(run.at("optim/skipped_steps"), ".0f"),
-        number(starts and starts - 1, ".0f"),
-        number(run.count("rollback"), ".0f"),
-        number(run.count("save_failed"), ".0f"),
-        number(run.typical("optim/grad_norm"), ".3f"),
-        number(max(norms, default=None), ".3f"),
-    ]
-
-
-def differences(differing: dict[str, list], methods: list[Method]) -> Table:
+def differences(methods: list[Method]) -> Table:
     """Return the configuration keys in which the methods differ; a dash if a mechanism has no such key."""
 
     def show(value) -> str:  # a class without its module
         return DASH if value is None else re.sub(r"^[a-z_]+(\.[a-z_]+)+\.", "", str(value))
 
-    rows = [[f"`{key}`", *map(show, values)] for key, values in differing.items()]
+    identities = [method.first.identity for method in methods]
+    keys = sorted(set().union(*identities) - {"run.seed"})
+    found = {key: [identity.get(key) for identity in identities] for key in keys}
+    rows = [[f"`{key}`", *map(show, values)] for key, values in found.items() if values != values[:1] * len(values)]
     return Table(["key", *(method.name for method in methods)], rows)
