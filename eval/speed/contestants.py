@@ -1,14 +1,13 @@
 """What competes in the decoding benchmark: mechanisms with a full cache, and the kernels that can attend for them."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configs.app import configured
 from eval.speed.kernels import installed_kernels
 from model.attention.base import Attention, AttentionCore, Dense
 from model.attention.latent import Absorbed
@@ -18,14 +17,8 @@ from model.cores.folded_cache import UnfinishedBlock
 from model.cores.full import Full
 from model.cores.sequence_tensor import SequenceTensor
 from model.mask import AttentionMask
-from model.transformer import SizeConfig, Transformer, TransformerConfig
-from training.config import Config
+from model.transformer import Transformer, TransformerConfig
 
-PAPER_SETTING = {  # Figures 5, 7 and 8: d_model / 64 heads each; MLA's size, not stated, is that which fits its curve
-    "gqa": ["model.n_kv_heads=4"],
-    "mla": ["model.kv_lora_rank=512", "model.qk_rope_head_dim=64"],
-    "t6": ["model.q_rank=16", "model.k_rank=1", "model.v_rank=1"],
-}
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of PyTorch's attention on a GPU
 
 
@@ -76,34 +69,6 @@ class Contestant:
     def __str__(self) -> str:
         folded = f", folded {self.facts['fold']}" if self.is_folded else ""
         return f"{self.model} ({self.facts['cached']} cached{folded})"
-
-
-def contestants(
-    models: list[str], size: SizeConfig, d_models: list[int], overrides: list[str], materialized: bool,
-    folds: list[list[int]] = (),
-) -> Iterator[Contestant]:  # fmt: skip
-    """Yield every model at `size`, or at each of `d_models` in the paper's setting; and over each of `folds`."""
-    own = [f"size.{key}={value}" for key, value in size.model_dump(exclude={"name"}).items() if value is not None]
-    for d_model in d_models or [None]:
-        name = size.name if d_model is None else f"paper_{d_model}"
-        for model in models:
-            chosen = [f"size={size.name}", *own] if d_model is None else paper_setting(model, d_model)
-            run = configured(Config, [f"model={model}", "tokenizer=gpt2", *chosen, *overrides], world_size=1)
-            network, sdpa = run.network(), Full(kernel="sdpa")
-            if isinstance(network.attention, TensorProductConfig):
-                yield Contestant(model, name, replace(network, core=Full(kernel="factors")))
-                if materialized:
-                    explicit = MaterializedConfig(**dict(network.attention))
-                    yield Contestant(model, name, replace(network, core=sdpa, attention=explicit))
-            else:
-                yield Contestant(model, name, replace(network, core=sdpa))
-            for fold in folds:
-                yield Contestant(model, name, replace(network, core=SequenceTensor(fold=fold, kernel="sdpa")))
-
-
-def paper_setting(model: str, d_model: int) -> list[str]:
-    own = PAPER_SETTING.get("t6" if model.startswith("t6") else model, [])
-    return ["size=medium", f"size.d_model={d_model}", f"model.n_heads={d_model // 64}", *own]
 
 
 # --- the attention step alone
