@@ -70,7 +70,7 @@ def show(run: Run, options: Options) -> None:
         "memory": f"about {needs.gib:.1f} GiB for each GPU: "
         + ", ".join(f"{part} {count / GIB:.2g}" for part, count in parts if count),
         "time": time,
-        "assumed": "; ".join(needs.assumptions),
+        "assumed": needs.assumed,
     }
     console.print(f"[bold]{run.dir}[/bold]" + (" is finished" if run.finished else ""))
     for key, value in rows.items():
