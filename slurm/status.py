@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from configs.app import command
 from configs.errors import ConfigError, each
@@ -142,7 +142,7 @@ def duration(seconds: float) -> str:
 
 def show(statuses: list[Status], console: Console) -> None:
     specs = {"tokens": ",", "train/loss": ".4f", "val/loss": ".4f", "perf/tokens_per_second": ",.0f"}
-    table = Table("run", "state", box=box.SIMPLE_HEAD)
+    table = Table(Column("run", no_wrap=True), "state", box=box.SIMPLE_HEAD)
     for column in ("step", "tokens", "loss", "val loss", "tokens/s", "last checkpoint", "restarts"):
         table.add_column(column, justify="right", no_wrap=True)
     for status in statuses:

@@ -134,18 +134,3 @@ def trained(methods: list[Method], question: Question) -> str:
     if seeds > 1:
         words.append(f"bars: {question.confidence:.0%} t interval over {seeds} seeds")
     return ", ".join(words)
-
-
-def gradient_norms(methods: list[Method], path: Path) -> None:
-    """Draw gradient norms before clipping, of every run of every method."""
-    figure, axes = new_figure(width=7, height=4)
-    for method, style in zip(methods, styles(methods), strict=True):
-        for run in method.runs:
-            x, y = np.array(run.points("optim/grad_norm")).reshape(-1, 2).T
-            label = method.name if run is method.first else None
-            look = {"color": style["color"], "linestyle": style["linestyle"], "alpha": 0.8, "linewidth": 0.9}
-            axes.plot(x, y, label=label, **look)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(xlabel="tokens", ylabel="gradient norm before clipping")
-    save(figure, axes, methods, path)

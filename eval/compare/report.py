@@ -36,7 +36,6 @@ def write(methods: list[Method], fairness: Fairness, question: Question, command
     with writing("out", out, "; choose another with out="):
         out.mkdir(parents=True, exist_ok=True)
         plots.curves(methods, out / "loss.png", question.time)
-        plots.gradient_norms(methods, out / "gradient_norm.png")
         front = plots.loss_against_cache(methods, question, out / "pareto.png")
         text = markdown(methods, fairness, question, command, front)
         write_atomic(out / "report.md", text)
@@ -72,7 +71,7 @@ def markdown(methods: list[Method], fairness: Fairness, question: Question, comm
     none_yet = {"Benchmarks": "None yet: `python -m eval.run run=RUN suite=paper_zeroshot` adds them."}
     for heading, found in (evaluations(methods, question.confidence) or none_yet).items():
         blocks += [f"## {heading}", str(found)]
-    blocks += ["## Health", str(tables.health(methods)), "![gradient norms](gradient_norm.png)"]
+    blocks += ["## Health", str(tables.health(methods))]
     if len(methods) > 1:
         rows = [list(check) for check in fairness.checks]
         blocks += ["## Is it fair?", str(Table(["what", "", "values"], rows))]

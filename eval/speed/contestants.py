@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval.speed.kernels import installed_kernels
 from model.attention.base import Attention, AttentionCore, Dense
 from model.attention.latent import Absorbed
 from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
@@ -20,6 +20,8 @@ from model.mask import AttentionMask
 from model.transformer import Transformer, TransformerConfig
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of PyTorch's attention on a GPU
+PAGE = 64  # tokens in a page of FlashMLA's cache
+LATENT = 576  # numbers per token, the only size that FlashMLA has: DeepSeek's 512 + 64
 
 
 class MaterializedConfig(TensorProductConfig):
@@ -109,21 +111,53 @@ def attention_inputs(
 
 
 def kernels(call: tuple, core: AttentionCore, device: torch.device) -> dict[str, Callable]:
-    """Return by name the ways to attend with such arguments as `call` that are available here."""
+    """Return by name the ways to attend with such arguments as `call` that are available here.
 
-    def through(*backends) -> Callable:
+    On a GPU these are PyTorch's own, and those of FlashAttention and FlashMLA if they are installed.
+    """
+
+    def through(backend: SDPBackend) -> Callable:
         def attend(*call) -> Tensor:
-            with sdpa_kernel(list(backends)):
+            with sdpa_kernel(backend):
                 return core.attend(*call)
 
         return attend
 
     found = {core.kernel: core.attend}
     (qkv,) = call[0]
-    if device.type == "cuda" and isinstance(qkv, Dense | Absorbed):
-        found |= {f"sdpa.{name.lower()}": through(getattr(SDPBackend, name)) for name in BACKENDS}
-        found |= installed_kernels(qkv)
+    if device.type != "cuda" or not isinstance(qkv, Dense | Absorbed):
+        return found
+    found |= {f"sdpa.{name.lower()}": through(getattr(SDPBackend, name)) for name in BACKENDS}
+    with suppress(ImportError):
+        found |= flash_attention() if isinstance(qkv, Dense) else flash_mla(qkv)
     return found
+
+
+def flash_attention() -> dict[str, Callable]:
+    from flash_attn import flash_attn_with_kvcache
+
+    def attend(views: list[Dense], mask: AttentionMask, scale: float) -> Tensor:
+        return flash_attn_with_kvcache(views[0].q, views[0].k, views[0].v, softmax_scale=scale, causal=True)
+
+    return {"flash_attn": attend}
+
+
+def flash_mla(qkv: Absorbed) -> dict[str, Callable]:
+    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+    batch, length, width = qkv.latent.shape
+    if width != LATENT or length % PAGE:
+        return {}
+    pages = torch.arange(batch * length // PAGE, dtype=torch.int32, device=qkv.q.device).view(batch, -1)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=qkv.q.device)
+    schedule = get_mla_metadata(lengths, qkv.q.size(2), 1)
+
+    def attend(views: list[Absorbed], mask: AttentionMask, scale: float) -> tuple:
+        latent = views[0].latent.view(-1, PAGE, 1, width)
+        options = {"softmax_scale": scale, "causal": True}
+        return flash_mla_with_kvcache(views[0].q, latent, pages, lengths, 512, *schedule, **options)
+
+    return {"flash_mla": attend}
 
 
 # --- a whole step

@@ -20,7 +20,7 @@ def _some(values: list) -> list:
 
 Count = Annotated[int, Field(ge=1)]
 Some = AfterValidator(_some)  # of a list that must not be empty
-GPU_PACKAGES = ("triton", "flash-attn", "flashinfer-python", "flash-mla")
+GPU_PACKAGES = ("triton", "flash-attn", "flash-mla")
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -73,7 +73,7 @@ def test_a_sweep_becomes_a_report_with_plots(sweep, capsys):
     assert text.splitlines()[2].startswith(
         "> **Matched in parameters, training FLOPs per token, tokens trained, horizon,"
     )
-    plots = ("loss.png", "pareto.png", "gradient_norm.png")
+    plots = ("loss.png", "pareto.png")
     assert all((out / name).stat().st_size > 10_000 and f"({name})" in text for name in plots)
     page = (out / "report.html").read_text()
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(plots)
