@@ -8,7 +8,6 @@ RUN is a run folder, or a folder of a sweep (every run in it). Works while runs 
   target=NUMBER      of the metric, for the tokens that it takes; default: the worst run's last
   confidence=0.95    of the intervals
   tolerance=0.05     of parameters and FLOPs, to be called matched
-  time=true          compare training times too; only if nothing else used the machines
 
 The regression gate, for one run: exit code 1 if it is worse than a stored reference.
 
@@ -48,7 +47,6 @@ class CompareConfig(Block):
     target: float | None = None
     confidence: float = Field(0.95, gt=0, lt=1)
     tolerance: float | None = Field(None, ge=0)
-    time: bool = False
     reference: str | None = None
     metrics: list[str] = Field([])
     update: bool = False
@@ -98,7 +96,6 @@ def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> 
         baseline=names.get(config.baseline or "mha", methods[0]),
         confidence=config.confidence,
         target=config.target,
-        time=config.time,
         comparable=fairness.same_tokens or (fairness.same_text and metric == "val/bits_per_byte"),
     )
     if question.target is None:

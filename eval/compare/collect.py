@@ -18,8 +18,6 @@ from training.jsonl import read_lines
 from training.metrics import read_events
 from training.run_folder import is_finished, read_config
 
-STEADY = 0.2  # how far apart the quartiles of a steady run's logged speeds lie at most, as a share of the median
-
 
 def mean_of(values: Iterable[float | None]) -> float | None:
     """Return the mean of what is not None, or None."""
@@ -93,24 +91,6 @@ class Run:
         """Return the median of a metric over the run."""
         values = [value for _, value in self.points(key)]
         return statistics.median(values) if values else None
-
-    @cached_property
-    def seconds(self) -> dict[int, float]:
-        """Seconds of training by number of tokens, from the logged speeds: without evaluation, saving and waiting."""
-        spent, before, clock = 0.0, 0, {}
-        for tokens, speed in self.points("perf/tokens_per_second"):
-            spent += (tokens - before) / speed if speed > 0 else 0.0
-            before, clock[tokens] = tokens, spent
-        return clock
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether the logged speeds vary so little that nothing else can have taken much of the machine."""
-        speeds = [speed for _, speed in self.points("perf/tokens_per_second")]
-        if len(speeds) < 3:
-            return False
-        low, middle, high = statistics.quantiles(speeds)
-        return high - low <= STEADY * middle
 
     def count(self, event: str) -> int | None:
         """Return how often an event happened; None if the run wrote no events."""

@@ -2,7 +2,6 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
@@ -20,15 +19,6 @@ MARKERS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
 LIGHTEST = 0.65  # how much white the last shade of a mechanism's colour has
 SMOOTHING = 0.02  # the share of a run that a point of a training curve averages over
-# What a curve is drawn against: a number of tokens, and what follows from it, the mean over a method's runs (None:
-# not known). The first two always, time if it is asked for.
-AXES: dict[str, Callable[[Method, int], float | None]] = {
-    "tokens": lambda method, tokens: tokens,
-    "training FLOPs": lambda method, tokens: tokens * method.first.counts["training_flops_per_token"],
-    "training time (minutes)": lambda method, tokens: method.mean(
-        lambda run: run.seconds[tokens] / 60 if tokens in run.seconds else None
-    ),
-}
 
 
 def styles(methods: list[Method]) -> list[dict]:
@@ -43,27 +33,26 @@ def styles(methods: list[Method]) -> list[dict]:
     return found
 
 
-def curves(methods: list[Method], path: Path, time: bool) -> None:
-    """Draw training loss (smoothed, with each run's raw behind) and validation loss (marks) against each axis.
+def curves(methods: list[Method], path: Path) -> None:
+    """Draw training loss (smoothed, with each run's raw behind) and validation loss (marks) against tokens and FLOPs.
 
     A line is the mean over a method's runs; the axis on the right is in perplexity.
     """
-    axes = list(AXES) if time else list(AXES)[:2]
-    figure, panels = new_figure(columns=len(axes), width=5.6, height=4.6)
-
-    def draw(panel, axis: str, method: Method, points: list[tuple[int, float]], **look) -> None:
-        placed = [(x, y) for tokens, y in points if (x := AXES[axis](method, tokens)) is not None]
-        panel.plot([x for x, _ in placed], [y for _, y in placed], **look)
-
-    for panel, axis in zip(panels, axes, strict=True):
+    figure, panels = new_figure(columns=2, width=5.6, height=4.6)
+    for panel, axis in zip(panels, ("tokens", "training FLOPs"), strict=True):
         for method, style in zip(methods, styles(methods), strict=True):
+            unit = 1 if axis == "tokens" else method.first.counts["training_flops_per_token"]
+
+            def draw(points: list[tuple[int, float]], panel=panel, unit=unit, **look) -> None:
+                panel.plot([unit * tokens for tokens, _ in points], [loss for _, loss in points], **look)
+
             for run in method.runs:
-                draw(panel, axis, method, run.points("train/loss"), color=style["color"], alpha=0.18, linewidth=0.7)
+                draw(run.points("train/loss"), color=style["color"], alpha=0.18, linewidth=0.7)
             trained = method.curve("train/loss")
             smoothed = smooth([loss for _, loss in trained], SMOOTHING)
             line = [(tokens, loss) for (tokens, _), loss in zip(trained, smoothed, strict=True)]
-            draw(panel, axis, method, line, **style | {"marker": ""}, linewidth=1.4)
-            draw(panel, axis, method, method.curve("val/loss"), **style | {"linestyle": ""}, markersize=5)
+            draw(line, **style | {"marker": ""}, linewidth=1.4)
+            draw(method.curve("val/loss"), **style | {"linestyle": ""}, markersize=5)
             panel.plot([], [], **style, linewidth=1.4, markersize=5, label=method.name)
         panel.set_xlabel(axis)
         zoom(panel, methods)

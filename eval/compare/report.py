@@ -35,7 +35,7 @@ def write(methods: list[Method], fairness: Fairness, question: Question, command
     """
     with writing("out", out, "; choose another with out="):
         out.mkdir(parents=True, exist_ok=True)
-        plots.curves(methods, out / "loss.png", question.time)
+        plots.curves(methods, out / "loss.png")
         front = plots.loss_against_cache(methods, question, out / "pareto.png")
         text = markdown(methods, fairness, question, command, front)
         write_atomic(out / "report.md", text)
@@ -62,7 +62,7 @@ def markdown(methods: list[Method], fairness: Fairness, question: Question, comm
         blocks.append(
             f"The runs' tokens differ, so losses and perplexities of different rows are of different things. {text}"
         )
-    blocks += ["![loss and perplexity against tokens and FLOPs](loss.png)", times(methods, question)]
+    blocks.append("![loss and perplexity against tokens and FLOPs](loss.png)")
     if question.target is not None and question.comparable:
         blocks += ["## What it takes to get there", str(tables.reach(methods, question))]
     blocks += ["## Cost", str(tables.cost(methods)), "![loss against cache](pareto.png)"]
@@ -77,16 +77,6 @@ def markdown(methods: list[Method], fairness: Fairness, question: Question, comm
         blocks += ["## Is it fair?", str(Table(["what", "", "values"], rows))]
         blocks += ["### Configuration: what differs", str(tables.differences(methods))]
     return "\n\n".join(blocks) + "\n"
-
-
-def times(methods: list[Method], question: Question) -> str:
-    """Return what the reader must know about training times."""
-    if not question.time:
-        return "*Training times are left out: they compare methods only if nothing else ran. `time=true` adds them.*"
-    uneven = [run.dir.name for run in all_runs(methods) if not run.is_steady]
-    if not uneven:
-        return "*Every run trained at a steady speed.*"
-    return f"**Do not trust the times: no steady speed in {', '.join(uneven)}. Something else may have been running.**"
 
 
 def page(text: str, folder: Path) -> str:

@@ -2,12 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable
+import statistics
 from dataclasses import dataclass
 
-import numpy as np
-
-from eval.compare.collect import Method, Run, mean_of
+from eval.compare.collect import Method
 from eval.compare.statistics import Estimate, difference, estimate, reaches
 from eval.tables import Table
 
@@ -23,7 +21,6 @@ class Question:
     baseline: Method
     confidence: float
     target: float | None
-    time: bool  # whether times are compared too
     comparable: bool  # whether the metric means the same in all runs
 
     @property
@@ -97,33 +94,25 @@ def final(methods: list[Method], question: Question) -> Table:
 
 
 def reach(methods: list[Method], question: Question) -> Table:
-    """Return the tokens, FLOPs and (if times are compared) seconds that it takes to reach the target."""
-    measures: dict[str, Callable[[Run, float], float | None]] = {
-        f"tokens to {question.label} {number(question.target, '.3f')}": lambda run, tokens: tokens,
-        "FLOPs": lambda run, tokens: tokens * run.counts["training_flops_per_token"],
-    }
-    if question.time:
-        measures["training seconds"] = seconds_at
+    """Return the tokens and FLOPs that it takes to reach the target."""
 
-    def takes(method: Method, of: Callable[[Run, float], float | None]) -> float | None:
+    def tokens_of(method: Method) -> float:
         reached = [reaches(run.points(question.metric), question.target) for run in method.runs]
-        return None if None in reached else mean_of(map(of, method.runs, reached))
+        return math.nan if None in reached else statistics.fmean(reached)
 
-    columns, rows = ["method"], [[method.name] for method in methods]
-    for name, of in measures.items():
-        columns += [name, "/ baseline's"]
-        base = takes(question.baseline, of)
-        for row, method in zip(rows, methods, strict=True):
-            ours = takes(method, of)
-            row += [count(ours), number(ours / base if ours and base else None, ".3f")]
+    def flops_per_token(method: Method) -> float:
+        return method.first.counts["training_flops_per_token"]
+
+    base, rows = question.baseline, []
+    for method in methods:
+        ours, theirs = tokens_of(method), tokens_of(base)
+        share = ours / theirs if theirs else math.nan
+        flops, flops_share = flops_per_token(method), share * flops_per_token(method) / flops_per_token(base)
+        shown = [count(ours), number(share, ".3f"), count(ours * flops), number(flops_share, ".3f")]
+        rows.append([method.name, *shown])
+    tokens = f"tokens to {question.label} {number(question.target, '.3f')}"
     note = "Means over runs, on straight lines between evaluations; a dash if a run of the method has not got there."
-    return Table(columns, rows, [note])
-
-
-def seconds_at(run: Run, tokens: float) -> float | None:
-    """Return the seconds of training until a number of tokens, on straight lines between the logged ones."""
-    seconds = np.interp(tokens, [0, *run.seconds], [0.0, *run.seconds.values()], right=math.nan)
-    return float(seconds) if math.isfinite(seconds) else None
+    return Table(["method", tokens, "/ baseline's", "FLOPs", "/ baseline's"], rows, [note])
 
 
 def cost(methods: list[Method]) -> Table:
