@@ -4,12 +4,27 @@ import math
 import re
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
-from eval.compare.collect import Method
+from eval.compare.collect import Method, Run
 from eval.compare.statistics import Estimate, difference, estimate, reaches
 from eval.tables import Table
 
 DASH = "-"
+# Columns of the cost table: what is counted, or logged, and how it is shown.
+COUNTED = {
+    "heads": ("n_heads", ".0f"),
+    "parameters": ("params", ".0f"),
+    "attention parameters / MHA's": ("attention_params_over_mha", ".3f"),
+    "training FLOPs per token": ("training_flops_per_token", ".3e"),
+    "KV bytes per token": ("kv_bytes_per_token", ".0f"),
+    "/ MHA's": ("attention_kv_bytes_over_mha", ".3f"),
+}
+LOGGED = {
+    "training tokens/s": ("perf/tokens_per_second", ".0f"),
+    "MFU": ("perf/mfu", ".1%"),
+    "peak memory (GB)": ("perf/memory_gb", ".2f"),
+}
 
 
 @dataclass
@@ -117,28 +132,12 @@ def reach(methods: list[Method], question: Question) -> Table:
 
 def cost(methods: list[Method]) -> Table:
     """Return what each method takes: parameters, operations, cache, and the speeds that were seen."""
-    columns = ["method", "heads", "parameters", "attention parameters / MHA's", "training FLOPs per token"]
-    columns += ["KV bytes per token", "/ MHA's", "training tokens/s", "MFU", "peak memory (GB)", "decode tokens/s"]
     rows, decoding = [], []
     for method in methods:
         counts, point = method.first.counts, decoding_point(method)
-        speed, mfu, memory = (
-            method.mean(lambda run, key=key: run.typical(f"perf/{key}"))
-            for key in ("tokens_per_second", "mfu", "memory_gb")
-        )
-        rows.append([
-            method.name,
-            str(counts["n_heads"]),
-            number(counts["params"], ".0f"),
-            number(counts["attention_params_over_mha"], ".3f"),
-            f"{counts['training_flops_per_token']:.3e}",
-            number(counts["kv_bytes_per_token"], ".0f"),
-            number(counts["attention_kv_bytes_over_mha"], ".3f"),
-            number(speed, ".0f"),
-            number(mfu, ".1%"),
-            number(memory, ".2f"),
-            number(point.get("tokens_per_second"), ".0f"),
-        ])  # fmt: skip
+        counted = [number(counts[key], spec) for key, spec in COUNTED.values()]
+        logged = [number(method.mean(partial(Run.typical, key=key)), spec) for key, spec in LOGGED.values()]
+        rows.append([method.name, *counted, *logged, number(point.get("tokens_per_second"), ".0f")])
         if point:
             decoding.append("{scope}, batch {batch} at {length} tokens on {device}".format(**point))
     notes = [
@@ -147,7 +146,7 @@ def cost(methods: list[Method]) -> Table:
     ]
     if decoding:
         notes.append(f"Decoding: {'; '.join(dict.fromkeys(decoding))}.")
-    return Table(columns, rows, notes)
+    return Table(["method", *COUNTED, *LOGGED, "decode tokens/s"], rows, notes)
 
 
 def decoding_point(method: Method) -> dict:

@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -83,24 +84,22 @@ def training_step(rival: Rival, batch: int, length: int, runtime: Runtime) -> Ca
 
 def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
     """Return the bytes that a step needs beyond its inputs: allocated on a GPU, resident on a CPU (None: unknown)."""
-
-    def resident(key: str) -> int:
-        return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
+    marks = []
+    with suppress(OSError, AttributeError, TypeError):  # only Linux has these
         ctypes.CDLL(None).malloc_trim(0)  # give back what was freed, so that it counts when it is taken again
-        Path("/proc/self/clear_refs").write_text("5")  # sets Linux's high-water mark to what is resident now
-    except (OSError, AttributeError):
-        step()
-        return None
-    before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+        marks.append(high_water_mark())
     step()
-    return max(0, resident("VmHWM") - before)
+    return high_water_mark() - marks[0] if marks else None
+
+
+def high_water_mark() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def rows(config: AttentionSpeedConfig, length: int, rivals: list[Rival], runtime: Runtime) -> Iterator[dict]:

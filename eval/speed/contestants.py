@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from eval.speed.measure import timer
 from model.attention.base import Attention, AttentionCore, Dense
 from model.attention.latent import Absorbed
 from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
@@ -163,24 +164,12 @@ def flash_mla(qkv: Absorbed) -> dict[str, Callable]:
 # --- a whole step
 
 
-@dataclass
-class ModelStep:
-    """Decoding `tokens` tokens a row one after the other, the last of which attends to the whole length.
-
-    `reset` prepares the next one. `moved`: the bytes that a token must move.
-    """
-
-    run: Callable[[], None]
-    reset: Callable[[], None]
-    tokens: int
-    cache_bytes: int
-    moved: float
-
-
 def model_step(
     network: TransformerConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
-) -> ModelStep:
-    """Return a step of a whole model whose cache is full of random numbers."""
+) -> tuple[Callable[[], tuple[float, float]], int, int, float]:
+    """Return what times a step of a whole model whose cache is full of random numbers, and numbers that belong to it:
+    the tokens a row that it decodes, the last of which attends to the whole length; the bytes of the cache; and the
+    bytes that a token must move."""
     with torch.device(device):
         model = Transformer(network).to(dtype).eval()
     cache = model.new_cache(batch, length, dtype)
@@ -205,4 +194,4 @@ def model_step(
 
     kept = sum(t.nbytes for part in cache.parts() if not isinstance(part, UnfinishedBlock) for t in part.tensors())
     share = network.core.keys_read(length) / length if is_folded else 1.0
-    return ModelStep(run, reset, steps, kept, weights + kept * share)
+    return timer(run, device, reset, captured=not is_folded), steps, kept, weights + kept * share

@@ -13,14 +13,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
-from rich.console import Console
-from rich.progress import track
 
 from configs.app import app, configured
 from configs.errors import Mistakes, writing
@@ -164,9 +163,8 @@ class Bench:
         counted = self.cache_bytes(rival, setting)
         layers, tokens, ways = 1, 1, {}
         if scope == "model":
-            step = model_step(network, batch, length, self.device, self.dtype)
-            moved, cache_bytes, tokens = step.moved, step.cache_bytes, step.tokens
-            ways[network.core.kernel] = timer(step.run, self.device, step.reset, captured=not rival.is_folded)
+            way, tokens, cache_bytes, moved = model_step(network, batch, length, self.device, self.dtype)
+            ways[network.core.kernel] = way
         else:
             wanted, room = math.ceil(ROTATED_BYTES[self.device.type] / counted), int(self.memory / (2 * counted))
             layers = max(1, min(MOST_LAYERS, wanted, room))
@@ -201,18 +199,17 @@ class Bench:
 @torch.no_grad()
 def main(config: DecodingConfig) -> int:
     runtime = machine.find_runtime(config.device, config.dtype)
-    device, say = runtime.device, Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    device, say = runtime.device, partial(print, file=sys.stderr)
     rivals = contestants(config)
     if config.out:
         with writing("out", config.out):  # before it is measured what will lie there
             Path(config.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     memory = 0.9 * machine.available_memory(device)
-    bench = Bench(device, runtime.dtype, copy_bandwidth(device), memory, config.rounds, say.print)
-    say.print(f"{machine.device_name(device)}: a copy moves {bench.bandwidth / 1e9:,.0f} GB/s")
+    bench = Bench(device, runtime.dtype, copy_bandwidth(device), memory, config.rounds, say)
+    say(f"{machine.device_name(device)}: a copy moves {bench.bandwidth / 1e9:,.0f} GB/s")
     lines = []
-    settings = list(product(config.scopes, config.batches, config.lengths or LENGTHS[device.type]))
-    for setting in track(settings, "decoding", console=say, transient=True):
+    for setting in product(config.scopes, config.batches, config.lengths or LENGTHS[device.type]):
         for line in bench.lines(rivals, Setting(*setting)):
             lines.append(line)
             print(json.dumps(line), flush=True)
@@ -220,10 +217,9 @@ def main(config: DecodingConfig) -> int:
         path = Path(config.out) / "decoding.jsonl"
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
         for written in [path, *plot_decoding(lines, path.parent)]:
-            say.print(f"written to {written}")
+            say(f"written to {written}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     app(main, DecodingConfig)

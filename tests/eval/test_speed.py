@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tm
 @pytest.mark.parametrize(
     "options",
     [
-        ["data.document_mask=true", "document_tokens=5"],
+        ["data.document_mask=true"],
         ["core.kernel=factors"],
         ["model=mha", "trainer.activation_checkpointing=true"],
     ],
@@ -163,7 +163,7 @@ def test_training_prints_one_line(capsys, options):
     assert line.keys() >= CONTRACT | {"mfu"}
     assert line["tokens_per_second"] == pytest.approx(4 * 16 / line["ms"] * 1e3)
     assert 0 < line["mfu"] < 1
-    assert line["document_tokens"] == (5 if "document_tokens=5" in options else None)
+    assert line["document_tokens"] == (500 if "data.document_mask=true" in options else None)
 
 
 def test_training_refuses_what_the_core_cannot_do():
