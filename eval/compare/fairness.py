@@ -64,7 +64,11 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
         return same(kind, lambda run: run.fingerprints[kind], lambda value: value[:12], why)
 
     def settings(block: str) -> Check:
-        return same(block, lambda run: settings_of(run, f"{block}."))
+        def of(run: Run) -> str:
+            keys = [key for key in run.identity if key.startswith(f"{block}.")]
+            return ", ".join(f"{key.removeprefix(f'{block}.')}={run.identity[key]}" for key in keys)
+
+        return same(block, of)
 
     seeds = {run.dir: ", ".join(map(str, method.seeds)) for method in methods for run in method.runs}
     data = fingerprint("data", "The runs saw different tokens, so their losses are not of the same thing.")
@@ -94,14 +98,8 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
 
 def validation(run: Run) -> str:
     trainer = run.config.trainer
-    if trainer.eval_batches:
-        return f"the first {trainer.eval_batches * trainer.global_batch_size:,} sequences of {trainer.seq_len:,} tokens"
-    return f"all sequences of {trainer.seq_len:,} tokens"
-
-
-def settings_of(run: Run, prefix: str) -> str:
-    found = {key.removeprefix(prefix): value for key, value in run.identity.items() if key.startswith(prefix)}
-    return ", ".join(f"{key}={value}" for key, value in found.items())
+    count = f"the first {trainer.eval_batches * trainer.global_batch_size:,}" if trainer.eval_batches else "all"
+    return f"{count} sequences of {trainer.seq_len:,} tokens"
 
 
 def verdict(fairness: Fairness, methods: list[Method]) -> tuple[str, list[str]]:

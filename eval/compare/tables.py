@@ -77,9 +77,8 @@ def final(methods: list[Method], question: Question) -> Table:
     base, level = question.baseline, f"{question.confidence:.0%}"
     rows, gaps = [], {}
     for method in methods:
-        gap = None
-        if question.comparable and method is not base:
-            gap = difference(question.values(method), question.values(base), question.confidence)
+        against = question.values(base) if question.comparable and method is not base else {}
+        gap = difference(question.values(method), against, question.confidence)
         if gap:
             gaps[method.name] = gap
         lately = method.by_seed(lambda run: run.lately("train/loss", question.tokens))
