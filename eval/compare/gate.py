@@ -10,10 +10,9 @@ from eval.compare.collect import Run
 from eval.compare.tables import DASH, number
 from eval.tables import Table
 
-# 1 if more is better, -1 if less is, by the end of a metric's name. Others are shown and not judged.
-DIRECTIONS = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "memory_gb", "skipped_steps"), -1) | dict.fromkeys(
-    ("acc", "acc_norm", "exact_match", "f1", "average", "accuracy", "tokens_per_second", "mfu"), 1
-)
+# Whether less or more is better, by the end of a metric's name. Others are shown and not judged.
+LOWER = ("loss", "perplexity", "bits_per_byte", "memory_gb", "skipped_steps")
+HIGHER = ("acc", "acc_norm", "exact_match", "f1", "average", "accuracy", "tokens_per_second", "mfu")
 JUDGED = ("val/", "eval/")  # by default: speeds depend on the machine as much as on the code
 
 
@@ -73,10 +72,10 @@ def judge(run: Run, path: str, tolerance: float, chosen: list[str]) -> int:
         )
     rows, worse = [], []
     for key, expected in sorted(theirs.items()):
-        found, sign = ours.get(key), DIRECTIONS.get(key.rpartition("/")[2])
-        by_default = key.startswith(JUDGED) and sign and not key.endswith("/perplexity")  # which is exp(loss)
+        found, name = ours.get(key), key.rpartition("/")[2]
+        by_default = key.startswith(JUDGED) and name in LOWER + HIGHER and name != "perplexity"  # which is exp(loss)
         judged = key in chosen if chosen else by_default
-        state = judgement(found, expected, sign or 1, tolerance)
+        state = judgement(found, expected, -1 if name in LOWER else 1, tolerance)
         if judged and state in ("missing", "worse"):
             worse.append(key)
         cells = [DASH, DASH]

@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -105,6 +104,10 @@ def contestants(config: DecodingConfig) -> list[Contestant]:
     return found
 
 
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 class Setting(NamedTuple):
     """What the contestants of a point have in common."""
 
@@ -122,7 +125,6 @@ class Bench:
     bandwidth: float  # bytes a second, of a copy
     memory: float  # bytes to fill at most
     rounds: int
-    say: Callable[[str], None]
 
     def lines(self, rivals: list[Contestant], setting: Setting) -> Iterator[dict]:
         """Yield a line for every contestant that fits in memory, as many timed in turns as fit together."""
@@ -134,7 +136,7 @@ class Bench:
             if need > self.memory:
                 where = "{}, batch {}, {:,} tokens".format(*setting)
                 fits = f"it needs {format_bytes(need)} of {format_bytes(self.memory)}"
-                self.say(f"{rival}, {where}: skipped, {fits}")
+                say(f"{rival}, {where}: skipped, {fits}")
                 continue
             if used + need > self.memory:
                 yield from self.run_in_turns(group, setting)
@@ -174,7 +176,7 @@ class Bench:
                 try:
                     ways[name] = timer(lambda kernel=kernel: [kernel(*call) for call in calls], self.device)
                 except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                    self.say(f"{rival}: no {name}: {str(error).splitlines()[0][:120]}")
+                    say(f"{rival}: no {name}: {str(error).splitlines()[0][:120]}")
         if cache_bytes != counted:
             raise RuntimeError(f"{rival}: the cache has {cache_bytes} bytes, and {counted} are counted")
         return ways, rival.facts | {
@@ -199,14 +201,13 @@ class Bench:
 @torch.no_grad()
 def main(config: DecodingConfig) -> int:
     runtime = machine.find_runtime(config.device, config.dtype)
-    device, say = runtime.device, partial(print, file=sys.stderr)
-    rivals = contestants(config)
+    device, rivals = runtime.device, contestants(config)
     if config.out:
         with writing("out", config.out):  # before it is measured what will lie there
             Path(config.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     memory = 0.9 * machine.available_memory(device)
-    bench = Bench(device, runtime.dtype, copy_bandwidth(device), memory, config.rounds, say)
+    bench = Bench(device, runtime.dtype, copy_bandwidth(device), memory, config.rounds)
     say(f"{machine.device_name(device)}: a copy moves {bench.bandwidth / 1e9:,.0f} GB/s")
     lines = []
     for setting in product(config.scopes, config.batches, config.lengths or LENGTHS[device.type]):

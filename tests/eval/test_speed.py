@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_said_and_skipped(capsys, monkeypatch):
 
 def test_as_many_are_timed_together_as_fit(monkeypatch):
     groups, needs = [], {"a": 3, "b": 2, "c": 4, "d": 1}
-    bench = Bench(torch.device("cpu"), torch.float32, 1.0, 5, 1, print)
+    bench = Bench(torch.device("cpu"), torch.float32, 1.0, 5, 1)
     monkeypatch.setattr(Bench, "needed", lambda self, rival, setting: needs[rival.model])
     monkeypatch.setattr(Bench, "run_in_turns", lambda self, rivals, _: groups.append([r.model for r in rivals]) or [])
     list(bench.lines([SimpleNamespace(model=name, is_folded=False) for name in needs], Setting("model", 1, 8)))
