@@ -119,7 +119,6 @@ def trained(methods: list[Method], question: Question) -> str:
     words = [next(iter(names)) for names in shared if len(names) == 1]
     if question.tokens is not None:
         words.append(f"{question.tokens:,} tokens")
-    seeds = min(len(set(method.seeds)) for method in methods)
-    if seeds > 1:
+    if (seeds := min(len(set(method.seeds)) for method in methods)) > 1:
         words.append(f"bars: {question.confidence:.0%} t interval over {seeds} seeds")
     return ", ".join(words)

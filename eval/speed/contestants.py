@@ -116,19 +116,11 @@ def kernels(call: tuple, core: AttentionCore, device: torch.device) -> dict[str,
 
     On a GPU these are PyTorch's own, and those of FlashAttention and FlashMLA if they are installed.
     """
-
-    def through(backend: SDPBackend) -> Callable:
-        def attend(*call) -> Tensor:
-            with sdpa_kernel(backend):
-                return core.attend(*call)
-
-        return attend
-
     found = {core.kernel: core.attend}
     (qkv,) = call[0]
     if device.type != "cuda" or not isinstance(qkv, Dense | Absorbed):
         return found
-    found |= {f"sdpa.{name.lower()}": through(getattr(SDPBackend, name)) for name in BACKENDS}
+    found |= {f"sdpa.{name.lower()}": sdpa_kernel(getattr(SDPBackend, name))(core.attend) for name in BACKENDS}
     with suppress(ImportError):
         found |= flash_attention() if isinstance(qkv, Dense) else flash_mla(qkv)
     return found
