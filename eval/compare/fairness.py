@@ -63,12 +63,12 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
     def fingerprint(kind: str, why: str = "") -> Check:
         return same(kind, lambda run: run.fingerprints[kind], lambda value: value[:12], why)
 
-    def settings(block: str) -> Check:
+    def settings(name: str, prefix: str) -> Check:
         def of(run: Run) -> str:
-            keys = [key for key in run.identity if key.startswith(f"{block}.")]
-            return ", ".join(f"{key.removeprefix(f'{block}.')}={run.identity[key]}" for key in keys)
+            keys = [key for key in run.identity if key.startswith(prefix)]
+            return ", ".join(f"{key.removeprefix(prefix)}={run.identity[key]}" for key in keys)
 
-        return same(block, of)
+        return same(name, of)
 
     seeds = {run.dir: ", ".join(map(str, method.seeds)) for method in methods for run in method.runs}
     data = fingerprint("data", "The runs saw different tokens, so their losses are not of the same thing.")
@@ -89,7 +89,7 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
         same("batch", lambda run: run.config.trainer.tokens_per_step, "{:,} tokens per step".format),
         same("seeds", lambda run: seeds[run.dir],
              why="A seed decides the order of the data and the initial weights."),
-        settings("optim"), settings("schedule"),
+        settings("optimizer", "optim."), settings("schedule", "schedule."),
     ]  # fmt: skip
     same_tokens = DIFFERS not in (data.verdict, tokenizer.verdict, held_out.verdict)
     only_tokenizer = tokenizer.verdict == data.verdict == DIFFERS and fingerprint("text").verdict == MATCHED

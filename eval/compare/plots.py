@@ -42,17 +42,11 @@ def curves(methods: list[Method], path: Path) -> None:
     for panel, axis in zip(panels, ("tokens", "training FLOPs"), strict=True):
         for method, style in zip(methods, styles(methods), strict=True):
             unit = 1 if axis == "tokens" else method.first.counts["training_flops_per_token"]
-
-            def draw(points: list[tuple[int, float]], panel=panel, unit=unit, **look) -> None:
-                panel.plot([unit * tokens for tokens, _ in points], [loss for _, loss in points], **look)
-
             for run in method.runs:
-                draw(run.points("train/loss"), color=style["color"], alpha=0.18, linewidth=0.7)
-            trained = method.curve("train/loss")
-            smoothed = smooth([loss for _, loss in trained], SMOOTHING)
-            line = [(tokens, loss) for (tokens, _), loss in zip(trained, smoothed, strict=True)]
-            draw(line, **style | {"marker": ""}, linewidth=1.4)
-            draw(method.curve("val/loss"), **style | {"linestyle": ""}, markersize=5)
+                panel.plot(*columns(run.points("train/loss"), unit), color=style["color"], alpha=0.18, linewidth=0.7)
+            x, losses = columns(method.curve("train/loss"), unit)
+            panel.plot(x, smooth(losses, SMOOTHING), **style | {"marker": ""}, linewidth=1.4)
+            panel.plot(*columns(method.curve("val/loss"), unit), **style | {"linestyle": ""}, markersize=5)
             panel.plot([], [], **style, linewidth=1.4, markersize=5, label=method.name)
         panel.set_xlabel(axis)
         zoom(panel, methods)
@@ -62,6 +56,11 @@ def curves(methods: list[Method], path: Path) -> None:
     panels[-1].secondary_yaxis("right", functions=perplexity).set_ylabel("perplexity")
     figure.suptitle("Lines: training, smoothed over raw; marks: validation", fontsize=10)
     save(figure, panels[0], methods, path)
+
+
+def columns(points: list[tuple[int, float]], unit: float) -> np.ndarray:
+    """Return (tokens, value) of each point as two rows, the tokens times `unit`."""
+    return (np.reshape(points, (-1, 2)) * (unit, 1)).T
 
 
 def save(figure, axes, methods: list[Method], path: Path) -> None:

@@ -110,20 +110,17 @@ def final(methods: list[Method], question: Question) -> Table:
 def reach(methods: list[Method], question: Question) -> Table:
     """Return the tokens and FLOPs that it takes to reach the target."""
 
-    def tokens_of(method: Method) -> float:
+    def takes(method: Method) -> tuple[float, float]:
         reached = [reaches(run.points(question.metric), question.target) for run in method.runs]
-        return math.nan if None in reached else statistics.fmean(reached)
+        tokens = math.nan if None in reached else statistics.fmean(reached)
+        return tokens, tokens * method.first.counts["training_flops_per_token"]
 
-    def flops_per_token(method: Method) -> float:
-        return method.first.counts["training_flops_per_token"]
-
-    base, rows = question.baseline, []
+    base, rows = takes(question.baseline), []
     for method in methods:
-        ours, theirs = tokens_of(method), tokens_of(base)
-        share = ours / theirs if theirs else math.nan
-        flops, flops_share = flops_per_token(method), share * flops_per_token(method) / flops_per_token(base)
-        shown = [count(ours), number(share, ".3f"), count(ours * flops), number(flops_share, ".3f")]
-        rows.append([method.name, *shown])
+        cells = []
+        for ours, theirs in zip(takes(method), base, strict=True):
+            cells += [count(ours), number(ours / theirs if theirs else None, ".3f")]
+        rows.append([method.name, *cells])
     tokens = f"tokens to {question.label} {number(question.target, '.3f')}"
     note = "Means over runs, on straight lines between evaluations; a dash if a run of the method has not got there."
     return Table(["method", tokens, "/ baseline's", "FLOPs", "/ baseline's"], rows, [note])
