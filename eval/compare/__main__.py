@@ -1,6 +1,6 @@
 """Runs side by side: `python -m eval.compare RUN ... [key=value ...]`
 
-RUN is a run folder, or a folder of a sweep (every run in it). Works while runs train.
+RUN is a run folder, a folder of a sweep (every run in it), or wandb:ENTITY/PROJECT[/GROUP]. Works while runs train.
 
   out=DIR            where the report goes; default: the runs' common parent/compare
   baseline=METHOD    what the others are compared with; default: mha, else the first
@@ -35,6 +35,7 @@ from configs.load import Block, load
 from eval.compare import gate, report, tables
 from eval.compare.collect import Method, Run, all_runs, name_methods, read_run, run_folders
 from eval.compare.fairness import Fairness, check, verdict
+from eval.compare.from_wandb import fetch
 
 
 class CompareConfig(Block):
@@ -78,6 +79,15 @@ def parse(arguments: list[str]) -> CompareConfig:
     return load(tree, CompareConfig)
 
 
+def gather(config: CompareConfig) -> list[Run]:
+    """Return the runs that are named; those of W&B are fetched into `out` first."""
+
+    def folders(name: str) -> list[Path]:
+        return fetch(name, Path(config.out or "runs/wandb")) if name.startswith("wandb:") else run_folders(name)
+
+    return [read_run(folder) for folder in dict.fromkeys(chain.from_iterable(each(folders, config.runs)))]
+
+
 def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> tables.Question:
     """Return what is compared, from the options and what the runs have in common."""
     only_bytes = fairness.same_text and not fairness.same_tokens
@@ -118,8 +128,7 @@ def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
 
 
 def main(config: CompareConfig, command: str) -> int:
-    folders = chain.from_iterable(each(run_folders, config.runs))
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    runs = gather(config)
     if not config.reference:
         return compare(config, runs, command)
     if len(runs) != 1:

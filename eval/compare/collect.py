@@ -160,6 +160,7 @@ def read_run(folder: Path) -> Run:
     config = read_config(folder)
     results = {path.stem: read_json(path) for path in sorted(folder.glob("results/*.json"))}
     manifests = sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True)
+    facts = map(read_json, [*manifests, *folder.glob("checkpoint_facts.json")])  # which runs from W&B have
     return Run(
         dir=folder,
         config=config,
@@ -167,7 +168,7 @@ def read_run(folder: Path) -> Run:
         events=read_events(folder),
         results={name: record for name, record in results.items() if "results" in record},
         decoding=read_lines(folder / "results/decoding.jsonl"),
-        facts=next(filter(None, map(read_json, manifests)), {}),
+        facts=next(filter(None, facts), {}),
         finished=is_finished(folder),
     )
 

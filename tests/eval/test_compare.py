@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +20,12 @@ from configs.errors import ConfigError
 from eval.compare import gate, plots, tables
 from eval.compare.__main__ import choose, main, parse
 from eval.compare.collect import label, name_methods, read_run, run_folders
-from eval.compare.fairness import check
+from eval.compare.fairness import check, verdict
+from eval.compare.from_wandb import write_folder
 from eval.compare.statistics import difference, estimate, pareto, reaches, smooth
 from eval.results import Outcome
 from tests.conftest import SMALL_RUN
+from tests.training.wandb_server import wandb_server
 from training.config import Config
 from training.jsonl import read_lines
 from training.plots import colour_of
@@ -35,6 +40,7 @@ def sweep(small_data, tmp_path_factory):
     for model in ("mha", "t6"):
         for seed in (0, 1):
             overrides = [*TINY, *small_data, f"model={model}", f"run.seed={seed}", f"run.dir={folder}/{model}_{seed}"]
+            overrides += ["wandb.mode=offline"] if (model, seed) == ("mha", 0) else []
             assert train.main(configured(Config, overrides)) == 0
     return folder
 
@@ -159,6 +165,23 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     assert "excludes zero" not in text  # with one seed there is no interval
     text = compared(tmp_path / "run", sweep / "t6_1", f"out={tmp_path}/out")
     assert "Not every seed has been evaluated: t6 (1 of 2)" in text
+
+
+def test_runs_of_wandb_are_compared_as_folders_are(sweep, tmp_path):
+    """From what `wandb sync` sends to a server."""
+    run = sweep / "mha_0"
+    with wandb_server() as server:
+        environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+        paths = [str(path) for path in run.glob("wandb/offline-run-*")]
+        subprocess.run([sys.executable, "-m", "wandb", "sync", *paths], env=environment, check=True, timeout=120)
+    ((_, sent),) = server.items()
+    config = {key: item["value"] for key, item in sent["config"].items()}
+    folder = write_folder(tmp_path / "fetched", config, sent["history"], sent["summary"])
+    assert read_lines(folder / "metrics.jsonl") == read_lines(run / "metrics.jsonl")
+    assert read_run(folder).config == read_run(run).config and read_run(folder).finished
+    methods = name_methods([read_run(folder), read_run(sweep / "t6_0")])
+    words, _ = verdict(check(methods, 0.05), methods)
+    assert "not matched" not in words
 
 
 def test_the_gate_fails_where_a_run_is_worse(sweep, tmp_path, capsys):
