@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from training import checkpoint
 from training.checks import check_before_start, check_sweep
 from training.config import Config
-from training.device import Runtime, find_runtime, memory_gb, peak_flops
+from training.device import Runtime, memory_gb, peak_flops
 from training.engine import build_engine, release_memory, seed_step
 from training.health import Rollbacks
 from training.metrics import Throughput
@@ -42,7 +42,7 @@ from training.session import FINISHED, Ended, Session, session
 
 def main(config: Config) -> int:
     """Train one run, from its checked configuration to its exit code."""
-    runtime = find_runtime(config.device, config.trainer.dtype, config.deepspeed.bf16_engine)
+    runtime = config.runtime()
     report = Report(enabled=runtime.is_main)
     check_before_start(config, runtime)
     if is_finished(config.run.dir):
@@ -97,7 +97,7 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
     metrics = open_record(config, run, start_step, manifest, counts | checked.numbers) if runtime.is_main else None
     report.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
     keep = benchmarks.keep(checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best))
-    saver = CheckpointSaver(run_dir, keep, report.say, trainer.background_saving, run.watchdog.mark)
+    saver = CheckpointSaver(run_dir, keep, report.say, run.watchdog.mark)
     benchmarks.attach(engine.module, tokenizer, saver, metrics, run.watchdog.mark)
 
     # The loop: a step is one optimizer update on global_batch_size sequences.

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import ConfigError, did_you_mean, each
-from configs.load import RENAMED, Command, load, to_dict
+from configs.load import Command, load, to_dict
 
 CONFIGS = Path(__file__).parent.resolve()
 INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -40,8 +40,6 @@ def config_errors() -> Iterator[None]:
         yield
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        if f"{group}={name}" in RENAMED:
-            raise ConfigError(f"{group}={name}: has a new name; {RENAMED[f'{group}={name}']}") from error
         raise ConfigError(
             f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, choices(group))}"
         ) from error

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-UNWRITABLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST
-}  # fmt: skip
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 SHOWN = 40  # known names in a message
 
 
@@ -20,12 +18,8 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.errors))
 
 
-class Mistakes(ValueError):
-    """What a validator that looks at several keys raises: a line for each mistake, with keys relative to its block."""
-
-    def __init__(self, *lines: str):
-        self.lines = list(lines)
-        super().__init__("\n".join(lines))
+class Mistakes(ConfigError, ValueError):
+    """What a validator that looks at several keys raises: the same, with keys relative to its block."""
 
 
 def each(check: Callable, items: Iterable) -> list:

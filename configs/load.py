@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,18 +18,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, m
 
 from configs.errors import ConfigError, Mistakes, did_you_mean
 
-RENAMED = {  # what older command lines say, and what to say now
-    "core=sdpa": "use core=full",
-    "core=flash_tpa": "use core=full core.kernel=factors",
-    "factors": "use core.kernel=factors",
-    "core.training": "leave it out: training always forms keys and values",
-    "core.scores": "leave it out: every slice has its own scores",
-} | {
-    f"experiment=paper/{model}_{size}": f"use experiment=paper/{size} model={model}"
-    for model in ("mha", "mqa", "gqa", "mla", "t6", "t6_kvonly")
-    for size in ("small", "medium", "large", "xl")
-}
-KINDS = {
+REMEDIES = {  # by pydantic's type of an error, or by the type's first word
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "finite_number": "a finite number",
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
@@ -142,11 +138,9 @@ def defaults(tree: Mapping, schema: type[Block]) -> dict[str, Any]:
     for key, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Block):
             node = tree.get(key)
-            try:
+            with suppress(Mistakes):  # validation reports them
                 if isinstance(node, Mapping | DictConfig):
                     found[key] = defaults(node, target_of(node, field.annotation))
-            except Mistakes:
-                continue  # validation reports it
         elif not field.is_required():
             default = field.get_default(call_default_factory=True)
             found[key] = to_dict(default) if isinstance(default, Block) else default
@@ -170,9 +164,7 @@ def explain(error: dict[str, Any], tree: Mapping, schema: type[Block]) -> list[t
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, Mistakes):
         dot = f"{key}." if key else ""
-        return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.lines]
-    if key in RENAMED:
-        return [(key, f"{key}: is no key any more; {RENAMED[key]}")]
+        return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.errors]
     if error["type"] == "extra_forbidden":
         return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(parents, tree, schema), prefix)}")]
     if error["type"] == "missing" or error["input"] is None:
@@ -193,17 +185,10 @@ def remedy(error: dict[str, Any]) -> str:
     kind, limits = error["type"], error.get("ctx", {})
     if kind == "value_error":
         return str(limits["error"])
-    if kind == "greater_than":
-        return "must be a positive number" if limits["gt"] == 0 else f"must be greater than {limits['gt']}"
-    if kind in ("greater_than_equal", "less_than", "less_than_equal"):
-        words = {"greater_than_equal": ("at least", "ge"), "less_than": ("less than", "lt")}
-        word, limit = words.get(kind, ("at most", "le"))
-        return f"must be {word} {limits[limit]}"
-    if kind == "literal_error":
-        return f"must be {limits['expected']}".replace("'", "")
-    if kind == "finite_number":
-        return "must be a finite number"
-    return f"must be {KINDS.get(kind.partition('_')[0], error['msg'])}"
+    if kind == "greater_than" and limits["gt"] == 0:
+        return "must be a positive number"
+    text = REMEDIES.get(kind) or REMEDIES.get(kind.partition("_")[0])
+    return f"must be {text.format(**limits)}".replace("'", "") if text else error["msg"]
 
 
 def shown(value: Any) -> str:

@@ -12,13 +12,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.app import choices
 from configs.errors import ConfigError, Mistakes, did_you_mean
-from configs.load import Block, Command, flatten, to_dict
+from configs.load import Block, Command, flatten, to_dict, without
 from data.config import DataConfig, TokenizerConfig, check_vocabulary, fill_data_dir
 from data.sources.base import source_of
 from model.attention.base import AttentionConfig, AttentionCore
 from model.counting.match import decide
 from model.transformer import SizeConfig, TransformerConfig
-from training.device import Device, Dtype
+from training.device import Device, Dtype, Runtime, find_runtime
 from training.optim import WHOLE_MATRICES, OptimConfig, ScheduleConfig
 
 # DeepSpeed's keys that would contradict a key of ours, and ours.
@@ -45,7 +45,8 @@ DEEPSPEED_KEYS = (
 )  # fmt: skip
 
 ROPE_SCALING = ("rope_scaling", "rope_factor", "rope_original_length")
-# Cores by the names of older run folders: how full attention was computed is now its kernel.
+# Of older run folders: keys that are no more, and cores, when how full attention is computed was not yet its kernel.
+REMOVED_KEYS = {"core.training", "core.scores", "trainer.background_saving"}
 OLD_CORES = {
     "model.cores.sdpa.SDPA": {"_target_": "model.cores.full.Full", "name": "full"},
     "model.cores.flash_tpa.FlashTPA": {"_target_": "model.cores.full.Full", "name": "full", "kernel": "factors"},
@@ -127,7 +128,6 @@ class TrainerConfig(Block):
     keep_checkpoints: int = Field(2, ge=1)  # the most recent ones that stay
     keep_every: int | None = Field(None, ge=0)  # and those whose step is a multiple of this
     keep_best: bool = False  # and the one with the lowest validation loss
-    background_saving: bool = True  # write checkpoints while the next steps run
     log_every: int = Field(10, ge=1)
     max_bad_steps: int = Field(10, ge=1)  # steps in a row with a non-finite loss or gradient before the run goes back
     max_loss_spike: float | None = Field(3.0, gt=0)  # nats over the mean of the last 32 steps that send it back
@@ -176,9 +176,8 @@ class TrainerConfig(Block):
         micro, total = self.micro_batch_size, self.global_batch_size
         if total % (micro * world_size) == 0:
             return total // (micro * world_size)
-        fits = [n for n in range(1, micro + 1) if total % (n * world_size) == 0]
         remedy = f"trainer.global_batch_size must be a multiple of the {world_size} processes"
-        if fits:
+        if fits := [n for n in range(1, micro + 1) if total % (n * world_size) == 0]:
             remedy = f"trainer.micro_batch_size={fits[-1]} fits"
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise ConfigError(
@@ -211,11 +210,16 @@ class Config(Command):
         lines: list[str] = []
         self.core = self.core.resolved(self.trainer.seq_len)
         self.data = fill_data_dir(self.data, self.tokenizer)
-        for check in (self._fill_model, lambda: check_vocabulary(self.data, self.tokenizer)):
+        world_size = (info.context or {}).get("world_size") or int(os.environ.get("WORLD_SIZE", 1))
+        for check in (
+            self._fill_model,
+            lambda: check_vocabulary(self.data, self.tokenizer),
+            lambda: self.trainer.accumulation_steps(world_size),
+        ):
             try:
                 check()
-            except Mistakes as error:
-                lines += error.lines
+            except ConfigError as error:
+                lines += error.errors
         if self.data.document_mask and not self.core.masks_documents:
             why = f", {self.core.why_no_documents}" if self.core.why_no_documents else ""
             lines.append(f"data.document_mask=true: core={self.core.name} cannot mask documents{why}; use core=full")
@@ -226,11 +230,6 @@ class Config(Command):
                 f"optim.name={self.optim.name}: updates whole matrices, and deepspeed={self.deepspeed.name} gives each "
                 "process a flat share of them; use deepspeed=zero0"
             )
-        try:
-            context = info.context or {}
-            self.trainer.accumulation_steps(context.get("world_size") or int(os.environ.get("WORLD_SIZE", 1)))
-        except ConfigError as error:
-            lines += error.errors
         if lines:
             raise Mistakes(*lines)
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
@@ -240,6 +239,10 @@ class Config(Command):
 
     def _fill_model(self) -> None:
         self.model = decide(self.model, self.core, self.size, self.trainer.seq_len)
+
+    def runtime(self) -> Runtime:
+        """Return where this process trains. ConfigError if it has no GPU of its own."""
+        return find_runtime(self.device, self.trainer.dtype, self.deepspeed.bf16_engine)
 
     def network(self, end_of_text: int | None = None) -> TransformerConfig:
         """Return what defines the network; `end_of_text` is the tokenizer's, for `data.document_mask`."""
@@ -262,16 +265,16 @@ class Config(Command):
         return flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
 
 
-def upgrade_core(core: dict[str, Any]) -> dict[str, Any]:
-    """Return the core of an older run folder under today's names."""
-    kept = {key: value for key, value in core.items() if key not in ("training", "scores")}
-    return kept | OLD_CORES.get(core.get("_target_", ""), {})
+def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of an older run folder under today's keys."""
+    tree = without(tree, REMOVED_KEYS)
+    if isinstance(core := tree.get("core"), dict):
+        core |= OLD_CORES.get(core.get("_target_"), {})
+    return tree
 
 
 def upgrade_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored identity under today's names."""
-    core = {key.removeprefix("core."): value for key, value in identity.items() if key.startswith("core.")}
-    rest = {key: value for key, value in identity.items() if not key.startswith("core.")}
-    core = upgrade_core(core)
-    core.pop("kernel", None)
-    return rest | {f"core.{key}": value for key, value in core.items()}
+    """Return a stored identity under today's keys."""
+    core = {f"core.{key}": value for key, value in OLD_CORES.get(identity.get("core._target_"), {}).items()}
+    gone = {*REMOVED_KEYS, "core.kernel"}
+    return {key: value for key, value in (identity | core).items() if key not in gone}

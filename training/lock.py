@@ -1,6 +1,7 @@
 """One process at a time writes into a folder: one trains a run, one fills its W&B run."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -9,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from configs.errors import ConfigError
+from configs.errors import writing
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 class RunLock:
     """A lock on `<run folder>/.lock`; the system releases it however the process that holds it ends.
@@ -27,57 +29,37 @@ class RunLock:
 
         ConfigError if the folder cannot be written.
         """
-        try:
-            return self._acquire(patience, say)
-        except OSError as error:
-            folder = self.path.parent
-            raise ConfigError(
-                f"run.dir={folder}: cannot be written ({error.strerror}); choose another with run.dir="
-            ) from None
-
-    def _acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
-        deadline = time.monotonic() + patience
-        told = False
-        while not self._locked():
-            holder = f"{self.path.parent} is in use by {self._holder()}"
-            if time.monotonic() > deadline:
-                return f"{holder}; end it first, or choose another run.name"
-            if not told:
-                say(f"{holder}; waiting for {patience:.0f} s")
-            told = True
-            time.sleep(0.2)
-        os.ftruncate(self.file.fileno(), 0)
-        os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        deadline, told = time.monotonic() + patience, False
+        with writing("run.dir", self.path.parent, "; choose another with run.dir="):
+            while not self._locked():
+                holder = f"{self.path.parent} is in use by {self._holder()}"
+                if time.monotonic() > deadline:
+                    return f"{holder}; end it first, or choose another run.name"
+                if not told:
+                    say(f"{holder}; waiting for {patience:.0f} s")
+                told = True
+                time.sleep(0.2)
+            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         return None
 
     def _locked(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = open(self.path, "a", encoding="utf-8")
-        except FileNotFoundError:
-            return False  # its holder has just removed the folder
-        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+        except (BlockingIOError, FileNotFoundError):  # another process has it, or has just removed the folder
             return False
-        except OSError:
-            pass  # a file system without locks
-        try:
-            current = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            current = False
-        if not current:  # its holder has just removed it
-            file.close()
-            return self._locked()
-        self.file = file
-        return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if os.fstat(file.fileno()).st_nlink > 0:  # else its holder has just removed it
+            self.file = file
+        return self.file is not None
 
     def _holder(self) -> str:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return self.path.read_text(encoding="utf-8") or "another process"
-        except FileNotFoundError:
-            return "another process"
+        return "another process"
 
     def release(self) -> None:
         """Release the lock and remove its file, and the run folder too if nothing else is in it."""

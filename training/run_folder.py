@@ -5,10 +5,10 @@ from pathlib import Path
 import yaml
 
 from configs.app import as_yaml
-from configs.errors import ConfigError
+from configs.errors import ConfigError, writing
 from configs.load import load, to_dict
 from data.files import write_atomic
-from training.config import Config, upgrade_core
+from training.config import Config, upgrade
 
 
 def read_config(run_dir: str | Path) -> Config:
@@ -22,10 +22,8 @@ def read_config(run_dir: str | Path) -> Config:
         raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of configuration keys")
-    if isinstance(tree.get("core"), dict):
-        tree["core"] = upgrade_core(tree["core"])
-    tree["device"] = "auto"  # that of training may not exist on this machine
-    return load(tree, Config, world_size=1)
+    # The device of training may not exist on this machine.
+    return load(upgrade(tree) | {"device": "auto"}, Config, world_size=1)
 
 
 def is_finished(run_dir: str | Path) -> bool:
@@ -36,10 +34,6 @@ def is_finished(run_dir: str | Path) -> bool:
 def create_run_folder(config: Config) -> None:
     """Make the folder and its config.yaml. ConfigError if it cannot be written."""
     folder = Path(config.run.dir)
-    try:
+    with writing("run.dir", folder, "; choose another with run.dir="):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "config.yaml", as_yaml(to_dict(config)))
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={folder}: cannot be written ({error.strerror}); choose another with run.dir="
-        ) from None

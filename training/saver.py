@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,30 +15,22 @@ from training.metrics import log_event
 from training.ranks import from_main
 
 
+@dataclass
 class CheckpointSaver:
     """Write the checkpoints of a run, one at a time; every rank calls every method, rank 0 writes.
 
     Of all complete checkpoints, given by their manifests, those whose steps `keep` returns stay. A checkpoint that
     cannot be written (on a full disk, say) is reported to `say` and in events.jsonl, and earlier ones are untouched.
-    Without `background`, `save` waits until its checkpoint is written. `alive` is called while waiting.
+    `alive` is called while waiting.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        keep: Callable[[list[dict]], set[int]],
-        say: Callable[[str], None],
-        background: bool = True,
-        alive: Callable[[str], None] = lambda doing: None,
-    ):
-        self.run_dir = run_dir
-        self.keep = keep
-        self.say = say
-        self.background = background
-        self.alive = alive
-        self.thread: threading.Thread | None = None
-        self.step: int | None = None
-        self.failure: str | None = None
+    run_dir: Path
+    keep: Callable[[list[dict]], set[int]]
+    say: Callable[[str], None]
+    alive: Callable[[str], None]
+    thread: threading.Thread | None = None
+    step: int | None = None
+    failure: str | None = None
 
     def __enter__(self) -> "CheckpointSaver":
         return self
@@ -55,8 +48,6 @@ class CheckpointSaver:
             tensors = {"model": state.weights, "optimizer": state.moments}
             self.thread = threading.Thread(target=self._write, args=(manifest, tensors), name="checkpoint")
             self.thread.start()
-        if not self.background:
-            self._wait()
 
     def finish(self) -> bool:
         """Wait for the checkpoint that is being written; return whether it is there, on every rank."""
@@ -64,18 +55,16 @@ class CheckpointSaver:
         return from_main(lambda: self.failure is None)
 
     def _wait(self) -> None:
-        if self.thread is not None:
-            while self.thread.is_alive():
-                self.alive(f"writing step {self.step}")
-                self.thread.join(timeout=1)
-            self.thread = None
-            if self.failure:
-                self._report_failure()
-
-    def _report_failure(self) -> None:
-        self.say(f"The checkpoint of step {self.step} could not be saved, training continues: {self.failure}")
-        with contextlib.suppress(OSError):  # the disk may have no room for that either
-            log_event(self.run_dir, "save_failed", self.step, reason=self.failure)
+        if self.thread is None:
+            return
+        while self.thread.is_alive():
+            self.alive(f"writing step {self.step}")
+            self.thread.join(timeout=1)
+        self.thread = None
+        if self.failure:
+            self.say(f"The checkpoint of step {self.step} could not be saved, training continues: {self.failure}")
+            with contextlib.suppress(OSError):  # the disk may have no room for that either
+                log_event(self.run_dir, "save_failed", self.step, reason=self.failure)
 
     def _write(self, manifest: dict, tensors: dict) -> None:
         self.failure = None

@@ -50,7 +50,7 @@ def test_a_holder_that_takes_its_folder_with_it_is_waited_for(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run.dir=.*/file/run: cannot be written \(Not a directory\)"):
+    with pytest.raises(ConfigError, match=r"run.dir=.*/file/run: cannot write .* \(Not a directory\)"):
         RunLock(tmp_path / "file/run").acquire(0, print)
 
 
