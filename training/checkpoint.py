@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_file
 from torch import Tensor
 
 from configs.errors import ConfigError
@@ -40,8 +40,7 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) -> None:
     """Write the files of one checkpoint, the manifest last, and then `latest`."""
     folder = checkpoint_dir(run_dir, manifest["step"])
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, named in tensors.items():
         path = folder / f"{name}.safetensors"
@@ -61,9 +60,8 @@ def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> N
     Those past the `last` step are broken: training has resumed from one before them.
     """
     folders = sorted((Path(run_dir) / "checkpoints").glob("step_*"))
-    whole = [folder for folder in folders if not problems(folder, checksums=False)]
-    manifests = {folder: manifest for folder in whole if (manifest := read_manifest(folder))["step"] <= last}
-    kept = keep(list(manifests.values()))
+    manifests = {folder: read_manifest(folder) for folder in folders if not problems(folder, checksums=False)}
+    kept = keep([manifest for manifest in manifests.values() if manifest["step"] <= last])
     for folder in folders:
         if folder not in manifests or manifests[folder]["step"] not in kept:
             shutil.rmtree(folder)
@@ -125,8 +123,7 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 def check_source(source: str) -> None:
     """Raise a ConfigError unless `trainer.init_from` names a folder in which `find` may find a checkpoint."""
-    folder = Path(source)
-    if not (folder / "manifest.json").exists() and not any((folder / "checkpoints").glob("step_*/manifest.json")):
+    if not (any(Path(source).glob("manifest.json")) or any(Path(source).glob("checkpoints/step_*/manifest.json"))):
         raise ConfigError(NO_SOURCE.format(source))
 
 
@@ -173,8 +170,8 @@ def check_same_architecture(folder: Path, identity: dict, tokenizer_fingerprint:
     """Raise a ConfigError unless a checkpoint's weights mean the same in a run with this identity and tokenizer."""
 
     def architecture(identity: dict, fingerprint: str) -> dict:
-        kept = {key: value for key, value in identity.items() if key.startswith(ARCHITECTURE)}
-        return {k: v for k, v in kept.items() if k not in NOT_ARCHITECTURE} | {"tokenizer.fingerprint": fingerprint}
+        keys = (key for key in identity if key.startswith(ARCHITECTURE) and key not in NOT_ARCHITECTURE)
+        return {key: identity[key] for key in keys} | {"tokenizer.fingerprint": fingerprint}
 
     manifest = read_manifest(folder)
     there = architecture(manifest["identity"], manifest["tokenizer_fingerprint"])
@@ -184,16 +181,7 @@ def check_same_architecture(folder: Path, identity: dict, tokenizer_fingerprint:
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Fill the model, before the engine wraps it, from a checkpoint. ConfigError names the tensors that do not fit."""
-    weights = load_file(folder / "model.safetensors")
-    own = dict(model.named_parameters())  # names a tied weight once
-    wrong = [f"{name}: the checkpoint has none" for name in own.keys() - weights.keys()]
-    wrong += [f"{name}: the model has none" for name in weights.keys() - own.keys()]
-    wrong += [f"{name}: {list(weights[name].shape)} in the checkpoint, {list(own[name].shape)} in the model"
-              for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]  # fmt: skip
-    if wrong:
-        raise ConfigError(
-            f"{folder}: the weights do not fit this model:" + "".join(f"\n    {w}" for w in sorted(wrong))
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
+    try:
+        load_model(model, folder / "model.safetensors")
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: the weights do not fit this model: {error}") from None

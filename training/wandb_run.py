@@ -5,10 +5,9 @@ wandb/rows.jsonl lists the rows of its history in the order of the numbers (`_st
 is sent, and wandb/facts.json has its summary. What metrics.jsonl has and the list lacks is added to the list. A listed
 row stays: steps that are trained a second time keep the values of the first.
 
-So each process knows what to send. Online, W&B says how many rows it has, and the rest of the list is sent. If it has
-more than the list, or W&B is offline and cannot be asked, the whole list is sent, each row with its old number, by
-which W&B knows it. An offline file therefore has the whole run: it replaces the older ones, which a killed process may
-have left torn, and can be synced at any time and repeatedly.
+So each process knows what to send: online, what W&B does not have of the list; offline, or if W&B has more than the
+list, all of it, each row with its old number. An offline file therefore has the whole run: it replaces the older ones,
+which a killed process may have left torn, and can be synced at any time and repeatedly.
 
 The training process alone writes to the W&B run of a run that trains, and passes on what evaluations add to
 metrics.jsonl; afterwards evaluations do it, one at a time.
@@ -18,16 +17,15 @@ import functools
 import hashlib
 import html
 import json
-import netrc
 import os
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
+from requests.utils import get_netrc_auth
 
 from configs.load import flatten
 from data.files import write_atomic
@@ -39,34 +37,33 @@ from training.lock import RunLock
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "eval", "model", "slurm", "training")  # what W&B keeps of the code, next to train.py
 PATIENCE = 60.0  # seconds to wait for W&B at the start and the end, and for another process to finish with the run
-
 SUMMARIES = {  # what W&B's summary keeps of a metric, if not its last value
-    "max": ("tokens", "step", "perf/memory_gb"),
-    "min,last": ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"),
-    "max,last": ("optim/grad_norm",),
-    "mean,max,last": ("perf/tokens_per_second", "perf/mfu"),
+    "tokens": "max",
+    "step": "max",
+    "train/loss": "min,last",
+    "val/loss": "min,last",
+    "val/perplexity": "min,last",
+    "val/bits_per_byte": "min,last",
+    "optim/grad_norm": "max,last",
+    "perf/tokens_per_second": "mean,max,last",
+    "perf/mfu": "mean,max,last",
+    "perf/memory_gb": "max",
 }
 Row = dict[str, float | str | list[str] | None]  # numbers; paths of pictures in the run folder; texts
 
 
-def run_id(*parts: str | Path) -> str:
-    """Return the W&B id of a run folder, or of a job that belongs to it and is named by the other parts."""
-    folder, *rest = parts
-    return hashlib.sha256("\n".join([str(Path(folder).resolve()), *map(str, rest)]).encode()).hexdigest()[:16]
+def run_id(run_dir: str | Path, *job: str) -> str:
+    """Return the W&B id of a run folder, or of a job that belongs to it."""
+    return hashlib.sha256("\n".join([str(Path(run_dir).resolve()), *job]).encode()).hexdigest()[:16]
 
 
 def wandb_mode(mode: str) -> str:
     """Return the mode that `auto` means: online if somebody is logged in (WANDB_API_KEY or netrc), else offline."""
     if mode != "auto":
         return mode
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    try:
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        is_logged_in = netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        is_logged_in = False
-    return "online" if is_logged_in or os.environ.get("WANDB_API_KEY") else "offline"
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    is_logged_in = os.environ.get("WANDB_API_KEY") or get_netrc_auth(server)
+    return os.environ.get("WANDB_MODE") or ("online" if is_logged_in else "offline")
 
 
 def data_facts(manifest: Manifest) -> dict[str, float | str]:
@@ -181,27 +178,27 @@ class WandbRun:
             self.run.finish()
             self.run = open_run(self.run_dir, settings, tree, **options)
         self.run.define_metric("*", step_metric="tokens")
-        for summary, keys in SUMMARIES.items():
-            for key in keys:
-                self.run.define_metric(key, step_metric="tokens" if "/" in key else None, summary=summary)
+        for key, summary in SUMMARIES.items():
+            self.run.define_metric(key, step_metric="tokens" if "/" in key else None, summary=summary)
         if self.run.starting_step == 0:
             save_sources(self.run, self.run_dir)
         self.note({})
-        for row in rows:
-            self._know(row)
-        for row in rows[self.run.starting_step :]:
-            self.run.log(shown(self.run_dir, row))
+        for number, row in enumerate(rows):
+            self._show(row, is_sent=number < self.run.starting_step)
         remove_older_files(self.run)
         if not self.run.offline:
             print(f"W&B: {self.run.url}")
 
-    def _know(self, row: Row) -> None:
+    def _show(self, row: Row, is_sent: bool = False) -> None:
         self.known |= {(row.get("step"), key): value for key, value in row.items()}
+        if not is_sent:
+            self.run.log(shown(self.run_dir, row))
 
-    def _add(self, row: Row) -> None:
+    @off_if_it_fails
+    def add(self, row: Row) -> None:
+        """Add a row to the history."""
         self.list.write(json.dumps(row).encode() + b"\n")
-        self._know(row)
-        self.run.log(shown(self.run_dir, row))
+        self._show(row)
 
     @off_if_it_fails
     def catch_up(self) -> None:
@@ -210,7 +207,7 @@ class WandbRun:
         for line in lines:
             step, tokens = line.pop("step"), line.pop("tokens")
             if news := {key: value for key, value in line.items() if self._is_news(step, key, value)}:
-                self._add({"step": step, "tokens": tokens} | news)
+                self.add({"step": step, "tokens": tokens} | news)
 
     def _is_news(self, step: int, key: str, value: float | None) -> bool:
         """An evaluation may be repeated with another result; a step that is trained again is not shown again."""
@@ -223,17 +220,6 @@ class WandbRun:
         facts = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | facts
         write_atomic(path, json.dumps(facts))
         self.run.summary.update(facts)
-
-    @off_if_it_fails
-    def show_texts(self, key: str, texts: list[str]) -> None:
-        """Show texts one below the other."""
-        self._add({key: texts})
-
-    @off_if_it_fails
-    def show_images(self, paths: list[Path]) -> None:
-        """Show pictures that lie in the run folder."""
-        if paths:
-            self._add(pictures(self.run_dir, paths))
 
     @off_if_it_fails
     def _finish(self, exit_code: int) -> None:
@@ -262,11 +248,12 @@ def log_evaluation(
     results = record["results"] | {f"{key}_stderr": value for key, value in record.get("stderr", {}).items()}
     facts = {key: record.get(key) for key in ("run", "suite", "step", "tokens", "limit", "versions")}
     options = {"id": run_id(run_dir, "eval", name), "job_type": "eval", "name": name, "config": facts}
+    drawn = pictures(run_dir, plots)
     try:
         run = open_run(run_dir, settings, tree, **options)
         run.summary.update({f"eval/{suite}/{key}": value for key, value in results.items()})
-        if plots:
-            run.log(shown(run_dir, pictures(run_dir, plots)))
+        if drawn:
+            run.log(shown(run_dir, drawn))
         run.finish()
         remove_older_files(run)
     except Exception as error:
@@ -275,5 +262,6 @@ def log_evaluation(
         # The run keeps its configuration: the evaluation may have another device or kernel.
         made_with = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         view = WandbRun(run_dir, settings, made_with)
-        view.show_images(plots)
+        if drawn:
+            view.add(drawn)
         view.finish()
