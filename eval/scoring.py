@@ -84,7 +84,7 @@ def log_likelihoods(
     """
     rows = share_rows(requests, max_length)[ranks.rank() :: ranks.world_size()]
     batches = list(batched(rows, batch_size * max_length))
-    idle = [[Row([0])]] * (ranks.largest(len(batches), device) - len(batches))
+    idle = [[Row([0])]] * (max(ranks.gather(len(batches))) - len(batches))
     answers = torch.zeros(len(requests), 2, dtype=torch.float64)  # log p, and 1 if it is greedy
     for batch in progress(batches + idle):
         spans = [(row, request) for row, shared in enumerate(batch) for request in shared.requests]

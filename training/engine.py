@@ -45,8 +45,7 @@ def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
     Collectives give up only after twice `rank_timeout`, when the watchdog should have ended the process long ago.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         os.environ.update(zip(LAUNCHER, ("127.0.0.1", port, "0", "0", "1"), strict=True), **{ALONE: "1"})
     if runtime.device.type == "cuda":

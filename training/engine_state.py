@@ -32,8 +32,8 @@ def gather_state(engine, alive: Callable[[], None] = lambda: None) -> EngineStat
     has_master = stage == 3 or engine.bfloat16_enabled()  # the fp32 weights lie next to the parameters
     optimizer, state = inner_optimizer(engine), EngineState()
     first = next(iter(optimizer.state.values()), {})
-    state.scalars = {key: float(value) for key, value in first.items() if is_scalar(value)}
-    moments = [key for key, value in first.items() if isinstance(value, Tensor) and not is_scalar(value)]
+    moments = [key for key, value in first.items() if isinstance(value, Tensor) and value.ndim > 0]
+    state.scalars = {key: float(value) for key, value in first.items() if key not in moments}
     for name, parameter in engine.module.named_parameters():
         weight = safe_get_full_fp32_param(parameter) if has_master else parameter.detach()
         if is_main:
@@ -51,10 +51,6 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.float32, copy=True).contiguous()
 
 
-def is_scalar(value) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
 def restore(engine, folder: Path) -> None:
     """Give the engine, whose model has a checkpoint's weights already, the rest of the checkpoint.
 
@@ -63,7 +59,7 @@ def restore(engine, folder: Path) -> None:
     if engine.bfloat16_enabled():
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             for name, parameter in engine.module.named_parameters():
-                set_master(engine, parameter, file.get_tensor(name))
+                put(engine, parameter, file.get_tensor(name))
     scalars = saved_scalars(read_manifest(folder))
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         moments = sorted({key.partition(".")[0] for key in file.keys()})  # noqa: SIM118
@@ -77,15 +73,13 @@ def restore(engine, folder: Path) -> None:
             engine.optimizer._lazy_init_hp_params_optimizer_state()  # so that parameters find their moments
         for name, parameter in engine.module.named_parameters():
             for key in moments:
-                set_moment(engine, parameter, key, file.get_tensor(f"{key}.{name}"))
+                put(engine, parameter, file.get_tensor(f"{key}.{name}"), key)
 
 
 def saved_scalars(manifest: dict) -> dict[str, float]:
     """Return the optimizer's scalars; older checkpoints have AdamW's number of updates alone."""
-    if "optimizer_scalars" in manifest:
-        return manifest["optimizer_scalars"]
-    updates = manifest["optimizer_updates"]
-    return {"step": float(updates)} if updates else {}
+    updates = manifest.get("optimizer_updates")
+    return manifest.get("optimizer_scalars", {"step": float(updates)} if updates else {})
 
 
 def inner_optimizer(engine) -> torch.optim.Optimizer:
@@ -103,27 +97,20 @@ def owned_tensors(engine) -> list[Tensor]:
     return engine.optimizer.single_partition_of_fp32_groups
 
 
-def set_master(engine, parameter: Tensor, value: Tensor) -> None:
-    """Put `value` in the fp32 weights from which the engine makes its bf16 parameter."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if engine.zero_optimization_stage() == 3:
-        safe_set_local_fp32_param(parameter, own_part(parameter, value))
-    else:
-        safe_set_full_fp32_param(parameter, value)
-
-
-def set_moment(engine, parameter: Tensor, key: str, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+def put(engine, parameter: Tensor, value: Tensor, moment: str | None = None) -> None:
+    """Put `value` in a moment of a parameter or, without one, in the fp32 weights of which its bf16 ones are copies."""
+    from deepspeed import utils
 
     stage = engine.zero_optimization_stage()
     if stage == 0:
         state = engine.optimizer.state[parameter]
-        state[key] = value.to(state[key].device, state[key].dtype)  # of a shape of its own, for some optimizers
-    elif stage == 3:
-        safe_set_local_optimizer_state(parameter, own_part(parameter, value), key)
+        state[moment] = value.to(state[moment].device, state[moment].dtype)  # some optimizers have shapes of their own
+        return
+    kind, value = ("local", own_part(parameter, value)) if stage == 3 else ("full", value)
+    if moment is None:
+        getattr(utils, f"safe_set_{kind}_fp32_param")(parameter, value)
     else:
-        safe_set_full_optimizer_state(parameter, value, key)
+        getattr(utils, f"safe_set_{kind}_optimizer_state")(parameter, value, moment)
 
 
 def own_part(parameter: Tensor, value: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from training.wandb_run import WandbRun, pictures
 
 def metrics_line(step: int, tokens: int, metrics: dict[str, float]) -> dict[str, float | None]:
     """Return a line of metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
-    numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    return {"step": step, "tokens": tokens} | numbers
+    line = {"step": step, "tokens": tokens} | metrics
+    return {key: value if math.isfinite(value) else None for key, value in line.items()}
 
 
 def drop_lines_after(path: Path, step: int) -> None:

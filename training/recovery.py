@@ -12,12 +12,11 @@ from training.config import Config, TrainerConfig
 from training.engine_state import restore
 from training.health import Health, Rollbacks
 from training.metrics import Metrics, log_event
-from training.preemption import PREEMPTED
 from training.ranks import from_main, world_size
 from training.report import Report
 from training.run_folder import create_run_folder
 from training.saver import CheckpointSaver
-from training.session import Session
+from training.session import PREEMPTED, Session
 from training.wandb_run import data_facts
 
 GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint

@@ -1,6 +1,7 @@
 """What a run shows in the terminal: tables before and after, and a live progress bar or plain lines between them."""
 
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -14,11 +15,12 @@ from training.jsonl import read_lines
 from training.metrics import Metrics
 from training.plots import plot_loss
 
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+SHOWN = {  # of the metrics of a step
+    "train/loss": "loss {:.4f}",
+    "val/loss": "val loss {:.4f}",
+    "val/perplexity": "val perplexity {:.1f}",
+    "perf/tokens_per_second": "{:,.0f} tokens/s",
+}
 
 
 class Report:
@@ -43,15 +45,13 @@ class Report:
     ) -> None:
         """Show what is about to run, on what, from which step."""
         trainer, model, size = config.trainer, config.model, config.size
-        parameters = f"{counts['params'] / 1e6:.1f}M parameters"
-        cache = f"KV cache {counts['kv_bytes_per_token']:,} bytes a token"
-        resumed = f", resumed from step {start_step}" if start_step else ""
+        tokens, entropy = manifest.tokens("train"), manifest.unigram_entropy
         rows = {
-            "run": config.run.dir + resumed,
-            "model": f"{model.name} {size.name}, {parameters}, {model.n_heads} heads, {cache}",
+            "run": config.run.dir + (f", resumed from step {start_step}" if start_step else ""),
+            "model": f"{model.name} {size.name}, {counts['params'] / 1e6:.1f}M parameters, {model.n_heads} heads, "
+            f"KV cache {counts['kv_bytes_per_token']:,} bytes a token",
             "budget": budget(counts, size.match, size.match_tolerance),
-            "data": f"{manifest.name}, {manifest.tokens('train'):,} tokens, "
-            f"unigram entropy {manifest.unigram_entropy:.3f}",
+            "data": f"{manifest.name}, {tokens:,} tokens, unigram entropy {entropy:.3f}",
             "steps": f"{trainer.horizon} of {trainer.tokens_per_step:,} tokens, {epochs:.2f} epochs",
             "machine": f"{runtime.world_size} x {runtime.device.type}, {dtype_name(runtime.dtype)}, "
             f"{config.deepspeed.name}",
@@ -72,19 +72,13 @@ class Report:
         if not metrics:
             self.progress.update(self.task, completed=step)
             return
-        left = (time.monotonic() - self.started) / (step - self.first_step) * (self.horizon - step)
-        parts = []
-        if "train/loss" in metrics:
-            parts.append(f"loss {metrics['train/loss']:.4f}")
-        if "val/loss" in metrics:
-            parts.append(f"val loss {metrics['val/loss']:.4f} (perplexity {metrics['val/perplexity']:.1f})")
-        if "perf/tokens_per_second" in metrics:
-            parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
-        parts.append(f"{duration(left)} left")
-        brief = ", ".join(part for part in parts if not part.startswith("val"))  # the bar has one line of a terminal
-        self.progress.update(self.task, completed=step, status=brief)
+        seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.horizon - step)
+        left = f"{timedelta(seconds=round(seconds))} left"
+        parts = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
+        brief = [part for part in parts if not part.startswith("val")]  # the bar has one line of a terminal
+        self.progress.update(self.task, completed=step, status=", ".join([*brief, left]))
         if not self.live or "val/loss" in metrics:
-            self.say(f"step {step}/{self.horizon}: {', '.join(parts)}")
+            self.say(f"step {step}/{self.horizon}: {', '.join([*parts, left])}")
 
     def stop(self) -> None:
         if self.progress is not None:
@@ -93,17 +87,15 @@ class Report:
     def finish(self, config: Config, counts: dict, manifest: Manifest, texts: list[str], metrics: Metrics) -> None:
         """Write samples.txt, loss.png and summary.json, and show them. Rank 0 calls it."""
         self.stop()
-        run_dir = Path(config.run.dir)
+        run_dir, entropy = Path(config.run.dir), manifest.unigram_entropy
         samples = run_dir / "samples.txt"
         write_atomic(samples, "\n\n".join(f"--- sample {i}\n{text}" for i, text in enumerate(texts, 1)) + "\n")
         last = [line for line in read_lines(run_dir / "metrics.jsonl") if "val/loss" in line][-1]
-        entropy = manifest.unigram_entropy
         plot = plot_loss(run_dir, config.run.name, entropy)
         metrics.summarize({"run": config.run.name} | counts | last | {"unigram_entropy": entropy}, plot, texts)
         if texts:
             self.say(f"\nA sample:\n\n{texts[0]}")
-        rows = validation_rows(last, entropy) | {"loss plot": str(plot), "samples": str(samples)}
-        self.table("Done", rows)
+        self.table("Done", validation_rows(last, entropy) | {"loss plot": str(plot), "samples": str(samples)})
 
 
 def validation_rows(last: dict, entropy: float) -> dict[str, str]:
@@ -112,9 +104,9 @@ def validation_rows(last: dict, entropy: float) -> dict[str, str]:
     if loss is None:
         return {"validation loss": "not finite"}
     side = "under" if loss < entropy else "over"
+    distance = f"{abs(entropy - loss):.4f} {side} the unigram entropy of {entropy:.4f}"
     return {
-        "validation loss": f"{loss:.4f} nats a token, {abs(entropy - loss):.4f} {side} the unigram entropy of "
-        f"{entropy:.4f}",
+        "validation loss": f"{loss:.4f} nats a token, {distance}",
         "perplexity": f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte",
     }
 
@@ -126,6 +118,5 @@ def budget(counts: dict, match: str, tolerance: float) -> str:
         f"{ratio['params']:.3f} x MHA's attention parameters, {ratio['flops']:.3f} x its FLOPs, "
         f"{ratio['kv_bytes']:.3f} x its cache"
     )
-    if abs(ratio[match] - 1) <= tolerance:
-        return text
-    return f"{text} (not matched by {match} within {tolerance:.0%})"
+    is_matched = abs(ratio[match] - 1) <= tolerance
+    return text if is_matched else f"{text} (not matched by {match} within {tolerance:.0%})"

@@ -17,6 +17,5 @@ def test_the_bar_fits_into_80_columns_and_the_line_of_a_validation_has_everythin
     bar = shown.progress.tasks[0].fields["status"]
     shown.stop()
     assert len(f"training ━━━━ 99999/100000 {bar}") < 80 and "val" not in bar
-    assert "step 99999/100000: loss 2.3456, val loss 2.5000 (perplexity 12.2)" in shown.console.file.getvalue().replace(
-        "\n", " "
-    )
+    line = "step 99999/100000: loss 2.3456, val loss 2.5000, val perplexity 12.2"
+    assert line in shown.console.file.getvalue().replace("\n", " ")
