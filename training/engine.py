@@ -1,16 +1,26 @@
-"""The DeepSpeed engine around the model, and the process group that it needs."""
+"""The DeepSpeed engine around the model, the process group that it needs, and its state.
+
+The state is by parameter name, whole and in fp32, whatever the ZeRO stage and the world size. An optimizer's is what
+torch.optim keeps for each parameter: moments of the parameter's size, whatever they are called, and scalars such as the
+number of updates, which are the same for all.
+"""
 
 import gc
 import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
+from torch import Tensor
 
 from configs.errors import ConfigError
+from training.checkpoint import read_manifest
 from training.config import Config
 from training.device import Runtime
 from training.ranks import backend_of, join
@@ -113,3 +123,104 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
     if config.trainer.compile:
         engine.compile()
     return engine
+
+
+def gather_state(engine, alive: Callable[[], None]) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
+    """Return the optimizer's scalars by name, none before the first update, and the tensors of a checkpoint's files.
+
+    "model" has the weights by parameter and "optimizer" the moments by `<moment>.<parameter>`, on rank 0's CPU; other
+    ranks have none. Every rank calls it, and `alive` is called after each parameter.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    stage, is_main = engine.zero_optimization_stage(), torch.distributed.get_rank() == 0
+    has_master = stage == 3 or engine.bfloat16_enabled()  # the fp32 weights lie next to the parameters
+    optimizer = inner_optimizer(engine)
+    first = {key: value for key, value in next(iter(optimizer.state.values()), {}).items() if value is not None}
+    names = [key for key, value in first.items() if isinstance(value, Tensor) and value.ndim > 0]
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        weight = safe_get_full_fp32_param(parameter) if has_master else parameter.detach()
+        if is_main:
+            weights[name] = stored(weight)
+        for key in names:
+            moment = safe_get_full_optimizer_state(parameter, key) if stage else optimizer.state[parameter][key]
+            if is_main:
+                moments[f"{key}.{name}"] = stored(moment)
+        alive()
+    scalars = {key: float(value) for key, value in first.items() if key not in names}
+    return scalars, {"model": weights, "optimizer": moments}
+
+
+def stored(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.float32, copy=True).contiguous()
+
+
+def restore(engine, folder: Path) -> None:
+    """Give the engine, whose model has a checkpoint's weights already, the rest of the checkpoint.
+
+    Each rank keeps the part that it owns of the moments and, if parameters are bf16, of the fp32 weights.
+    """
+    if engine.bfloat16_enabled():
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            for name, parameter in engine.module.named_parameters():
+                put(engine, parameter, file.get_tensor(name))
+    scalars = saved_scalars(read_manifest(folder))
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        moments = sorted({key.partition(".")[0] for key in file.keys()})  # noqa: SIM118
+        if not (scalars or moments):
+            return
+        stage, optimizer = engine.zero_optimization_stage(), inner_optimizer(engine)
+        for owned in owned_tensors(engine):
+            numbers = {key: torch.tensor(value, device=owned.device) for key, value in scalars.items()}
+            optimizer.state[owned] = numbers | {key: torch.zeros_like(owned) for key in moments}
+        if stage in (1, 2):
+            engine.optimizer._lazy_init_hp_params_optimizer_state()  # so that parameters find their moments
+        for name, parameter in engine.module.named_parameters():
+            for key in moments:
+                put(engine, parameter, file.get_tensor(f"{key}.{name}"), key)
+
+
+def saved_scalars(manifest: dict) -> dict[str, float]:
+    """Return the optimizer's scalars; older checkpoints have AdamW's number of updates alone."""
+    updates = manifest.get("optimizer_updates")
+    return manifest.get("optimizer_scalars", {"step": float(updates)} if updates else {})
+
+
+def inner_optimizer(engine) -> torch.optim.Optimizer:
+    """Return the torch optimizer itself: at stage 0 the engine's, above that inside of DeepSpeed's."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def owned_tensors(engine) -> list[Tensor]:
+    """Return what the inner optimizer steps on this rank: parameters at stage 0, flat partitions of them above."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+    if stage == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
+
+
+def put(engine, parameter: Tensor, value: Tensor, moment: str | None = None) -> None:
+    """Put `value` in a moment of a parameter or, without one, in the fp32 weights of which its bf16 ones are copies."""
+    from deepspeed import utils
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        state = engine.optimizer.state[parameter]
+        state[moment] = value.to(state[moment].device, state[moment].dtype)  # some optimizers have shapes of their own
+        return
+    kind, value = ("local", own_part(parameter, value)) if stage == 3 else ("full", value)
+    if moment is None:
+        getattr(utils, f"safe_set_{kind}_fp32_param")(parameter, value)
+    else:
+        getattr(utils, f"safe_set_{kind}_optimizer_state")(parameter, value, moment)
+
+
+def own_part(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return this rank's part of `value` at stage 3, the last one padded, which DeepSpeed's setter forgets."""
+    part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+    padding = part * torch.distributed.get_world_size() - value.numel()
+    return torch.nn.functional.pad(value.flatten(), (0, padding))[rank * part : (rank + 1) * part]

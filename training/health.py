@@ -8,7 +8,7 @@ started again knows of them.
 
 import math
 import statistics
-from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from training.config import TrainerConfig
@@ -17,23 +17,18 @@ from training.metrics import read_events
 WINDOW = 32  # steps whose mean loss a spike is measured from
 
 
+@dataclass
 class Health:
     """The state of a run's health, the same on every rank as long as every rank observes the same numbers."""
 
-    def __init__(self, trainer: TrainerConfig, saved: dict | None = None):
-        self.trainer = trainer
-        saved = saved or {"skipped_steps": 0, "skipped_in_a_row": 0, "losses": []}
-        self.skipped_steps = saved["skipped_steps"]
-        self.skipped_in_a_row = saved["skipped_in_a_row"]
-        self.losses = deque(saved["losses"], maxlen=WINDOW)
+    trainer: TrainerConfig
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of the last WINDOW steps
 
     def state(self) -> dict:
-        """Return what a checkpoint keeps."""
-        return {
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "losses": list(self.losses),
-        }
+        """Return what a checkpoint keeps: everything but the settings."""
+        return {key: value for key, value in vars(self).items() if key != "trainer"}
 
     def observe(self, loss: float, grad_norm: float) -> str | None:
         """Take note of a step; return why the run should go back, if it should."""
@@ -41,15 +36,14 @@ class Health:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= limit:
-                steps = "1 step" if limit == 1 else f"{limit} steps in a row"
-                return f"the loss or the gradient was not finite for {steps}"
-            return None
+            steps = "1 step" if limit == 1 else f"{limit} steps in a row"
+            is_enough = self.skipped_in_a_row >= limit
+            return f"the loss or the gradient was not finite for {steps}" if is_enough else None
         self.skipped_in_a_row = 0
         usual = statistics.fmean(self.losses) if len(self.losses) == WINDOW else math.inf
         if spike is not None and loss > usual + spike:
             return f"the loss is {loss:.4f}, more than trainer.max_loss_spike={spike} over its mean of {usual:.4f}"
-        self.losses.append(loss)
+        self.losses = [*self.losses, loss][-WINDOW:]
         return None
 
 

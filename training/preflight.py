@@ -74,12 +74,10 @@ def preflight(config: Config, runtime: Runtime, network: TransformerConfig) -> P
 
 
 def check_devices(found: Preflight, ranks: list[RankReport]) -> None:
-    counts = Counter((r.host, r.device) for r in ranks)
-    shown = [f"{count} x {device} on {host}" for (host, device), count in list(counts.items())[:4]]
-    found.rows["devices"] = ", ".join(shown) + (f" and {len(counts) - 4} more" if len(counts) > 4 else "")
-    kinds = sorted({r.device for r in ranks})
-    if len(kinds) > 1:
-        found.rows["devices"] += f": not all the same ({', '.join(kinds)})"
+    hosts, kinds = sorted({r.host for r in ranks}), Counter(r.device for r in ranks)
+    where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
+    warning = ": not all the same" if len(kinds) > 1 else ""
+    found.rows["devices"] = f"{', '.join(f'{count} x {kind}' for kind, count in kinds.items())} on {where}{warning}"
 
 
 def needed_memory(config: Config, runtime: Runtime, network: TransformerConfig) -> dict[str, float]:

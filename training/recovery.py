@@ -9,7 +9,7 @@ from data.shards import Manifest
 from model.transformer import Transformer
 from training import checkpoint
 from training.config import Config, TrainerConfig
-from training.engine_state import restore
+from training.engine import restore
 from training.health import Health, Rollbacks
 from training.metrics import Metrics, log_event
 from training.ranks import from_main, world_size
@@ -41,7 +41,7 @@ def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[in
         return 0, Health(trainer)
     restore(engine, folder)
     facts = checkpoint.read_manifest(folder)
-    return facts["step"], Health(trainer, facts["health"])
+    return facts["step"], Health(trainer, **facts["health"])
 
 
 def open_record(config: Config, run: Session, start_step: int, data: Manifest, facts: dict[str, float]) -> Metrics:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from training.checkpoint import checkpoint_dir, prune, write
-from training.engine_state import gather_state
+from training.engine import gather_state
 from training.metrics import log_event
 from training.ranks import from_main
 
 
 @dataclass
-class CheckpointSaver:
+class CheckpointSaver(contextlib.AbstractContextManager):
     """Write the checkpoints of a run, one at a time; every rank calls every method, rank 0 writes.
 
     Of all complete checkpoints, given by their manifests, those whose steps `keep` returns stay. A checkpoint that
@@ -32,9 +32,6 @@ class CheckpointSaver:
     step: int | None = None
     failure: str | None = None
 
-    def __enter__(self) -> "CheckpointSaver":
-        return self
-
     def __exit__(self, *exc) -> None:
         self._wait()
 
@@ -42,10 +39,9 @@ class CheckpointSaver:
         """Save the engine's state as the checkpoint of `step`; `facts` are added to its manifest."""
         self._wait()  # so that no more than one copy of the state is in memory
         self.step = step
-        state = gather_state(engine, lambda: self.alive(f"saving step {step}"))
+        scalars, tensors = gather_state(engine, lambda: self.alive(f"saving step {step}"))
         if torch.distributed.get_rank() == 0:
-            manifest = {"step": step, "optimizer_scalars": state.scalars, **facts}
-            tensors = {"model": state.weights, "optimizer": state.moments}
+            manifest = {"step": step, "optimizer_scalars": scalars, **facts}
             self.thread = threading.Thread(target=self._write, args=(manifest, tensors), name="checkpoint")
             self.thread.start()
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from training.config import Config
 from training.device import Runtime
 from training.engine import init_distributed, shut_down
-from training.lock import RunLock
 from training.ranks import from_main
-from training.run_folder import is_finished
+from training.run_folder import RunLock, is_finished
 from training.watchdog import Watchdog
 
 PREEMPTED = 75  # the exit code after saving: the same command resumes

@@ -32,7 +32,7 @@ from data.files import write_atomic
 from data.shards import SPLITS, Manifest
 from training.config import WandbConfig
 from training.jsonl import read_from
-from training.lock import RunLock
+from training.run_folder import RunLock
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("configs", "data", "eval", "model", "slurm", "training")  # what W&B keeps of the code, next to train.py

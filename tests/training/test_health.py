@@ -132,6 +132,6 @@ def test_the_window_of_losses_goes_on_from_a_checkpoint():
     watched = health.Health(config)
     for _ in range(health.WINDOW):
         assert watched.observe(2.0, 1.0) is None
-    resumed = health.Health(config, json.loads(json.dumps(watched.state())))
+    resumed = health.Health(config, **json.loads(json.dumps(watched.state())))
     assert resumed.observe(4.9, 1.0) is None
     assert "the loss is 5.2" in resumed.observe(5.2, 1.0)

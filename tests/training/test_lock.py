@@ -11,11 +11,11 @@ from configs.app import configured
 from configs.errors import ConfigError
 from tests.conftest import ROOT
 from training.config import Config
-from training.lock import RunLock
+from training.run_folder import RunLock
 
 HOLD = """
 import sys, time
-from training.lock import RunLock
+from training.run_folder import RunLock
 from training.config import Config
 lock = RunLock(sys.argv[1])
 print(lock.acquire(0, print), flush=True)
