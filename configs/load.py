@@ -28,6 +28,7 @@ REMEDIES = {  # by pydantic's type of an error, or by the type's first word
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
+    "string_pattern_mismatch": "a plain folder name (use run.dir for a path)",
     "string": "text",
     "list": "a list, as in [A,B]",
     "dict": "a mapping",

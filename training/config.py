@@ -3,15 +3,15 @@
 import difflib
 import hashlib
 import json
+import math
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.app import choices
-from configs.errors import ConfigError, Mistakes, did_you_mean
+from configs.errors import ConfigError, Mistakes, did_you_mean, each
 from configs.load import Block, Command, flatten, to_dict, without
 from data.config import DataConfig, TokenizerConfig, check_vocabulary, fill_data_dir
 from data.sources.base import source_of
@@ -44,7 +44,6 @@ DEEPSPEED_KEYS = (
     "zero_optimization",
 )  # fmt: skip
 
-ROPE_SCALING = ("rope_scaling", "rope_factor", "rope_original_length")
 # Of older run folders: keys that are no more, and cores, when how full attention is computed was not yet its kernel.
 REMOVED_KEYS = {"core.training", "core.scores", "trainer.background_saving"}
 OLD_CORES = {
@@ -54,16 +53,10 @@ OLD_CORES = {
 
 
 class RunConfig(Block):
-    name: str | None = None  # default: {model}_{size}_{8 hex digits of the identity}
+    # default: {model}_{size}_{8 hex digits of the identity}
+    name: str | None = Field(None, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]{0,199}$")
     dir: str | None = None  # default: runs/<run.name>
     seed: int = Field(0, ge=0, lt=2**32)
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, name: str | None) -> str | None:
-        if name is not None and (name in ("", ".", "..") or not re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,200}", name)):
-            raise ValueError("must be a plain folder name (use run.dir for a path)")
-        return name
 
 
 class DeepSpeedConfig(Block):
@@ -87,11 +80,10 @@ class DeepSpeedConfig(Block):
 
     @model_validator(mode="after")
     def _check_keys(self):
-        lines = []
-        for key in self.config:
-            if key in REFUSED_DEEPSPEED_KEYS:
-                lines.append(f"config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead")
-            elif key not in DEEPSPEED_KEYS and (near := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.85)):
+        refused = [key for key in self.config if key in REFUSED_DEEPSPEED_KEYS]
+        lines = [f"config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead" for key in refused]
+        for key in sorted(self.config.keys() - {*refused, *DEEPSPEED_KEYS}):
+            if near := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.85):
                 lines.append(f"config.{key}: unknown key; did you mean {near[0]}?")
         if not isinstance(self.zero, dict):
             raise Mistakes(f"config.zero_optimization={self.zero}: must be a mapping", *lines)
@@ -150,9 +142,8 @@ class TrainerConfig(Block):
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         suites = choices("suite")
-        for name in names:
-            if name not in suites:
-                raise ValueError(f"there is no configs/suite/{name}.yaml; {did_you_mean(name, suites)}")
+        if unknown := [name for name in names if name not in suites]:
+            raise ValueError(f"there is no configs/suite/{unknown[0]}.yaml; {did_you_mean(unknown[0], suites)}")
         return names
 
     @model_validator(mode="after")
@@ -168,8 +159,8 @@ class TrainerConfig(Block):
     @property
     def horizon(self) -> int:
         """The run's last step, and the schedule's."""
-        by_tokens = None if self.max_tokens is None else -(-self.max_tokens // self.tokens_per_step)
-        return min(steps for steps in (self.max_steps, by_tokens) if steps is not None)
+        by_tokens = self.max_tokens and math.ceil(self.max_tokens / self.tokens_per_step)
+        return min(filter(None, (self.max_steps, by_tokens)))
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the micro-batches that a rank adds up for one step. ConfigError if the batch sizes do not fit."""
@@ -211,15 +202,15 @@ class Config(Command):
         self.core = self.core.resolved(self.trainer.seq_len)
         self.data = fill_data_dir(self.data, self.tokenizer)
         world_size = (info.context or {}).get("world_size") or int(os.environ.get("WORLD_SIZE", 1))
-        for check in (
+        steps = (
             self._fill_model,
             lambda: check_vocabulary(self.data, self.tokenizer),
             lambda: self.trainer.accumulation_steps(world_size),
-        ):
-            try:
-                check()
-            except ConfigError as error:
-                lines += error.errors
+        )
+        try:
+            each(lambda step: step(), steps)
+        except ConfigError as error:
+            lines += error.errors
         if self.data.document_mask and not self.core.masks_documents:
             why = f", {self.core.why_no_documents}" if self.core.why_no_documents else ""
             lines.append(f"data.document_mask=true: core={self.core.name} cannot mask documents{why}; use core=full")
@@ -247,22 +238,21 @@ class Config(Command):
     def network(self, end_of_text: int | None = None) -> TransformerConfig:
         """Return what defines the network; `end_of_text` is the tokenizer's, for `data.document_mask`."""
         document_end = end_of_text if self.data.document_mask else None
-        return TransformerConfig.of(
-            self.model, self.core, self.size, self.tokenizer.padded_vocab_size, document_end=document_end
-        )
+        vocab_size = self.tokenizer.padded_vocab_size
+        return TransformerConfig.of(self.model, self.core, self.size, vocab_size, document_end=document_end)
 
     def identity(self) -> dict[str, Any]:
         """Return what makes a run that run, as flat `key: value` pairs: the rest may change between starts."""
         tree = to_dict(self)
         tree["data"] = {key: tree["data"][key] for key in source_of(self.data).identity_keys}
-        tree["model"].pop("by_size")  # what it gave is in the other keys
-        if tree["model"]["rope_scaling"] == "none":
-            tree["model"] = {key: value for key, value in tree["model"].items() if key not in ROPE_SCALING}
-        tree["core"].pop("kernel", None)  # how, and not what
+        gone = {"core.kernel", "model.by_size"}  # how, and not what; what it gave is in the other keys
+        if self.model.rope_scaling == "none":
+            gone |= {"model.rope_scaling", "model.rope_factor", "model.rope_original_length"}
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
         trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
         trainer["horizon"] = self.trainer.horizon
-        return flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
+        whole = {key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer}
+        return flatten(without(whole, gone))
 
 
 def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
