@@ -57,8 +57,6 @@ def main(config: Config) -> int:
     except Ended as ended:
         report.say(str(ended))
         return ended.code
-    finally:
-        report.stop()
 
 
 def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks, report: Report) -> int:
@@ -147,7 +145,7 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
             if metrics and logged:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
                 benchmarks.collect()
-            report.update(step, logged)
+                report.update(step, logged)
 
             if trouble:
                 saver.finish()

@@ -8,7 +8,6 @@ number of updates, which are the same for all.
 import gc
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,8 +24,6 @@ from training.config import Config
 from training.device import Runtime
 from training.ranks import backend_of, join
 
-LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")  # a launcher's variables
-ALONE = "T6_LONE_PROCESS"  # set while a process without a launcher has a group of its own
 SHORTEST_TIMEOUT = 1800.0  # seconds; other ranks wait this long while rank 0 prepares data
 
 
@@ -54,10 +51,6 @@ def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
 
     Collectives give up only after twice `rank_timeout`, when the watchdog should have ended the process long ago.
     """
-    if "RANK" not in os.environ:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = str(probe.getsockname()[1])
-        os.environ.update(zip(LAUNCHER, ("127.0.0.1", port, "0", "0", "1"), strict=True), **{ALONE: "1"})
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain
@@ -67,8 +60,9 @@ def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
     from deepspeed.comm.torch import TorchBackend
 
     TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout)  # its own forgets it
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     join(backend, timeout)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
 def shut_down() -> None:
@@ -78,9 +72,6 @@ def shut_down() -> None:
         import deepspeed.comm
 
         deepspeed.comm.destroy_process_group()
-    if os.environ.pop(ALONE, None):
-        for key in LAUNCHER:
-            os.environ.pop(key, None)
 
 
 def release_memory() -> None:

@@ -34,7 +34,10 @@ def backend_of(device: torch.device) -> str:
 
 
 def join(backend: str, timeout: timedelta | None = None) -> None:
-    """Form the process group that the launcher's variables describe."""
+    """Form the process group that the launcher's variables describe; without a launcher, of this process alone."""
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
     limit = timeout or dist.default_pg_timeout
     store, own_rank, size = next(dist.rendezvous("env://", timeout=limit))
     # torchrun keeps its store over restarts, and from run to run of a sweep, with the addresses of before (torch 2.13).

@@ -45,10 +45,7 @@ def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[in
 
 
 def open_record(config: Config, run: Session, start_step: int, data: Manifest, facts: dict[str, float]) -> Metrics:
-    """Make the run folder and open its record, with `facts` in W&B's summary.
-
-    A start is an event, a return from a rollback is not.
-    """
+    """Make the run folder and open its record, with `facts` in W&B's summary; a start is an event, a return is not."""
     create_run_folder(config)
     metrics = Metrics(config, start_step)
     metrics.wandb.note(facts | data_facts(data))
@@ -90,15 +87,16 @@ def go_back(
     last = from_main(lambda: checkpoint.newest(run_dir, report.say))
     to_step = checkpoint.read_manifest(last)["step"] if last else 0
     given_up = rollbacks.since(to_step) >= limit
-    if metrics:
-        log_event(run_dir, "gave_up" if given_up else "rollback", step, to_step=to_step, reason=reason)
-        metrics.close(exit_code=1)
-    torch.distributed.barrier()
+    event, code = ("gave_up", 1) if given_up else ("rollback", GO_BACK)
+    said = f"Going back from step {step} to step {to_step}: {reason}; the data in between is skipped"
     if given_up:
-        report.say(
+        said = (
             f"Giving up at step {step}: {reason}, and going back to step {to_step} has not helped {limit} times "
             "(trainer.max_rollbacks); lower optim.lr, raise schedule.warmup_steps, or look at the data"
         )
-        return 1
-    report.say(f"Going back from step {step} to step {to_step}: {reason}; the data in between is skipped")
-    return GO_BACK
+    if metrics:
+        log_event(run_dir, event, step, to_step=to_step, reason=reason)
+        metrics.close(exit_code=1)
+    torch.distributed.barrier()
+    report.say(said)
+    return code

@@ -1,11 +1,10 @@
-"""What a run shows in the terminal: tables before and after, and a live progress bar or plain lines between them."""
+"""What a run shows in the terminal: tables before and after, and a line for each logged step between them."""
 
 import time
 from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from data.files import write_atomic
 from data.shards import Manifest
@@ -28,8 +27,6 @@ class Report:
 
     def __init__(self, enabled: bool):
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
-        self.live = enabled and self.console.is_terminal
-        self.progress: Progress | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -59,34 +56,18 @@ class Report:
         self.table("T6", rows)
 
     def start(self, step: int, horizon: int) -> None:
-        """Start the progress bar of a run that stands at `step`."""
-        self.first_step, self.horizon = step, horizon
-        self.started = time.monotonic()
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
-        self.progress = Progress(*columns, console=self.console, disable=not self.live)
-        self.task = self.progress.add_task("training", total=horizon, completed=step, status="")
-        self.progress.start()
+        """Count the time that is left from here on, where the run stands at `step`."""
+        self.first_step, self.horizon, self.started = step, horizon, time.monotonic()
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Show a step; `metrics` is empty if nothing was logged."""
-        if not metrics:
-            self.progress.update(self.task, completed=step)
-            return
+        """Show what was logged of a step."""
         seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.horizon - step)
-        left = f"{timedelta(seconds=round(seconds))} left"
         parts = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
-        brief = [part for part in parts if not part.startswith("val")]  # the bar has one line of a terminal
-        self.progress.update(self.task, completed=step, status=", ".join([*brief, left]))
-        if not self.live or "val/loss" in metrics:
-            self.say(f"step {step}/{self.horizon}: {', '.join([*parts, left])}")
-
-    def stop(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        left = timedelta(seconds=round(seconds))
+        self.say(f"step {step}/{self.horizon}: {', '.join(parts)}, {left} left")
 
     def finish(self, config: Config, counts: dict, manifest: Manifest, texts: list[str], metrics: Metrics) -> None:
         """Write samples.txt, loss.png and summary.json, and show them. Rank 0 calls it."""
-        self.stop()
         run_dir, entropy = Path(config.run.dir), manifest.unigram_entropy
         samples = run_dir / "samples.txt"
         write_atomic(samples, "\n\n".join(f"--- sample {i}\n{text}" for i, text in enumerate(texts, 1)) + "\n")

@@ -19,7 +19,6 @@ import html
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from training.config import WandbConfig
 from training.jsonl import read_from
 from training.run_folder import RunLock
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("configs", "data", "eval", "model", "slurm", "training")  # what W&B keeps of the code, next to train.py
 PATIENCE = 60.0  # seconds to wait for W&B at the start and the end, and for another process to finish with the run
 SUMMARIES = {  # what W&B's summary keeps of a metric, if not its last value
     "tokens": "max",
@@ -52,9 +49,9 @@ SUMMARIES = {  # what W&B's summary keeps of a metric, if not its last value
 Row = dict[str, float | str | list[str] | None]  # numbers; paths of pictures in the run folder; texts
 
 
-def run_id(run_dir: str | Path, *job: str) -> str:
-    """Return the W&B id of a run folder, or of a job that belongs to it."""
-    return hashlib.sha256("\n".join([str(Path(run_dir).resolve()), *job]).encode()).hexdigest()[:16]
+def run_id(run_dir: str | Path) -> str:
+    """Return the W&B id of a run folder."""
+    return hashlib.sha256(str(Path(run_dir).resolve()).encode()).hexdigest()[:16]
 
 
 def wandb_mode(mode: str) -> str:
@@ -89,7 +86,7 @@ def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], **optio
         "tags": [tree["model"]["name"], tree["size"]["name"], *settings.tags],
         "dir": str(run_dir),
         "reinit": "finish_previous",  # a run of this process whose dashboard failed is not to be joined
-        "settings": wandb.Settings(silent=True, **waits),
+        "settings": wandb.Settings(silent=True, save_code=True, **waits),
     }
     if wandb_mode(settings.mode) == "online":
         try:
@@ -105,17 +102,6 @@ def remove_older_files(run) -> None:
     for path in own.parent.glob(f"offline-run-*-{run.id}"):
         if path.name.removeprefix("offline-") < own.name.removeprefix("offline-"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def save_sources(run, run_dir: Path) -> None:
-    """Store the code and the run's config.yaml as one archive among W&B's files, so that a later sync has it too."""
-    patterns = ["*.py", "*.txt", *(f"{package}/**/*.{suffix}" for package in PACKAGES for suffix in ("py", "yaml"))]
-    with zipfile.ZipFile(Path(run.dir) / "code.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in (found for pattern in patterns for found in sorted(ROOT.glob(pattern))):
-            archive.write(path, path.relative_to(ROOT))
-        if (run_dir / "config.yaml").exists():
-            archive.write(run_dir / "config.yaml", "run_config.yaml")
-    run.save(f"{run.dir}/code.zip", base_path=run.dir, policy="now")
 
 
 def pictures(run_dir: Path, paths: list[Path]) -> Row:
@@ -180,8 +166,6 @@ class WandbRun:
         self.run.define_metric("*", step_metric="tokens")
         for key, summary in SUMMARIES.items():
             self.run.define_metric(key, step_metric="tokens" if "/" in key else None, summary=summary)
-        if self.run.starting_step == 0:
-            save_sources(self.run, self.run_dir)
         self.note({})
         for number, row in enumerate(rows):
             self._show(row, is_sent=number < self.run.starting_step)
@@ -233,35 +217,11 @@ class WandbRun:
         self.lock.release()
 
 
-def log_evaluation(
-    run_dir: Path, settings: WandbConfig, tree: dict[str, Any], suite: str, record: dict[str, Any],
-    plots: list[Path], is_finished: bool,
-) -> None:  # fmt: skip
-    """Show an evaluation as a W&B run of its own and, once training is done, in the W&B run of the run folder.
-
-    `settings` and `tree` are the run's, `record` is what results/<suite>.json holds. The process of a run that still
-    trains shows the results itself, from metrics.jsonl.
-    """
-    if wandb_mode(settings.mode) == "disabled":
-        return
-    name = f"{tree['run']['name']} {suite}"
-    results = record["results"] | {f"{key}_stderr": value for key, value in record.get("stderr", {}).items()}
-    facts = {key: record.get(key) for key in ("run", "suite", "step", "tokens", "limit", "versions")}
-    options = {"id": run_id(run_dir, "eval", name), "job_type": "eval", "name": name, "config": facts}
-    drawn = pictures(run_dir, plots)
-    try:
-        run = open_run(run_dir, settings, tree, **options)
-        run.summary.update({f"eval/{suite}/{key}": value for key, value in results.items()})
-        if drawn:
-            run.log(shown(run_dir, drawn))
-        run.finish()
-        remove_older_files(run)
-    except Exception as error:
-        print(f"W&B failed (results/{suite}.json has everything): {error}")
-    if is_finished:
-        # The run keeps its configuration: the evaluation may have another device or kernel.
-        made_with = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        view = WandbRun(run_dir, settings, made_with)
-        if drawn:
-            view.add(drawn)
-        view.finish()
+def add_evaluation(run_dir: Path, settings: WandbConfig, plots: list[Path]) -> None:
+    """Add plots, and what metrics.jsonl has since, to the W&B run of a run that is done."""
+    # The run keeps its configuration: the evaluation may have another device or kernel.
+    made_with = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    view = WandbRun(run_dir, settings, made_with)
+    if plots:
+        view.add(pictures(run_dir, plots))
+    view.finish()
