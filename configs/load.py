@@ -5,13 +5,13 @@ else. A block whose YAML picks one of several classes (`_target_`) derives from 
 command from `Command`.
 """
 
-import importlib
 import inspect
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
@@ -77,8 +77,7 @@ def target_of(node: Mapping, expected: type[T]) -> type[T]:
     if name is None:
         return expected
     try:
-        module, _, attribute = name.rpartition(".")
-        found = getattr(importlib.import_module(module), attribute)
+        found = get_object(name)
     except Exception as error:  # whatever importing a stranger's module raises
         raise Mistakes(f"_target_={name}: cannot be imported ({error})") from error
     if not (isinstance(found, type) and issubclass(found, expected)):

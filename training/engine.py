@@ -157,7 +157,9 @@ def restore(engine, folder: Path) -> None:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             for name, parameter in engine.module.named_parameters():
                 put(engine, parameter, file.get_tensor(name))
-    scalars = saved_scalars(read_manifest(folder))
+    facts = read_manifest(folder)
+    updates = facts.get("optimizer_updates")  # of AdamW, all that older checkpoints have
+    scalars = facts.get("optimizer_scalars", {"step": float(updates)} if updates else {})
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         moments = sorted({key.partition(".")[0] for key in file.keys()})  # noqa: SIM118
         if not (scalars or moments):
@@ -171,12 +173,6 @@ def restore(engine, folder: Path) -> None:
         for name, parameter in engine.module.named_parameters():
             for key in moments:
                 put(engine, parameter, file.get_tensor(f"{key}.{name}"), key)
-
-
-def saved_scalars(manifest: dict) -> dict[str, float]:
-    """Return the optimizer's scalars; older checkpoints have AdamW's number of updates alone."""
-    updates = manifest.get("optimizer_updates")
-    return manifest.get("optimizer_scalars", {"step": float(updates)} if updates else {})
 
 
 def inner_optimizer(engine) -> torch.optim.Optimizer:

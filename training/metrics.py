@@ -9,7 +9,7 @@ from configs.load import to_dict
 from data.files import write_atomic
 from training.config import Config
 from training.jsonl import append_line, read_lines
-from training.wandb_run import WandbRun, pictures
+from training.wandb_run import WandbRun
 
 
 def metrics_line(step: int, tokens: int, metrics: dict[str, float]) -> dict[str, float | None]:
@@ -89,7 +89,7 @@ class Metrics:
         """Write summary.json, and show the plot and the sampled texts in W&B."""
         write_atomic(self.run_dir / "summary.json", json.dumps(facts, indent=2) + "\n")
         self.wandb.catch_up()
-        self.wandb.add(pictures(self.run_dir, [plot]) | ({"samples": texts} if texts else {}))
+        self.wandb.show([plot], texts)
 
     def close(self, exit_code: int = 0) -> None:
         if failure := self._write():

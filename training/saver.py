@@ -63,16 +63,13 @@ class CheckpointSaver(contextlib.AbstractContextManager):
                 log_event(self.run_dir, "save_failed", self.step, reason=self.failure)
 
     def _write(self, manifest: dict, tensors: dict) -> None:
-        self.failure = None
+        self.failure, folder = None, checkpoint_dir(self.run_dir, self.step)
         try:
             write(self.run_dir, manifest, tensors)
+            prune(self.run_dir, self.keep, self.step)
         except Exception as error:  # training continues whatever it is
-            folder = checkpoint_dir(self.run_dir, manifest["step"])
-            self.failure = f"{folder}: {error}"
-            if not (folder / "manifest.json").exists():
+            if (folder / "manifest.json").exists():
+                print(f"{folder} is saved, but older ones may not have been deleted, training continues: {error}")
+            else:
+                self.failure = f"{folder}: {error}"
                 shutil.rmtree(folder, ignore_errors=True)
-            return
-        try:
-            prune(self.run_dir, self.keep, manifest["step"])
-        except Exception as error:
-            print(f"old checkpoints of {self.run_dir} could not be deleted, training continues: {error}")

@@ -104,10 +104,6 @@ def remove_older_files(run) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def pictures(run_dir: Path, paths: list[Path]) -> Row:
-    return {f"plots/{path.stem}": str(path.relative_to(run_dir)) for path in paths}
-
-
 def shown(run_dir: Path, row: Row) -> dict[str, Any]:
     """Return a row as W&B shows it; a picture that is gone becomes null, so that later rows keep their numbers."""
     import wandb
@@ -178,11 +174,16 @@ class WandbRun:
         if not is_sent:
             self.run.log(shown(self.run_dir, row))
 
-    @off_if_it_fails
-    def add(self, row: Row) -> None:
-        """Add a row to the history."""
+    def _add(self, row: Row) -> None:
         self.list.write(json.dumps(row).encode() + b"\n")
         self._show(row)
+
+    @off_if_it_fails
+    def show(self, plots: list[Path], texts: list[str] | None = None) -> None:
+        """Show pictures that lie in the run folder, and texts."""
+        row = {f"plots/{path.stem}": str(path.relative_to(self.run_dir)) for path in plots}
+        if row := row | ({"samples": texts} if texts else {}):
+            self._add(row)
 
     @off_if_it_fails
     def catch_up(self) -> None:
@@ -191,7 +192,7 @@ class WandbRun:
         for line in lines:
             step, tokens = line.pop("step"), line.pop("tokens")
             if news := {key: value for key, value in line.items() if self._is_news(step, key, value)}:
-                self.add({"step": step, "tokens": tokens} | news)
+                self._add({"step": step, "tokens": tokens} | news)
 
     def _is_news(self, step: int, key: str, value: float | None) -> bool:
         """An evaluation may be repeated with another result; a step that is trained again is not shown again."""
@@ -222,6 +223,5 @@ def add_evaluation(run_dir: Path, settings: WandbConfig, plots: list[Path]) -> N
     # The run keeps its configuration: the evaluation may have another device or kernel.
     made_with = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     view = WandbRun(run_dir, settings, made_with)
-    if plots:
-        view.add(pictures(run_dir, plots))
+    view.show(plots)
     view.finish()
