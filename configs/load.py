@@ -105,21 +105,20 @@ def load(tree: Mapping | DictConfig, schema: type[T], **context: Any) -> T:
     """
     if isinstance(tree, DictConfig):
         tree = resolved(tree, schema)
-    messages: list[str] = []
-    wrong: set[str] = set()
+    found: list[tuple[str, str]] = []
     while True:  # again without the keys that are wrong, for the mistakes that they hid
-        found = []
+        wrong = {key for key, _ in found}
+        more = []
         try:
             config = schema.model_validate(without(tree, wrong), context=context)
         except ValidationError as error:
             details = [detail for detail in error.errors() if not (wrong and detail["type"] == "missing")]
-            found = [pair for detail in details for pair in explain(detail, tree, schema) if pair[0] not in wrong]
-        if not (messages or found):
+            more = [pair for detail in details for pair in explain(detail, tree, schema) if pair[0] not in wrong]
+        if not (found or more):
             return config
-        if not found:
-            raise ConfigError(*messages)
-        messages += [message for _, message in found]
-        wrong |= {key for key, _ in found}
+        if not more:
+            raise ConfigError(*(message for _, message in found))
+        found += more
 
 
 def resolved(tree: DictConfig, schema: type[Block]) -> dict[str, Any]:

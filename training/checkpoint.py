@@ -128,18 +128,15 @@ def check_source(source: str) -> None:
 
 
 def find(source: str, warn: Callable[[str], None]) -> Path:
-    """Return the checkpoint that `trainer.init_from` names: a checkpoint folder, or the last one of a run folder.
-
-    ConfigError if there is none, or if the one named is incomplete.
-    """
+    """Return the checkpoint that `trainer.init_from` names, itself or its run folder. ConfigError if none is whole."""
     folder = Path(source)
-    is_checkpoint = (folder / "manifest.json").exists()
-    if is_checkpoint and (broken := problems(folder)):
-        raise ConfigError(*(f"trainer.init_from: {line}" for line in broken))
-    found = folder if is_checkpoint else newest(folder, warn)
-    if found is None:
-        raise ConfigError(NO_SOURCE.format(source))
-    return found
+    if (folder / "manifest.json").exists():
+        if broken := problems(folder):
+            raise ConfigError(*(f"trainer.init_from: {line}" for line in broken))
+        return folder
+    if found := newest(folder, warn):
+        return found
+    raise ConfigError(NO_SOURCE.format(source))
 
 
 def read_manifest(folder: Path) -> dict:

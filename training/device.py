@@ -52,10 +52,9 @@ class Runtime:
 
 
 def find_runtime(device: str, dtype: str, bf16_engine: bool = False) -> Runtime:
-    """Return device, precision and ranks (torchrun's variables) without touching any of them.
+    """Return device, precision and ranks (torchrun's variables). ConfigError if this process has no GPU of its own.
 
-    `bf16_engine`: DeepSpeed keeps the parameters in bf16, which is then what `dtype="auto"` means on a CPU too.
-    ConfigError if this process has no GPU of its own.
+    With `bf16_engine`, where DeepSpeed keeps the parameters in bf16, `dtype="auto"` means bf16 on a CPU too.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":

@@ -1,9 +1,4 @@
-"""The DeepSpeed engine around the model, the process group that it needs, and its state.
-
-The state is by parameter name, whole and in fp32, whatever the ZeRO stage and the world size. An optimizer's is what
-torch.optim keeps for each parameter: moments of the parameter's size, whatever they are called, and scalars such as the
-number of updates, which are the same for all.
-"""
+"""The DeepSpeed engine around the model, the process group that it needs, and its whole state by parameter name."""
 
 import gc
 import logging
@@ -117,10 +112,11 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
 
 
 def gather_state(engine, alive: Callable[[], None]) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
-    """Return the optimizer's scalars by name, none before the first update, and the tensors of a checkpoint's files.
+    """Return the optimizer's scalars, such as the number of updates, and the tensors of a checkpoint's files.
 
-    "model" has the weights by parameter and "optimizer" the moments by `<moment>.<parameter>`, on rank 0's CPU; other
-    ranks have none. Every rank calls it, and `alive` is called after each parameter.
+    "model" has the weights by parameter and "optimizer" the moments, whatever torch.optim calls them, by
+    `<moment>.<parameter>`: whole, in fp32, on rank 0's CPU alone. Every rank calls it; each parameter is followed by
+    a call of `alive`.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

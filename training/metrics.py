@@ -36,27 +36,6 @@ def log_event(run_dir: Path, event: str, step: int, **facts) -> None:
     append_line(Path(run_dir) / "events.jsonl", line)
 
 
-class Throughput:
-    """Tokens a second over the steps since it was last taken; only what lies between `begin` and `end` counts."""
-
-    def __init__(self, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
-        self.steps = 0
-        self.seconds = 0.0
-
-    def begin(self) -> None:
-        self.began = time.perf_counter()
-
-    def end(self) -> None:
-        self.steps += 1
-        self.seconds += time.perf_counter() - self.began
-
-    def take(self) -> float:
-        rate = self.steps * self.tokens_per_step / self.seconds
-        self.steps, self.seconds = 0, 0.0
-        return rate
-
-
 class Metrics:
     """Rank 0's record of a run. `log` writes a JSON line, which W&B then shows; other ranks make no such object."""
 

@@ -80,14 +80,10 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     others = [p for p in parameters if not (config.decay_all or p.ndim >= 2)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     cls = OPTIMIZERS[config.name]
-    return cls([group for group in groups if group["params"]], lr=config.lr, **arguments(cls, config))
-
-
-def arguments(cls: type, config: OptimConfig) -> dict[str, Any]:
-    """Return what of the configuration the optimizer's constructor takes; `config.args` come last."""
     known = inspect.signature(cls).parameters
-    found: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps} if "betas" in known else {}
-    return found | ({"fused": True} if "fused" in known else {}) | config.args
+    options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps} if "betas" in known else {}
+    options |= ({"fused": True} if "fused" in known else {}) | config.args
+    return cls([group for group in groups if group["params"]], lr=config.lr, **options)
 
 
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:

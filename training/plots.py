@@ -27,11 +27,7 @@ def colour_of(name: str) -> str:
 
 
 def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 4.2, grid: bool = True, **options):
-    """Return a figure and its axes; `width` and `height`, in inches, are those of one of them.
-
-    The axes are one object, an array of a row or a column, or an array [rows, columns]; `options` are those of
-    `Figure.subplots`, such as `sharey=True`, or `squeeze=False` to get [rows, columns] always.
-    """
+    """Return a figure and its axes, of `width` x `height` inches each, as `Figure.subplots(**options)` does."""
     import matplotlib
     from matplotlib.figure import Figure  # which draws to files and needs no backend, unlike pyplot
 

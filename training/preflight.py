@@ -24,10 +24,9 @@ SLOW = 1.25  # times the median at which a rank is pointed out
 
 @dataclass
 class Preflight:
-    """Rows to print, numbers to log, and what makes training impossible; the same on every rank."""
+    """Rows to print, and what makes training impossible; the same on every rank."""
 
     rows: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
     fatal: list[str] = field(default_factory=list)
 
 
@@ -69,7 +68,6 @@ def preflight(config: Config, runtime: Runtime, network: TransformerConfig) -> P
         check_speed(found, ranks)
     check_disk(found, Path(config.run.dir), config.trainer.keep_checkpoints, checkpoint_bytes(network))
     check_data(found, ranks, len(shards))
-    found.numbers = {f"preflight/{key}": value for key, value in found.numbers.items()}
     return found
 
 
@@ -103,7 +101,6 @@ def check_memory(found: Preflight, needs: dict[str, float], device: torch.device
     parts = ", ".join(f"{key} {format_bytes(value)}" for key, value in needs.items() if value)
     available = f"{format_bytes(free)} available"
     found.rows["memory"] = f"about {format_bytes(total)} a process ({parts}), {available}"
-    found.numbers |= {"memory_needed_gb": total / 1e9, "memory_available_gb": free / 1e9}
     if states > free:
         found.fatal.append(
             f"weights, gradients and optimizer take {format_bytes(states)} a process, and {ranks[poorest]} has "
@@ -125,9 +122,8 @@ def check_all_reduce(found: Preflight, runtime: Runtime) -> None:
         seconds.append(time.perf_counter() - start)
     right = all(gather(bool((probe == world * (world + 1) / 2).all())))
     # What each rank sends in a ring all-reduce, over the slowest rank's best time.
-    gigabytes = 2 * (world - 1) / world * probe.numel() * 4 / max(gather(min(seconds))) / 1e9
-    found.rows["all-reduce"] = f"{world} ranks agree, {gigabytes:.2f} GB/s a rank" if right else "wrong"
-    found.numbers["all_reduce_gb_per_second"] = gigabytes
+    rate = 2 * (world - 1) / world * probe.numel() * 4 / max(gather(min(seconds))) / 1e9
+    found.rows["all-reduce"] = f"{world} ranks agree, {rate:.2f} GB/s a rank" if right else "wrong"
     if not right:
         found.fatal.append("an all-reduce gave a wrong sum: the network or the communication library is broken")
 
@@ -137,7 +133,6 @@ def check_speed(found: Preflight, ranks: list[RankReport]) -> None:
     ratio = slowest.seconds / statistics.median(r.seconds for r in ranks)
     warning = ": it will delay the others" if ratio > SLOW else ""
     found.rows["slowest rank"] = f"{slowest}, {ratio:.2f} x the median time of a matrix product{warning}"
-    found.numbers["slowest_rank_over_median"] = ratio
 
 
 def check_disk(found: Preflight, run_dir: Path, keep_checkpoints: int, needed: int) -> None:
@@ -145,7 +140,6 @@ def check_disk(found: Preflight, run_dir: Path, keep_checkpoints: int, needed: i
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = gather(shutil.disk_usage(existing).free)[0]  # rank 0 writes
     found.rows["disk"] = f"{format_bytes(free)} free, a checkpoint takes {format_bytes(needed)}"
-    found.numbers |= {"disk_free_gb": free / 1e9, "checkpoint_gb": needed / 1e9}
     if needed > free:
         found.fatal.append(
             f"a checkpoint takes {format_bytes(needed)}, and {existing} has {format_bytes(free)} free: change run.dir"

@@ -1,25 +1,81 @@
-"""Where a run starts, what a checkpoint says of it, and how it goes back or ends early."""
+"""Where a run starts, what a checkpoint says of it, and how it goes back or ends early.
 
+A step whose loss or gradient is not finite leaves the weights as they are (training.optim). After too many of them in a
+row, or after a spike of the loss, the run goes back to its last checkpoint and skips the data of the steps since, as
+PaLM did (Chowdhery et al. 2022, section 5.1).
+"""
+
+import math
+import statistics
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from data.shards import Manifest
+from data.shards import SPLITS, Manifest
 from model.transformer import Transformer
 from training import checkpoint
 from training.config import Config, TrainerConfig
 from training.engine import restore
-from training.health import Health, Rollbacks
-from training.metrics import Metrics, log_event
+from training.metrics import Metrics, log_event, read_events
 from training.ranks import from_main, world_size
 from training.report import Report
 from training.run_folder import create_run_folder
 from training.saver import CheckpointSaver
 from training.session import PREEMPTED, Session
-from training.wandb_run import data_facts
 
 GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint
+WINDOW = 32  # steps whose mean loss a spike is measured from
+
+
+@dataclass
+class Health:
+    """The state of a run's health, the same on every rank as long as every rank observes the same numbers."""
+
+    trainer: TrainerConfig
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of the last WINDOW steps
+
+    def state(self) -> dict:
+        """Return what a checkpoint keeps: everything but the settings."""
+        return {key: value for key, value in vars(self).items() if key != "trainer"}
+
+    def observe(self, loss: float, grad_norm: float) -> str | None:
+        """Take note of a step; return why the run should go back, if it should."""
+        limit, spike = self.trainer.max_bad_steps, self.trainer.max_loss_spike
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            steps = "1 step" if limit == 1 else f"{limit} steps in a row"
+            is_enough = self.skipped_in_a_row >= limit
+            return f"the loss or the gradient was not finite for {steps}" if is_enough else None
+        self.skipped_in_a_row = 0
+        usual = statistics.fmean(self.losses) if len(self.losses) == WINDOW else math.inf
+        if spike is not None and loss > usual + spike:
+            return f"the loss is {loss:.4f}, more than trainer.max_loss_spike={spike} over its mean of {usual:.4f}"
+        self.losses = [*self.losses, loss][-WINDOW:]
+        return None
+
+
+class Rollbacks:
+    """How often a run went back, and the data it has skipped since, as its events.jsonl has it.
+
+    Going back from step s to the checkpoint of step c skips the batches of the s - c steps in between.
+    """
+
+    def __init__(self, run_dir: Path):
+        events = [event for event in read_events(run_dir) if event["event"] == "rollback"]
+        self.done = [(event["to_step"], event["step"] - event["to_step"]) for event in events]
+
+    def skipped_batches(self, step: int) -> int:
+        """Return the global batches skipped before the step after `step`."""
+        return sum(batches for to_step, batches in self.done if to_step <= step)
+
+    def since(self, step: int) -> int:
+        """Return how often the run has gone back to the checkpoint of `step`, or to a later one."""
+        return sum(to_step >= step for to_step, _ in self.done)
 
 
 def load_start(config: Config, model: Transformer, data: Manifest, report: Report) -> Path | None:
@@ -48,7 +104,11 @@ def open_record(config: Config, run: Session, start_step: int, data: Manifest, f
     """Make the run folder and open its record, with `facts` in W&B's summary; a start is an event, a return is not."""
     create_run_folder(config)
     metrics = Metrics(config, start_step)
-    metrics.wandb.note(facts | data_facts(data))
+    facts = facts | {"unigram_entropy": data.unigram_entropy, "data_fingerprint": data.fingerprint}
+    facts["tokenizer_fingerprint"] = data.tokenizer["fingerprint"]
+    for split in SPLITS:
+        facts |= {f"data/{split}/tokens": data.tokens(split), f"data/{split}/documents": data.documents(split)}
+    metrics.wandb.note(facts)
     if not run.preemption.training:
         log_event(Path(config.run.dir), "start", start_step, world_size=world_size(), deepspeed=config.deepspeed.name)
     return metrics

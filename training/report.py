@@ -27,6 +27,7 @@ class Report:
 
     def __init__(self, enabled: bool):
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self.first_step, self.started = 0, time.monotonic()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -41,7 +42,7 @@ class Report:
         self, config: Config, runtime: Runtime, counts: dict, manifest: Manifest, start_step: int, epochs: float
     ) -> None:
         """Show what is about to run, on what, from which step."""
-        trainer, model, size = config.trainer, config.model, config.size
+        trainer, model, size, dtype = config.trainer, config.model, config.size, dtype_name(runtime.dtype)
         tokens, entropy = manifest.tokens("train"), manifest.unigram_entropy
         rows = {
             "run": config.run.dir + (f", resumed from step {start_step}" if start_step else ""),
@@ -50,21 +51,16 @@ class Report:
             "budget": budget(counts, size.match, size.match_tolerance),
             "data": f"{manifest.name}, {tokens:,} tokens, unigram entropy {entropy:.3f}",
             "steps": f"{trainer.horizon} of {trainer.tokens_per_step:,} tokens, {epochs:.2f} epochs",
-            "machine": f"{runtime.world_size} x {runtime.device.type}, {dtype_name(runtime.dtype)}, "
-            f"{config.deepspeed.name}",
+            "machine": f"{runtime.world_size} x {runtime.device.type}, {dtype}, {config.deepspeed.name}",
         }
         self.table("T6", rows)
+        self.first_step, self.started = start_step, time.monotonic()
 
-    def start(self, step: int, horizon: int) -> None:
-        """Count the time that is left from here on, where the run stands at `step`."""
-        self.first_step, self.horizon, self.started = step, horizon, time.monotonic()
-
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Show what was logged of a step."""
-        seconds = (time.monotonic() - self.started) / (step - self.first_step) * (self.horizon - step)
+    def update(self, step: int, horizon: int, metrics: dict[str, float]) -> None:
+        """Show what was logged of a step, and the time that is left."""
+        seconds = (time.monotonic() - self.started) / (step - self.first_step) * (horizon - step)
         parts = [text.format(metrics[key]) for key, text in SHOWN.items() if key in metrics]
-        left = timedelta(seconds=round(seconds))
-        self.say(f"step {step}/{self.horizon}: {', '.join(parts)}, {left} left")
+        self.say(f"step {step}/{horizon}: {', '.join(parts)}, {timedelta(seconds=round(seconds))} left")
 
     def finish(self, config: Config, counts: dict, manifest: Manifest, texts: list[str], metrics: Metrics) -> None:
         """Write samples.txt, loss.png and summary.json, and show them. Rank 0 calls it."""

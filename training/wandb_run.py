@@ -28,7 +28,6 @@ from requests.utils import get_netrc_auth
 
 from configs.load import flatten
 from data.files import write_atomic
-from data.shards import SPLITS, Manifest
 from training.config import WandbConfig
 from training.jsonl import read_from
 from training.run_folder import RunLock
@@ -63,24 +62,17 @@ def wandb_mode(mode: str) -> str:
     return os.environ.get("WANDB_MODE") or ("online" if is_logged_in else "offline")
 
 
-def data_facts(manifest: Manifest) -> dict[str, float | str]:
-    """Return what the summary says of the data that a run is trained on."""
-    facts = {f"data/{split}/tokens": manifest.tokens(split) for split in SPLITS}
-    facts |= {f"data/{split}/documents": manifest.documents(split) for split in SPLITS}
-    return facts | {
-        "unigram_entropy": manifest.unigram_entropy,
-        "data_fingerprint": manifest.fingerprint,
-        "tokenizer_fingerprint": manifest.tokenizer.get("fingerprint", ""),
-    }
-
-
-def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], **options):
-    """Return a W&B run with the group and tags that every run here has; offline if W&B cannot start online."""
+def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], resume: str | None = None):
+    """Return the W&B run of a run folder; offline if W&B cannot start online."""
     import wandb  # takes a second, which a run without W&B need not spend
 
     waits = {"init_timeout": PATIENCE, "finish_timeout": PATIENCE, "finish_timeout_raises": True}
     parent = run_dir.absolute().parent.name
-    options |= {
+    options = {
+        "id": run_id(run_dir),
+        "job_type": "train",
+        "name": tree["run"]["name"],
+        "config": {key.replace(".", "/"): value for key, value in flatten(tree).items()},  # W&B takes dots for nesting
         "project": settings.project,
         "group": settings.group or (parent if parent != "runs" else None),  # the runs of a sweep lie in one folder
         "tags": [tree["model"]["name"], tree["size"]["name"], *settings.tags],
@@ -90,10 +82,10 @@ def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], **optio
     }
     if wandb_mode(settings.mode) == "online":
         try:
-            return wandb.init(mode="online", **options)
+            return wandb.init(mode="online", resume=resume, **options)
         except Exception as error:
             print(f"W&B could not start online ({error}); send it later: wandb sync {run_dir}/wandb/offline-run-*")
-    return wandb.init(mode="offline", **options | {"resume": None})
+    return wandb.init(mode="offline", **options)
 
 
 def remove_older_files(run) -> None:
@@ -153,12 +145,10 @@ class WandbRun:
         rows, end = read_from(self.folder / "rows.jsonl")
         self.list = open(self.folder / "rows.jsonl", "ab", buffering=0)
         self.list.truncate(end)  # a torn row was not sent
-        flat = {key.replace(".", "/"): value for key, value in flatten(tree).items()}  # W&B takes dots for nesting
-        options = {"id": run_id(self.run_dir), "job_type": "train", "name": tree["run"]["name"], "config": flat}
-        self.run = open_run(self.run_dir, settings, tree, resume="allow" if rows else None, **options)
+        self.run = open_run(self.run_dir, settings, tree, resume="allow" if rows else None)
         if self.run.starting_step > len(rows):  # the list was lost
             self.run.finish()
-            self.run = open_run(self.run_dir, settings, tree, **options)
+            self.run = open_run(self.run_dir, settings, tree)
         self.run.define_metric("*", step_metric="tokens")
         for key, summary in SUMMARIES.items():
             self.run.define_metric(key, step_metric="tokens" if "/" in key else None, summary=summary)
