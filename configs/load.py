@@ -1,8 +1,6 @@
 """From the tree that Hydra composes, or a stored one, to typed configuration, with all mistakes reported together.
 
-A configuration class stands next to the code that reads it and derives from `Block`; a default stands there and nowhere
-else. A block whose YAML picks one of several classes (`_target_`) derives from `Choice`, the configuration of a whole
-command from `Command`.
+A configuration class stands next to the code that reads it; a default stands there and nowhere else.
 """
 
 import inspect
@@ -192,8 +190,6 @@ def remedy(error: dict[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as an override would give it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
-    return str(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), str(value))

@@ -1,7 +1,7 @@
 """Checkpoints that don't depend on how a run was sharded.
 
-Every checkpoint holds the whole fp32 state by parameter name, whatever the ZeRO stage and the number of processes it
-was saved from: any stage and any world size can resume from it, and evaluation reads the weights without DeepSpeed.
+Every checkpoint holds the whole fp32 state by parameter name: any ZeRO stage and any number of processes can resume
+from it, and evaluation reads the weights without DeepSpeed.
 
     step_00000100/  model.safetensors      the weights (the tied head is left out)
                     optimizer.safetensors  the optimizer's moments, as exp_avg.<parameter> and exp_avg_sq.<parameter>

@@ -1,7 +1,6 @@
 """The DeepSpeed engine around the model, the process group that it needs, and its whole state by parameter name."""
 
 import gc
-import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,6 @@ SHORTEST_TIMEOUT = 1800.0  # seconds; other ranks wait this long while rank 0 pr
 def import_deepspeed(device_type: str):
     """Return DeepSpeed for this device, quiet, and without the CPU extension that training never uses."""
     os.environ["DS_ACCELERATOR"] = device_type
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", module="deepspeed")
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # of what DeepSpeed calls
     import deepspeed
@@ -33,7 +31,7 @@ def import_deepspeed(device_type: str):
     from deepspeed.accelerator import real_accelerator
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.ERROR)
+    logger.setLevel("ERROR")
     if real_accelerator.get_accelerator().device_name() != device_type:  # of an earlier run of this process
         real_accelerator.ds_accelerator = None  # chosen again, by DS_ACCELERATOR
     if device_type == "cpu":

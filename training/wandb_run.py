@@ -1,16 +1,13 @@
 """A run in W&B: a view of its folder, which may fail at any time without harm.
 
-A run folder has one W&B run, however often it is requeued and evaluated; its id is a function of the folder.
-wandb/rows.jsonl lists the rows of its history in the order of the numbers (`_step`) that W&B gives them, each before it
-is sent, and wandb/facts.json has its summary. What metrics.jsonl has and the list lacks is added to the list. A listed
-row stays: steps that are trained a second time keep the values of the first.
+A run folder has one W&B run, whose id is a function of the folder, however often it is requeued and evaluated.
+wandb/rows.jsonl lists the rows of its history, each before it is sent, in the order of W&B's own numbers (`_step`), and
+wandb/facts.json has its summary. What metrics.jsonl has and the list lacks is added; a listed row stays, so steps that
+are trained a second time keep the values of the first. Online, what W&B does not have of the list is sent; offline, or
+if W&B has more than the list, all of it. An offline file therefore has the whole run: it replaces the older ones, which
+a killed process may have left torn, and can be synced at any time and repeatedly.
 
-So each process knows what to send: online, what W&B does not have of the list; offline, or if W&B has more than the
-list, all of it, each row with its old number. An offline file therefore has the whole run: it replaces the older ones,
-which a killed process may have left torn, and can be synced at any time and repeatedly.
-
-The training process alone writes to the W&B run of a run that trains, and passes on what evaluations add to
-metrics.jsonl; afterwards evaluations do it, one at a time.
+One process writes to the W&B run: that which trains, and afterwards the evaluations, one at a time.
 """
 
 import functools
@@ -34,16 +31,10 @@ from training.run_folder import RunLock
 
 PATIENCE = 60.0  # seconds to wait for W&B at the start and the end, and for another process to finish with the run
 SUMMARIES = {  # what W&B's summary keeps of a metric, if not its last value
-    "tokens": "max",
-    "step": "max",
-    "train/loss": "min,last",
-    "val/loss": "min,last",
-    "val/perplexity": "min,last",
-    "val/bits_per_byte": "min,last",
-    "optim/grad_norm": "max,last",
-    "perf/tokens_per_second": "mean,max,last",
-    "perf/mfu": "mean,max,last",
-    "perf/memory_gb": "max",
+    "max": ("tokens", "step", "perf/memory_gb"),
+    "min,last": ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"),
+    "max,last": ("optim/grad_norm",),
+    "mean,max,last": ("perf/tokens_per_second", "perf/mfu"),
 }
 Row = dict[str, float | str | list[str] | None]  # numbers; paths of pictures in the run folder; texts
 
@@ -150,7 +141,7 @@ class WandbRun:
             self.run.finish()
             self.run = open_run(self.run_dir, settings, tree)
         self.run.define_metric("*", step_metric="tokens")
-        for key, summary in SUMMARIES.items():
+        for key, summary in ((key, summary) for summary, keys in SUMMARIES.items() for key in keys):
             self.run.define_metric(key, step_metric="tokens" if "/" in key else None, summary=summary)
         self.note({})
         for number, row in enumerate(rows):
