@@ -3,9 +3,8 @@
 python train.py [overrides]                        one process
 torchrun --nproc_per_node=8 train.py [overrides]   one node
 
-`configs/train.yaml` names the groups, `training/config.py` has the keys and their defaults;
-`python train.py --cfg job [overrides]` prints the configuration that would run. Exit codes: 0 done, 2 bad configuration
-or input, 75 pre-empted after saving (start it again), 1 anything else.
+`configs/train.yaml` names the groups, `training/config.py` has the keys; `--cfg job` prints what would run.
+Exit codes: 0 done, 2 bad configuration or input, 75 pre-empted after saving (start it again), 1 anything else.
 """
 
 import time
@@ -64,8 +63,9 @@ def main(config: Config) -> int:
                 release_memory()
             return code
     except Ended as ended:
-        report.say(str(ended))
-        return ended.code
+        message, code = ended.args
+        report.say(message)
+        return code
 
 
 def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks, report: Report) -> int:

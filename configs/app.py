@@ -76,14 +76,10 @@ def combinations(overrides: list[str]) -> list[list[str]]:
 def app(
     main: Callable[[Command], int | None],
     schema: type[Command],
-    texts: tuple[str, ...] = (),
-    check_sweep: Callable[[list], None] = lambda configs: None,
+    texts: tuple[str, ...] = (),  # keys whose values are taken as they stand, and not by Hydra's grammar
+    check_sweep: Callable[[list], None] = lambda configs: None,  # sees all of them before the first job starts
 ) -> None:
-    """Run `main(configuration)` as a Hydra app; what `main` returns is the exit code (under `-m` of each job in turn).
-
-    What is given for a key in `texts` is taken as it stands, whatever signs of Hydra's grammar are in it. With `-m` all
-    configurations are loaded, and `check_sweep` sees them, before the first job starts.
-    """
+    """Run `main(configuration)` as a Hydra app; what it returns is the exit code (under `-m` of each job in turn)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with its own exit code 1
     args = get_args_parser().parse_args()
     ours, hydras = take_plain(args.overrides, schema, texts)
@@ -143,11 +139,7 @@ def known_keys(schema: type[Command]) -> tuple[set[str], set[str]]:
 
 
 def take_plain(overrides: list[str], schema: type[Command], texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Split off the overrides whose values are plain text, from those that Hydra is to read.
-
-    They are those of `texts`, and of plain keys that have a group's name, as `model` of eval.speed.attention has: Hydra
-    takes whatever has a group's name for the group.
-    """
+    """Split overrides into plain text and what Hydra reads, which takes any key with a group's name for the group."""
     names = known_keys(schema)[1] & GROUPS | set(texts)
     ours = [word for word in overrides if "=" in word and word.partition("=")[0].lstrip("+") in names]
     return ours, [override for override in overrides if override not in ours]

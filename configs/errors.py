@@ -29,9 +29,9 @@ def each(check: Callable, items: Iterable) -> list:
         try:
             results.append(check(item))
         except ConfigError as error:
-            errors += [line for line in error.errors if line not in errors]
+            errors += error.errors
     if errors:
-        raise ConfigError(*errors)
+        raise ConfigError(*dict.fromkeys(errors))
     return results
 
 

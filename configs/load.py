@@ -97,10 +97,7 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def load(tree: Mapping | DictConfig, schema: type[T], **context: Any) -> T:
-    """Return `tree` as a `schema`; interpolations of a DictConfig are resolved, defaults included.
-
-    `context` is what validators see as `info.context`. ConfigError has every mistake that can be found at once.
-    """
+    """Return `tree`, resolved, as a `schema`, whose validators see `context`. ConfigError has all mistakes at once."""
     if isinstance(tree, DictConfig):
         tree = resolved(tree, schema)
     found: list[tuple[str, str]] = []

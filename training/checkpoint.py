@@ -55,10 +55,7 @@ def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) 
 
 
 def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> None:
-    """Delete the checkpoints that `keep` does not return, and what is left of broken and unfinished ones.
-
-    Those past the `last` step are broken: training has resumed from one before them.
-    """
+    """Delete the checkpoints that `keep` does not return, those past the `last` step of training, and broken ones."""
     folders = sorted((Path(run_dir) / "checkpoints").glob("step_*"))
     manifests = {folder: read_manifest(folder) for folder in folders if not problems(folder, checksums=False)}
     kept = keep([manifest for manifest in manifests.values() if manifest["step"] <= last])

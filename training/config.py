@@ -178,10 +178,7 @@ class TrainerConfig(Block):
 
 
 class Config(Command):
-    """A run. Validation decides what is left open: widths, head counts, the fold, folders and the run's name.
-
-    `world_size` in the context of validation is the number of processes (default: torchrun's).
-    """
+    """A run. Validation decides what is left open: widths, head counts, the fold, folders and the run's name."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     model: AttentionConfig
@@ -249,8 +246,7 @@ class Config(Command):
         if self.model.rope_scaling == "none":
             gone |= {"model.rope_scaling", "model.rope_factor", "model.rope_original_length"}
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
-        trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
-        trainer["horizon"] = self.trainer.horizon
+        trainer = {key: getattr(self.trainer, key) for key in ("seq_len", "global_batch_size", "horizon")}
         whole = {key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer}
         return flatten(without(whole, gone))
 

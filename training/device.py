@@ -52,10 +52,7 @@ class Runtime:
 
 
 def find_runtime(device: str, dtype: str, bf16_engine: bool = False) -> Runtime:
-    """Return device, precision and ranks (torchrun's variables). ConfigError if this process has no GPU of its own.
-
-    With `bf16_engine`, where DeepSpeed keeps the parameters in bf16, `dtype="auto"` means bf16 on a CPU too.
-    """
+    """Return device, precision and ranks (torchrun's variables). ConfigError if this process has no GPU of its own."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +60,7 @@ def find_runtime(device: str, dtype: str, bf16_engine: bool = False) -> Runtime:
         raise ConfigError(
             f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} GPUs; start one process a GPU"
         )
-    if dtype == "auto":
+    if dtype == "auto":  # of parameters that DeepSpeed keeps in bf16 on a CPU too
         dtype = "bf16" if device == "cuda" or bf16_engine else "fp32"
     chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     precision = torch.bfloat16 if dtype == "bf16" else torch.float32

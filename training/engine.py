@@ -40,15 +40,12 @@ def import_deepspeed(device_type: str):
 
 
 def init_distributed(runtime: Runtime, rank_timeout: float) -> None:
-    """Join the process group (nccl on GPUs, gloo on CPUs); a process that is alone makes one of its own.
-
-    Collectives give up only after twice `rank_timeout`, when the watchdog should have ended the process long ago.
-    """
+    """Join the process group (nccl on GPUs, gloo on CPUs); a process that is alone makes one of its own."""
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain
     backend = backend_of(runtime.device)
-    timeout = timedelta(seconds=max(SHORTEST_TIMEOUT, 2 * rank_timeout))
+    timeout = timedelta(seconds=max(SHORTEST_TIMEOUT, 2 * rank_timeout))  # the watchdog ends the process earlier
     deepspeed = import_deepspeed(runtime.device.type)
     from deepspeed.comm.torch import TorchBackend
 
@@ -80,10 +77,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """Return the DeepSpeed engine: fp32 parameters sharded as `deepspeed.config` says; the model autocasts itself.
-
-    ConfigError for what DeepSpeed refuses in its configuration.
-    """
+    """Return the engine: fp32 parameters sharded by `deepspeed.config`. ConfigError for what DeepSpeed refuses."""
     ours = {
         "train_batch_size": config.trainer.global_batch_size,
         "train_micro_batch_size_per_gpu": config.trainer.micro_batch_size,
@@ -110,11 +104,10 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
 
 
 def gather_state(engine, alive: Callable[[], None]) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
-    """Return the optimizer's scalars, such as the number of updates, and the tensors of a checkpoint's files.
+    """Return the optimizer's scalars, such as the number of updates, and tensors by file and name, on rank 0 alone.
 
-    "model" has the weights by parameter and "optimizer" the moments, whatever torch.optim calls them, by
-    `<moment>.<parameter>`: whole, in fp32, on rank 0's CPU alone. Every rank calls it; each parameter is followed by
-    a call of `alive`.
+    Files are "model", the weights by parameter, and "optimizer", its moments by `<moment>.<parameter>`; all are whole,
+    in fp32 and on the CPU. Every rank calls it; each parameter is followed by a call of `alive`.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -143,10 +136,7 @@ def stored(tensor: Tensor) -> Tensor:
 
 
 def restore(engine, folder: Path) -> None:
-    """Give the engine, whose model has a checkpoint's weights already, the rest of the checkpoint.
-
-    Each rank keeps the part that it owns of the moments and, if parameters are bf16, of the fp32 weights.
-    """
+    """Give the engine, whose model has the weights of a checkpoint, the rest: moments, fp32 weights of bf16 ones."""
     if engine.bfloat16_enabled():
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             for name, parameter in engine.module.named_parameters():

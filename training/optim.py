@@ -87,18 +87,12 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
 
 
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
-    """Return the loss; one that is not finite makes every gradient NaN, so that all ranks skip the step.
-
-    An infinite loss may have finite gradients, and this asks no rank to wait for another.
-    """
+    """Return the loss; one that is not finite makes all gradients NaN, so that all ranks skip the step."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def optimizer_step(engine, lr: float, grad_clip: float) -> float:
-    """Clip the accumulated gradient, step, and clear it; return the gradient's norm before clipping.
-
-    If the norm is not finite the weights stay as they are. Call it in place of the last micro-batch's `engine.step()`.
-    """
+    """Clip the accumulated gradient, step if it is finite, and clear it; return its norm before clipping."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     if engine.zero_optimization_stage() > 0:  # DeepSpeed clips, and skips the step if the norm is not finite

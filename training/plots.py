@@ -8,8 +8,7 @@ from pathlib import Path
 from data.files import write_atomic
 from training.jsonl import read_lines
 
-# The mechanisms have colours of Okabe and Ito's, the variants of t6 others that stay distinct from them for readers who
-# see no red, no green or no blue. All are dark enough for text on white.
+# Okabe and Ito's, and others that readers who see no red, green or blue can tell apart; dark enough for text on white.
 COLOURS = {
     "mha": "#0072B2", "gqa": "#009E73", "mqa": "#000000", "mla": "#CC79A7", "t6": "#D55E00", "t6_kvonly": "#C766FE",
     "t6_shared_b": "#FC1763", "t6_third_order": "#675B3B", "t6_noncontextual_a": "#130CFE",

@@ -1,9 +1,4 @@
-"""Where a run starts, what a checkpoint says of it, and how it goes back or ends early.
-
-A step whose loss or gradient is not finite leaves the weights as they are (training.optim). After too many of them in a
-row, or after a spike of the loss, the run goes back to its last checkpoint and skips the data of the steps since, as
-PaLM did (Chowdhery et al. 2022, section 5.1).
-"""
+"""Where a run starts, what a checkpoint says of it, and how it goes back, past the data that spoiled it, or ends."""
 
 import math
 import statistics
@@ -60,10 +55,7 @@ class Health:
 
 
 class Rollbacks:
-    """How often a run went back, and the data it has skipped since, as its events.jsonl has it.
-
-    Going back from step s to the checkpoint of step c skips the batches of the s - c steps in between.
-    """
+    """How often a run went back, as its events.jsonl has it, and the data it has skipped: that of the steps between."""
 
     def __init__(self, run_dir: Path):
         events = [event for event in read_events(run_dir) if event["event"] == "rollback"]

@@ -72,28 +72,16 @@ class Report:
         metrics.summarize({"run": config.run.name} | counts | last | {"unigram_entropy": entropy}, plot, texts)
         if texts:
             self.say(f"\nA sample:\n\n{texts[0]}")
-        self.table("Done", validation_rows(last, entropy) | {"loss plot": str(plot), "samples": str(samples)})
-
-
-def validation_rows(last: dict, entropy: float) -> dict[str, str]:
-    """Return what the last line of metrics.jsonl with a validation says, next to the data's unigram entropy."""
-    loss = last["val/loss"]
-    if loss is None:
-        return {"validation loss": "not finite"}
-    side = "under" if loss < entropy else "over"
-    distance = f"{abs(entropy - loss):.4f} {side} the unigram entropy of {entropy:.4f}"
-    return {
-        "validation loss": f"{loss:.4f} nats a token, {distance}",
-        "perplexity": f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte",
-    }
+        rows = {"validation loss": "not finite", "loss plot": str(plot), "samples": str(samples)}
+        if last["val/loss"] is not None:
+            rows["validation loss"] = f"{last['val/loss']:.4f} nats a token (unigram entropy {entropy:.4f})"
+            rows["perplexity"] = f"{last['val/perplexity']:.2f}, {last['val/bits_per_byte']:.4f} bits a byte"
+        self.table("Done", rows)
 
 
 def budget(counts: dict, match: str, tolerance: float) -> str:
     """Return how the attention's cost compares with MHA's, and whether it is matched."""
     ratio = {key: counts[f"attention_{key}_over_mha"] for key in ("params", "flops", "kv_bytes")}
-    text = (
-        f"{ratio['params']:.3f} x MHA's attention parameters, {ratio['flops']:.3f} x its FLOPs, "
-        f"{ratio['kv_bytes']:.3f} x its cache"
-    )
-    is_matched = abs(ratio[match] - 1) <= tolerance
-    return text if is_matched else f"{text} (not matched by {match} within {tolerance:.0%})"
+    text = "{params:.3f} x MHA's attention parameters, {flops:.3f} x its FLOPs, {kv_bytes:.3f} x its cache"
+    warning = f" (not matched by {match} within {tolerance:.0%})" if abs(ratio[match] - 1) > tolerance else ""
+    return text.format(**ratio) + warning

@@ -18,7 +18,7 @@ from configs.load import load, to_dict
 from data.files import write_atomic
 from training.config import Config, upgrade
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers: nobody has them
 
 
 def read_config(run_dir: str | Path) -> Config:
@@ -61,10 +61,7 @@ class RunLock:
         self.file: TextIO | None = None
 
     def acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
-        """Wait at most `patience` seconds; return None, or who has the lock. Without file locks nobody has it.
-
-        ConfigError if the folder cannot be written.
-        """
+        """Wait at most `patience` seconds; return None, or who has the lock. ConfigError if nobody can write there."""
         deadline, told = time.monotonic() + patience, False
         with writing("run.dir", self.path.parent, "; choose another with run.dir="):
             while not self._locked():

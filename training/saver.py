@@ -19,9 +19,8 @@ from training.ranks import from_main
 class CheckpointSaver(contextlib.AbstractContextManager):
     """Write the checkpoints of a run, one at a time; every rank calls every method, rank 0 writes.
 
-    Of all complete checkpoints, given by their manifests, those whose steps `keep` returns stay. A checkpoint that
-    cannot be written (on a full disk, say) is reported to `say` and in events.jsonl, and earlier ones are untouched.
-    `alive` is called while waiting.
+    Those whose steps `keep` returns, given the manifests of all, stay. One that cannot be written (on a full disk, say)
+    is reported to `say` and in events.jsonl, and earlier ones are untouched. `alive` is called while waiting.
     """
 
     run_dir: Path

@@ -62,10 +62,6 @@ class Session:
 class Ended(Exception):
     """A run that ends without training: a message and an exit code."""
 
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
 
 @contextmanager
 def session(
@@ -73,9 +69,8 @@ def session(
 ) -> Iterator[Session]:
     """Hold what a run needs, and let go of it however the run ends. Every rank enters it.
 
-    Rank 0 calls `prepare` first; the others wait for it where the process group forms. Raise Ended for a run that is
-    finished or that another process trains. A block of the configuration that has a method
-    `around_training(run_dir, runtime)`, as a profiler's would, is entered as the context that the method returns.
+    Rank 0 calls `prepare` before the process group forms. Raise Ended for a run that is finished or that another process
+    trains. What a block's `around_training(run_dir, runtime)` returns, a profiler's say, is entered as a context.
     """
     run_dir, rank_timeout = config.run.dir, config.trainer.rank_timeout
     with Preemption() as preemption:
@@ -84,8 +79,7 @@ def session(
         init_distributed(runtime, rank_timeout)
         lock = RunLock(Path(run_dir))
         try:
-            patience = rank_timeout / 2  # the other ranks wait for rank 0 here
-            if reason := from_main(lambda: lock.acquire(patience, say)):
+            if reason := from_main(lambda: lock.acquire(rank_timeout / 2, say)):  # the other ranks wait here
                 raise Ended(reason, 1)
             if from_main(lambda: is_finished(run_dir)):  # by the process that had the lock
                 raise Ended(FINISHED.format(run_dir), 0)

@@ -5,9 +5,8 @@ wandb/rows.jsonl lists the rows of its history, each before it is sent, in the o
 wandb/facts.json has its summary. What metrics.jsonl has and the list lacks is added; a listed row stays, so steps that
 are trained a second time keep the values of the first. Online, what W&B does not have of the list is sent; offline, or
 if W&B has more than the list, all of it. An offline file therefore has the whole run: it replaces the older ones, which
-a killed process may have left torn, and can be synced at any time and repeatedly.
-
-One process writes to the W&B run: that which trains, and afterwards the evaluations, one at a time.
+a killed process may have left torn, and can be synced at any time and repeatedly. One process writes to the W&B run:
+that which trains, and afterwards the evaluations, one at a time.
 """
 
 import functools
