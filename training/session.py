@@ -69,8 +69,8 @@ def session(
 ) -> Iterator[Session]:
     """Hold what a run needs, and let go of it however the run ends. Every rank enters it.
 
-    Rank 0 calls `prepare` before the process group forms. Raise Ended for a run that is finished or that another process
-    trains. What a block's `around_training(run_dir, runtime)` returns, a profiler's say, is entered as a context.
+    Rank 0 calls `prepare` before the process group forms. Raise Ended for a run that is finished or in use elsewhere.
+    What a block's `around_training(run_dir, runtime)` returns, a profiler's for example, is entered as a context.
     """
     run_dir, rank_timeout = config.run.dir, config.trainer.rank_timeout
     with Preemption() as preemption:
