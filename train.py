@@ -3,13 +3,14 @@
 python train.py [overrides]                        one process
 torchrun --nproc_per_node=8 train.py [overrides]   one node
 
-`configs/train.yaml` names the groups, `training/config.py` has the keys and their defaults;
-`python train.py --cfg job [overrides]` prints the configuration that would run. Exit codes: 0 done, 2 bad configuration
-or input, 75 pre-empted after saving (start it again), 1 anything else.
+`configs/train.yaml` names the groups, `training/config.py` has the keys; `--cfg job` prints what would run.
+Exit codes: 0 done, 2 bad configuration or input, 75 pre-empted after saving (start it again), 1 anything else.
 """
 
+import time
 from contextlib import closing
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -26,14 +27,21 @@ from model.transformer import Transformer
 from training import checkpoint
 from training.checks import check_before_start, check_sweep
 from training.config import Config
-from training.device import Runtime, find_runtime, memory_gb, peak_flops
+from training.device import Runtime, memory_gb, peak_flops
 from training.engine import build_engine, release_memory, seed_step
-from training.health import Rollbacks
-from training.metrics import Throughput
 from training.optim import build_optimizer, finite_or_nan, learning_rate, optimizer_step
 from training.preflight import preflight
 from training.ranks import agree, from_main
-from training.recovery import GO_BACK, checkpoint_facts, end_preempted, go_back, load_start, open_record, restore_run
+from training.recovery import (
+    GO_BACK,
+    Rollbacks,
+    checkpoint_facts,
+    end_preempted,
+    go_back,
+    load_start,
+    open_record,
+    restore_run,
+)  # fmt: skip
 from training.report import Report
 from training.run_folder import is_finished
 from training.saver import CheckpointSaver
@@ -42,7 +50,7 @@ from training.session import FINISHED, Ended, Session, session
 
 def main(config: Config) -> int:
     """Train one run, from its checked configuration to its exit code."""
-    runtime = find_runtime(config.device, config.trainer.dtype, config.deepspeed.bf16_engine)
+    runtime = config.runtime()
     report = Report(enabled=runtime.is_main)
     check_before_start(config, runtime)
     if is_finished(config.run.dir):
@@ -55,10 +63,9 @@ def main(config: Config) -> int:
                 release_memory()
             return code
     except Ended as ended:
-        report.say(str(ended))
-        return ended.code
-    finally:
-        report.stop()
+        message, code = ended.args
+        report.say(message)
+        return code
 
 
 def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks, report: Report) -> int:
@@ -94,22 +101,21 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
     # The run folder, and what is written there and shown.
     counts = counting.summary(network, trainer.seq_len)
     machine_peak = peak_flops(device, runtime.dtype) * runtime.world_size
-    metrics = open_record(config, run, start_step, manifest, counts | checked.numbers) if runtime.is_main else None
+    metrics = open_record(config, run, start_step, manifest, counts) if runtime.is_main else None
     report.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
     keep = benchmarks.keep(checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best))
-    saver = CheckpointSaver(run_dir, keep, report.say, trainer.background_saving, run.watchdog.mark)
+    saver = CheckpointSaver(run_dir, keep, report.say, run.watchdog.mark)
     benchmarks.attach(engine.module, tokenizer, saver, metrics, run.watchdog.mark)
 
     # The loop: a step is one optimizer update on global_batch_size sequences.
     accumulation_steps = trainer.accumulation_steps(runtime.world_size)
-    throughput = Throughput(trainer.tokens_per_step)
+    seconds: list[float] = []  # of the steps since the last logged one, without what lies between them
     batches = train_data.batches(start_step, trainer.horizon, device, rollbacks.skipped_batches)
-    report.start(start_step, trainer.horizon)
     run.preemption.training = True
     benchmarks.before_loop(start_step)
     with saver, closing(batches):
         for step in range(start_step + 1, trainer.horizon + 1):
-            throughput.begin()
+            began = time.perf_counter()
             is_last = step == trainer.horizon
             seed_step(config.run.seed, step, runtime.rank)
             lr = learning_rate(step, config.optim.lr, config.schedule, trainer.horizon)
@@ -127,11 +133,12 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
             grad_norm = optimizer_step(engine, lr, config.optim.grad_clip)
             train_loss, is_preempted = agree(local_loss, run.preemption.requested is not None)
             trouble = health.observe(train_loss, grad_norm)
-            throughput.end()
+            seconds.append(time.perf_counter() - began)
 
             logged = {}
             if step % trainer.log_every == 0 or is_last:
-                rate = throughput.take()
+                rate = trainer.tokens_per_step / fmean(seconds)
+                seconds.clear()
                 logged = {
                     "train/loss": train_loss,
                     "optim/lr": lr,
@@ -147,7 +154,7 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
             if metrics and logged:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
                 benchmarks.collect()
-            report.update(step, logged)
+                report.update(step, trainer.horizon, logged)
 
             if trouble:
                 saver.finish()

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-UNWRITABLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST
-}  # fmt: skip
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 SHOWN = 40  # known names in a message
 
 
@@ -20,12 +18,8 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.errors))
 
 
-class Mistakes(ValueError):
-    """What a validator that looks at several keys raises: a line for each mistake, with keys relative to its block."""
-
-    def __init__(self, *lines: str):
-        self.lines = list(lines)
-        super().__init__("\n".join(lines))
+class Mistakes(ConfigError, ValueError):
+    """What a validator that looks at several keys raises: the same, with keys relative to its block."""
 
 
 def each(check: Callable, items: Iterable) -> list:
@@ -35,9 +29,9 @@ def each(check: Callable, items: Iterable) -> list:
         try:
             results.append(check(item))
         except ConfigError as error:
-            errors += [line for line in error.errors if line not in errors]
+            errors += error.errors
     if errors:
-        raise ConfigError(*errors)
+        raise ConfigError(*dict.fromkeys(errors))
     return results
 
 

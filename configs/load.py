@@ -1,37 +1,32 @@
 """From the tree that Hydra composes, or a stored one, to typed configuration, with all mistakes reported together.
 
-A configuration class stands next to the code that reads it and derives from `Block`; a default stands there and nowhere
-else. A block whose YAML picks one of several classes (`_target_`) derives from `Choice`, the configuration of a whole
-command from `Command`.
+A configuration class stands next to the code that reads it; a default stands there and nowhere else.
 """
 
-import importlib
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 
 from configs.errors import ConfigError, Mistakes, did_you_mean
 
-RENAMED = {  # what older command lines say, and what to say now
-    "core=sdpa": "use core=full",
-    "core=flash_tpa": "use core=full core.kernel=factors",
-    "factors": "use core.kernel=factors",
-    "core.training": "leave it out: training always forms keys and values",
-    "core.scores": "leave it out: every slice has its own scores",
-} | {
-    f"experiment=paper/{model}_{size}": f"use experiment=paper/{size} model={model}"
-    for model in ("mha", "mqa", "gqa", "mla", "t6", "t6_kvonly")
-    for size in ("small", "medium", "large", "xl")
-}
-KINDS = {
+REMEDIES = {  # by pydantic's type of an error, or by the type's first word
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "finite_number": "a finite number",
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
+    "string_pattern_mismatch": "a plain folder name (use run.dir for a path)",
     "string": "text",
     "list": "a list, as in [A,B]",
     "dict": "a mapping",
@@ -80,8 +75,7 @@ def target_of(node: Mapping, expected: type[T]) -> type[T]:
     if name is None:
         return expected
     try:
-        module, _, attribute = name.rpartition(".")
-        found = getattr(importlib.import_module(module), attribute)
+        found = get_object(name)
     except Exception as error:  # whatever importing a stranger's module raises
         raise Mistakes(f"_target_={name}: cannot be imported ({error})") from error
     if not (isinstance(found, type) and issubclass(found, expected)):
@@ -103,27 +97,23 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def load(tree: Mapping | DictConfig, schema: type[T], **context: Any) -> T:
-    """Return `tree` as a `schema`; interpolations of a DictConfig are resolved, defaults included.
-
-    `context` is what validators see as `info.context`. ConfigError has every mistake that can be found at once.
-    """
+    """Return `tree`, resolved, as a `schema`, whose validators see `context`. ConfigError has all mistakes at once."""
     if isinstance(tree, DictConfig):
         tree = resolved(tree, schema)
-    messages: list[str] = []
-    wrong: set[str] = set()
+    found: list[tuple[str, str]] = []
     while True:  # again without the keys that are wrong, for the mistakes that they hid
-        found = []
+        wrong = {key for key, _ in found}
+        more = []
         try:
             config = schema.model_validate(without(tree, wrong), context=context)
         except ValidationError as error:
             details = [detail for detail in error.errors() if not (wrong and detail["type"] == "missing")]
-            found = [pair for detail in details for pair in explain(detail, tree, schema) if pair[0] not in wrong]
-        if not (messages or found):
+            more = [pair for detail in details for pair in explain(detail, tree, schema) if pair[0] not in wrong]
+        if not (found or more):
             return config
-        if not found:
-            raise ConfigError(*messages)
-        messages += [message for _, message in found]
-        wrong |= {key for key, _ in found}
+        if not more:
+            raise ConfigError(*(message for _, message in found))
+        found += more
 
 
 def resolved(tree: DictConfig, schema: type[Block]) -> dict[str, Any]:
@@ -142,11 +132,9 @@ def defaults(tree: Mapping, schema: type[Block]) -> dict[str, Any]:
     for key, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Block):
             node = tree.get(key)
-            try:
+            with suppress(Mistakes):  # validation reports them
                 if isinstance(node, Mapping | DictConfig):
                     found[key] = defaults(node, target_of(node, field.annotation))
-            except Mistakes:
-                continue  # validation reports it
         elif not field.is_required():
             default = field.get_default(call_default_factory=True)
             found[key] = to_dict(default) if isinstance(default, Block) else default
@@ -170,9 +158,7 @@ def explain(error: dict[str, Any], tree: Mapping, schema: type[Block]) -> list[t
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, Mistakes):
         dot = f"{key}." if key else ""
-        return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.lines]
-    if key in RENAMED:
-        return [(key, f"{key}: is no key any more; {RENAMED[key]}")]
+        return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.errors]
     if error["type"] == "extra_forbidden":
         return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(parents, tree, schema), prefix)}")]
     if error["type"] == "missing" or error["input"] is None:
@@ -193,23 +179,14 @@ def remedy(error: dict[str, Any]) -> str:
     kind, limits = error["type"], error.get("ctx", {})
     if kind == "value_error":
         return str(limits["error"])
-    if kind == "greater_than":
-        return "must be a positive number" if limits["gt"] == 0 else f"must be greater than {limits['gt']}"
-    if kind in ("greater_than_equal", "less_than", "less_than_equal"):
-        words = {"greater_than_equal": ("at least", "ge"), "less_than": ("less than", "lt")}
-        word, limit = words.get(kind, ("at most", "le"))
-        return f"must be {word} {limits[limit]}"
-    if kind == "literal_error":
-        return f"must be {limits['expected']}".replace("'", "")
-    if kind == "finite_number":
-        return "must be a finite number"
-    return f"must be {KINDS.get(kind.partition('_')[0], error['msg'])}"
+    if kind == "greater_than" and limits["gt"] == 0:
+        return "must be a positive number"
+    text = REMEDIES.get(kind) or REMEDIES.get(kind.partition("_")[0])
+    return f"must be {text.format(**limits)}".replace("'", "") if text else error["msg"]
 
 
 def shown(value: Any) -> str:
     """Return a value as an override would give it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
-    return str(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), str(value))

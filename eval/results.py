@@ -12,13 +12,12 @@ from pydantic_core import to_json
 from rich.console import Console
 
 from configs.errors import ConfigError
-from configs.load import to_dict
 from data.files import write_atomic
 from eval.loading import LoadedRun
 from training.jsonl import append_line
 from training.metrics import metrics_line
 from training.run_folder import is_finished
-from training.wandb_run import log_evaluation
+from training.wandb_run import add_evaluation
 
 
 @dataclass
@@ -90,11 +89,9 @@ def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> No
     inbox.mkdir(parents=True, exist_ok=True)
     found = {"step": run.step, "tokens": run.tokens, "metrics": metrics}
     write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(found))
-    finished = is_finished(run.dir)
-    if finished:
+    if is_finished(run.dir):
         collect(run.dir, lambda *found: append_line(run.dir / "metrics.jsonl", metrics_line(*found)))
-    record, plots = json.loads(path.read_text()), sorted(path.parent.glob(f"{path.stem}*.png"))
-    log_evaluation(run.dir, run.config.wandb, to_dict(run.config), path.stem, record, plots, finished)
+        add_evaluation(run.dir, run.config.wandb, sorted(path.parent.glob(f"{path.stem}*.png")))
 
 
 def collect(

@@ -70,7 +70,7 @@ def log_likelihoods(
     """
     rows = share_rows(requests, max_length)[ranks.rank() :: ranks.world_size()]
     batches = list(batched(rows, batch_size * max_length))
-    idle = [[Row([0])]] * (ranks.largest(len(batches), device) - len(batches))
+    idle = [[Row([0])]] * (max(ranks.gather(len(batches))) - len(batches))
     answers = torch.zeros(2, len(requests), dtype=torch.float64, device=device)  # log p; tokens that are not greedy
     for batch in progress(batches + idle):
         wanted = [

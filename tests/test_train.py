@@ -7,20 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pydantic import Field
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 from configs.app import app, configured
 from configs.errors import ConfigError
-from configs.load import load, to_dict
+from configs.load import Block, load, to_dict
 from tests.conftest import ROOT, SMALL_MLA
 from training.checks import check_sweep
 from training.config import Config
+from training.device import Runtime
 from training.jsonl import read_lines
 
 
@@ -197,6 +201,33 @@ def test_compile_trains_the_same(small_run, tmp_path):
         assert run([*small_run, "trainer.max_steps=3", "trainer.samples=0", *extra]) == 0
     a, b = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
     assert all(abs(a[step] - b[step]) < 1e-4 for step in a)
+
+
+class Profiler(Block):
+    """A profiler as somebody would add one: this class in a file of its own, and a field of Config."""
+
+    steps: int = 0
+
+    @contextmanager
+    def around_training(self, run_dir: Path, runtime: Runtime):
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=self.steps, repeat=1)
+        handler = torch.profiler.tensorboard_trace_handler(str(run_dir / "profile"), f"rank{runtime.rank}")
+        with torch.profiler.profile(schedule=schedule, on_trace_ready=handler) as profile:
+            hook = register_optimizer_step_post_hook(lambda *_: profile.step())
+            yield
+            hook.remove()
+
+
+class Profiled(Config):
+    profiler: Profiler = Field(default_factory=Profiler)
+
+
+def test_a_block_of_the_configuration_may_wrap_training(small_run, tmp_path):
+    config = configured(Profiled, [*small_run, "profiler.steps=2"])
+    assert train.main(config) == 0
+    (trace,) = (tmp_path / "run/profile").glob("rank0*.json")
+    assert "ProfilerStep#2" in trace.read_text() and "ProfilerStep#5" not in trace.read_text()
+    assert config.identity() == configured(Config, small_run).identity()
 
 
 # --- bad input: exit code 2, one message, nothing created ------------------------------------------------------------

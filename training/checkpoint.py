@@ -1,7 +1,7 @@
 """Checkpoints that don't depend on how a run was sharded.
 
-Every checkpoint holds the whole fp32 state by parameter name, whatever the ZeRO stage and the number of processes it
-was saved from: any stage and any world size can resume from it, and evaluation reads the weights without DeepSpeed.
+Every checkpoint holds the whole fp32 state by parameter name: any ZeRO stage and any number of processes can resume
+from it, and evaluation reads the weights without DeepSpeed.
 
     step_00000100/  model.safetensors      the weights (the tied head is left out)
                     optimizer.safetensors  the optimizer's moments, as exp_avg.<parameter> and exp_avg_sq.<parameter>
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_file
 from torch import Tensor
 
 from configs.errors import ConfigError
@@ -47,8 +47,7 @@ def checkpoint_dirs(run_dir: Path) -> list[Path]:
 def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) -> None:
     """Write the files of one checkpoint, the manifest last, and then `latest`."""
     folder = checkpoint_dir(run_dir, manifest["step"])
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, named in tensors.items():
         path = folder / f"{name}.safetensors"
@@ -63,14 +62,10 @@ def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) 
 
 
 def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> None:
-    """Delete the checkpoints that `keep` does not return, and what is left of broken and unfinished ones.
-
-    Those past the `last` step are broken: training has resumed from one before them.
-    """
+    """Delete the checkpoints that `keep` does not return, those past the `last` step of training, and broken ones."""
     folders = [folder for folder in checkpoint_dirs(run_dir) if not folder.is_symlink()]
-    whole = [folder for folder in folders if not problems(folder, checksums=False)]
-    manifests = {folder: manifest for folder in whole if (manifest := read_manifest(folder))["step"] <= last}
-    kept = keep(list(manifests.values()))
+    manifests = {folder: read_manifest(folder) for folder in folders if not problems(folder, checksums=False)}
+    kept = keep([manifest for manifest in manifests.values() if manifest["step"] <= last])
     for folder in folders:
         if folder not in manifests or manifests[folder]["step"] not in kept:
             shutil.rmtree(folder)
@@ -144,24 +139,20 @@ def has_saved(run_dir: Path) -> bool:
 
 def check_source(source: str) -> None:
     """Raise a ConfigError unless `trainer.init_from` names a folder in which `find` may find a checkpoint."""
-    folder = Path(source)
-    if not (folder / "manifest.json").exists() and not any((folder / "checkpoints").glob("step_*/manifest.json")):
+    if not (any(Path(source).glob("manifest.json")) or any(Path(source).glob("checkpoints/step_*/manifest.json"))):
         raise ConfigError(NO_SOURCE.format(source))
 
 
 def find(source: str, warn: Callable[[str], None]) -> Path:
-    """Return the checkpoint that `trainer.init_from` names: a checkpoint folder, or the last one of a run folder.
-
-    ConfigError if there is none, or if the one named is incomplete.
-    """
+    """Return the checkpoint that `trainer.init_from` names, itself or its run folder. ConfigError if none is whole."""
     folder = Path(source)
-    is_checkpoint = (folder / "manifest.json").exists()
-    if is_checkpoint and (broken := problems(folder)):
-        raise ConfigError(*(f"trainer.init_from: {line}" for line in broken))
-    found = folder if is_checkpoint else newest(folder, warn)
-    if found is None:
-        raise ConfigError(NO_SOURCE.format(source))
-    return found
+    if (folder / "manifest.json").exists():
+        if broken := problems(folder):
+            raise ConfigError(*(f"trainer.init_from: {line}" for line in broken))
+        return folder
+    if found := newest(folder, warn):
+        return found
+    raise ConfigError(NO_SOURCE.format(source))
 
 
 def read_manifest(folder: Path) -> dict:
@@ -192,8 +183,8 @@ def check_same_architecture(folder: Path, identity: dict, tokenizer_fingerprint:
     """Raise a ConfigError unless a checkpoint's weights mean the same in a run with this identity and tokenizer."""
 
     def architecture(identity: dict, fingerprint: str) -> dict:
-        kept = {key: value for key, value in identity.items() if key.startswith(ARCHITECTURE)}
-        return {k: v for k, v in kept.items() if k not in NOT_ARCHITECTURE} | {"tokenizer.fingerprint": fingerprint}
+        keys = (key for key in identity if key.startswith(ARCHITECTURE) and key not in NOT_ARCHITECTURE)
+        return {key: identity[key] for key in keys} | {"tokenizer.fingerprint": fingerprint}
 
     manifest = read_manifest(folder)
     there = architecture(manifest["identity"], manifest["tokenizer_fingerprint"])
@@ -203,16 +194,7 @@ def check_same_architecture(folder: Path, identity: dict, tokenizer_fingerprint:
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Fill the model, before the engine wraps it, from a checkpoint. ConfigError names the tensors that do not fit."""
-    weights = load_file(folder / "model.safetensors")
-    own = dict(model.named_parameters())  # names a tied weight once
-    wrong = [f"{name}: the checkpoint has none" for name in own.keys() - weights.keys()]
-    wrong += [f"{name}: the model has none" for name in weights.keys() - own.keys()]
-    wrong += [f"{name}: {list(weights[name].shape)} in the checkpoint, {list(own[name].shape)} in the model"
-              for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]  # fmt: skip
-    if wrong:
-        raise ConfigError(
-            f"{folder}: the weights do not fit this model:" + "".join(f"\n    {w}" for w in sorted(wrong))
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
+    try:
+        load_model(model, folder / "model.safetensors")
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: the weights do not fit this model: {error}") from None

@@ -12,8 +12,8 @@ from data.shards import TokenShards
 from data.sources.base import source_of
 from model.attention.base import AttentionConfig, AttentionCore
 from training.checkpoint import check_source, differing
-from training.config import Config, TrainerConfig
-from training.device import Runtime, find_runtime
+from training.config import Config
+from training.device import Runtime
 from training.run_folder import read_config
 
 
@@ -22,8 +22,8 @@ def check_before_start(config: Config, runtime: Runtime) -> None:
     checks = (
         lambda: check_nodes(config.deepspeed.zero, runtime.world_size),
         lambda: check_core(config.core, config.model, runtime),
-        lambda: check_data(config, config.trainer),
-        lambda: check_init_from(config.run.dir, config.trainer.init_from),
+        lambda: check_data(config),
+        lambda: check_init_from(config),
         lambda: check_run_folder(config),
     )
     each(lambda check: check(), checks)
@@ -32,20 +32,13 @@ def check_before_start(config: Config, runtime: Runtime) -> None:
 def check_sweep(configs: list[Config]) -> None:
     """Check each run of a sweep before the first of them starts."""
     check_folders(config.run.dir for config in configs)
-
-    def check(config: Config) -> None:
-        bf16_engine = config.deepspeed.bf16_engine
-        check_before_start(config, find_runtime(config.device, config.trainer.dtype, bf16_engine))
-
-    each(check, configs)
+    each(lambda config: check_before_start(config, config.runtime()), configs)
 
 
 def check_folders(folders: Iterable[str]) -> None:
     """Raise a ConfigError if runs of a sweep would share a folder."""
-    folders = list(folders)
-    count = Counter(Path(folder).absolute() for folder in folders)
-    shared = sorted({folder for folder in folders if count[Path(folder).absolute()] > 1})
-    if shared:
+    count = Counter(os.path.abspath(folder) for folder in folders)
+    if shared := sorted(folder for folder in count if count[folder] > 1):
         remedy = "several runs of the sweep would share it; leave run.name and run.dir unset"
         raise ConfigError(*(f"run.dir={folder}: {remedy}" for folder in shared))
 
@@ -67,7 +60,8 @@ def check_core(core: AttentionCore, attention: AttentionConfig, runtime: Runtime
         raise ConfigError(f"core={core.name}: {error}") from None
 
 
-def check_data(config: Config, trainer: TrainerConfig) -> None:
+def check_data(config: Config) -> None:
+    trainer = config.trainer
     if source_of(config.data).on_first_use and not prepared(config.data, config.tokenizer):
         return  # rank 0 prepares it
     ensure_prepared(config.data, config.tokenizer)
@@ -76,10 +70,10 @@ def check_data(config: Config, trainer: TrainerConfig) -> None:
     EvalLoader(TokenShards(config.data.dir, "val"), trainer.seq_len, trainer.micro_batch_size, 0, 1, max_samples=None)
 
 
-def check_init_from(run_dir: str, init_from: str | None) -> None:
-    resumes = any(Path(run_dir).glob("checkpoints/step_*"))  # then nothing is read from there any more
-    if init_from and not resumes:
-        check_source(init_from)
+def check_init_from(config: Config) -> None:
+    resumes = any(Path(config.run.dir).glob("checkpoints/step_*"))  # then nothing is read from there any more
+    if config.trainer.init_from and not resumes:
+        check_source(config.trainer.init_from)
 
 
 def check_run_folder(config: Config) -> None:

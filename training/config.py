@@ -3,22 +3,22 @@
 import difflib
 import hashlib
 import json
+import math
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from configs.app import choices
-from configs.errors import ConfigError, Mistakes, did_you_mean
-from configs.load import Block, Command, flatten, to_dict
+from configs.errors import ConfigError, Mistakes, did_you_mean, each
+from configs.load import Block, Command, flatten, to_dict, without
 from data.config import DataConfig, TokenizerConfig, check_vocabulary, fill_data_dir
 from data.sources.base import source_of
 from model.attention.base import AttentionConfig, AttentionCore
 from model.counting.match import decide
 from model.transformer import SizeConfig, TransformerConfig
-from training.device import Device, Dtype
+from training.device import Device, Dtype, Runtime, find_runtime
 from training.optim import WHOLE_MATRICES, OptimConfig, ScheduleConfig
 
 # DeepSpeed's keys that would contradict a key of ours, and ours.
@@ -44,8 +44,8 @@ DEEPSPEED_KEYS = (
     "zero_optimization",
 )  # fmt: skip
 
-ROPE_SCALING = ("rope_scaling", "rope_factor", "rope_original_length")
-# Cores by the names of older run folders: how full attention was computed is now its kernel.
+# Of older run folders: keys that are no more, and cores, when how full attention is computed was not yet its kernel.
+REMOVED_KEYS = {"core.training", "core.scores", "trainer.background_saving"}
 OLD_CORES = {
     "model.cores.sdpa.SDPA": {"_target_": "model.cores.full.Full", "name": "full"},
     "model.cores.flash_tpa.FlashTPA": {"_target_": "model.cores.full.Full", "name": "full", "kernel": "factors"},
@@ -53,16 +53,10 @@ OLD_CORES = {
 
 
 class RunConfig(Block):
-    name: str | None = None  # default: {model}_{size}_{8 hex digits of the identity}
+    # default: {model}_{size}_{8 hex digits of the identity}
+    name: str | None = Field(None, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]{0,199}$")
     dir: str | None = None  # default: runs/<run.name>
     seed: int = Field(0, ge=0, lt=2**32)
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, name: str | None) -> str | None:
-        if name is not None and (name in ("", ".", "..") or not re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,200}", name)):
-            raise ValueError("must be a plain folder name (use run.dir for a path)")
-        return name
 
 
 class DeepSpeedConfig(Block):
@@ -86,11 +80,10 @@ class DeepSpeedConfig(Block):
 
     @model_validator(mode="after")
     def _check_keys(self):
-        lines = []
-        for key in self.config:
-            if key in REFUSED_DEEPSPEED_KEYS:
-                lines.append(f"config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead")
-            elif key not in DEEPSPEED_KEYS and (near := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.85)):
+        refused = [key for key in self.config if key in REFUSED_DEEPSPEED_KEYS]
+        lines = [f"config.{key}: set {REFUSED_DEEPSPEED_KEYS[key]} instead" for key in refused]
+        for key in sorted(self.config.keys() - {*refused, *DEEPSPEED_KEYS}):
+            if near := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.85):
                 lines.append(f"config.{key}: unknown key; did you mean {near[0]}?")
         if not isinstance(self.zero, dict):
             raise Mistakes(f"config.zero_optimization={self.zero}: must be a mapping", *lines)
@@ -127,7 +120,6 @@ class TrainerConfig(Block):
     keep_checkpoints: int = Field(2, ge=1)  # the most recent ones that stay
     keep_every: int | None = Field(None, ge=0)  # and those whose step is a multiple of this
     keep_best: bool = False  # and the one with the lowest validation loss
-    background_saving: bool = True  # write checkpoints while the next steps run
     log_every: int = Field(10, ge=1)
     max_bad_steps: int = Field(10, ge=1)  # steps in a row with a non-finite loss or gradient before the run goes back
     max_loss_spike: float | None = Field(3.0, gt=0)  # nats over the mean of the last 32 steps that send it back
@@ -150,9 +142,8 @@ class TrainerConfig(Block):
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
         suites = choices("suite")
-        for name in names:
-            if name not in suites:
-                raise ValueError(f"there is no configs/suite/{name}.yaml; {did_you_mean(name, suites)}")
+        if unknown := [name for name in names if name not in suites]:
+            raise ValueError(f"there is no configs/suite/{unknown[0]}.yaml; {did_you_mean(unknown[0], suites)}")
         return names
 
     @model_validator(mode="after")
@@ -168,17 +159,16 @@ class TrainerConfig(Block):
     @property
     def horizon(self) -> int:
         """The run's last step, and the schedule's."""
-        by_tokens = None if self.max_tokens is None else -(-self.max_tokens // self.tokens_per_step)
-        return min(steps for steps in (self.max_steps, by_tokens) if steps is not None)
+        by_tokens = self.max_tokens and math.ceil(self.max_tokens / self.tokens_per_step)
+        return min(filter(None, (self.max_steps, by_tokens)))
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the micro-batches that a rank adds up for one step. ConfigError if the batch sizes do not fit."""
         micro, total = self.micro_batch_size, self.global_batch_size
         if total % (micro * world_size) == 0:
             return total // (micro * world_size)
-        fits = [n for n in range(1, micro + 1) if total % (n * world_size) == 0]
         remedy = f"trainer.global_batch_size must be a multiple of the {world_size} processes"
-        if fits:
+        if fits := [n for n in range(1, micro + 1) if total % (n * world_size) == 0]:
             remedy = f"trainer.micro_batch_size={fits[-1]} fits"
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise ConfigError(
@@ -192,10 +182,7 @@ LATER_KEYS = {"schedule.first_step": 1}
 
 
 class Config(Command):
-    """A run. Validation decides what is left open: widths, head counts, the fold, folders and the run's name.
-
-    `world_size` in the context of validation is the number of processes (default: torchrun's).
-    """
+    """A run. Validation decides what is left open: widths, head counts, the fold, folders and the run's name."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     model: AttentionConfig
@@ -215,11 +202,16 @@ class Config(Command):
         lines: list[str] = []
         self.core = self.core.resolved(self.trainer.seq_len)
         self.data = fill_data_dir(self.data, self.tokenizer)
-        for check in (self._fill_model, lambda: check_vocabulary(self.data, self.tokenizer)):
-            try:
-                check()
-            except Mistakes as error:
-                lines += error.lines
+        world_size = (info.context or {}).get("world_size") or int(os.environ.get("WORLD_SIZE", 1))
+        steps = (
+            self._fill_model,
+            lambda: check_vocabulary(self.data, self.tokenizer),
+            lambda: self.trainer.accumulation_steps(world_size),
+        )
+        try:
+            each(lambda step: step(), steps)
+        except ConfigError as error:
+            lines += error.errors
         if self.data.document_mask and not self.core.masks_documents:
             why = f", {self.core.why_no_documents}" if self.core.why_no_documents else ""
             lines.append(f"data.document_mask=true: core={self.core.name} cannot mask documents{why}; use core=full")
@@ -230,11 +222,6 @@ class Config(Command):
                 f"optim.name={self.optim.name}: updates whole matrices, and deepspeed={self.deepspeed.name} gives each "
                 "process a flat share of them; use deepspeed=zero0"
             )
-        try:
-            context = info.context or {}
-            self.trainer.accumulation_steps(context.get("world_size") or int(os.environ.get("WORLD_SIZE", 1)))
-        except ConfigError as error:
-            lines += error.errors
         if lines:
             raise Mistakes(*lines)
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
@@ -245,38 +232,40 @@ class Config(Command):
     def _fill_model(self) -> None:
         self.model = decide(self.model, self.core, self.size, self.trainer.seq_len)
 
+    def runtime(self) -> Runtime:
+        """Return where this process trains. ConfigError if it has no GPU of its own."""
+        return find_runtime(self.device, self.trainer.dtype, self.deepspeed.bf16_engine)
+
     def network(self, end_of_text: int | None = None) -> TransformerConfig:
         """Return what defines the network; `end_of_text` is the tokenizer's, for `data.document_mask`."""
         document_end = end_of_text if self.data.document_mask else None
-        return TransformerConfig.of(
-            self.model, self.core, self.size, self.tokenizer.padded_vocab_size, document_end=document_end
-        )
+        vocab_size = self.tokenizer.padded_vocab_size
+        return TransformerConfig.of(self.model, self.core, self.size, vocab_size, document_end=document_end)
 
     def identity(self) -> dict[str, Any]:
         """Return what makes a run that run, as flat `key: value` pairs: the rest may change between starts."""
         tree = to_dict(self)
         tree["data"] = {key: tree["data"][key] for key in source_of(self.data).identity_keys}
-        tree["model"].pop("by_size")  # what it gave is in the other keys
-        if tree["model"]["rope_scaling"] == "none":
-            tree["model"] = {key: value for key, value in tree["model"].items() if key not in ROPE_SCALING}
-        tree["core"].pop("kernel", None)  # how, and not what
+        gone = {"core.kernel", "model.by_size"}  # how, and not what; what it gave is in the other keys
+        if self.model.rope_scaling == "none":
+            gone |= {"model.rope_scaling", "model.rope_factor", "model.rope_original_length"}
         blocks = ("model", "size", "core", "data", "tokenizer", "optim", "schedule")
-        trainer = {key: tree["trainer"][key] for key in ("seq_len", "global_batch_size")}
-        trainer["horizon"] = self.trainer.horizon
-        found = flatten({key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer})
+        trainer = {key: getattr(self.trainer, key) for key in ("seq_len", "global_batch_size", "horizon")}
+        whole = {key: tree[key] for key in blocks} | {"run.seed": self.run.seed, "trainer": trainer}
+        found = flatten(without(whole, gone))
         return {key: value for key, value in found.items() if LATER_KEYS.get(key) != value}
 
 
-def upgrade_core(core: dict[str, Any]) -> dict[str, Any]:
-    """Return the core of an older run folder under today's names."""
-    kept = {key: value for key, value in core.items() if key not in ("training", "scores")}
-    return kept | OLD_CORES.get(core.get("_target_", ""), {})
+def upgrade(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of an older run folder under today's keys."""
+    tree = without(tree, REMOVED_KEYS)
+    if isinstance(core := tree.get("core"), dict):
+        core |= OLD_CORES.get(core.get("_target_"), {})
+    return tree
 
 
 def upgrade_identity(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored identity under today's names."""
-    core = {key.removeprefix("core."): value for key, value in identity.items() if key.startswith("core.")}
-    rest = {key: value for key, value in identity.items() if not key.startswith("core.")}
-    core = upgrade_core(core)
-    core.pop("kernel", None)
-    return rest | {f"core.{key}": value for key, value in core.items()}
+    """Return a stored identity under today's keys."""
+    core = {f"core.{key}": value for key, value in OLD_CORES.get(identity.get("core._target_"), {}).items()}
+    gone = {*REMOVED_KEYS, "core.kernel"}
+    return {key: value for key, value in (identity | core).items() if key not in gone}

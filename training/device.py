@@ -1,6 +1,5 @@
 """The device of a process: which one, in what precision, how much memory it has and how fast it is at best."""
 
-import math
 import os
 import re
 import resource
@@ -9,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import psutil
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ByteSize, TypeAdapter, ValidationError
 
 from configs.errors import ConfigError
 
@@ -21,11 +21,6 @@ PEAK_BF16_FLOPS = {
     "L40": 181e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12, "V100": 125e12,
 }  # fmt: skip
 PARTIAL_GPUS = ("MIG", "LAPTOP", "MAX")  # words in the name of a GPU that is less than its namesake
-UNITS = {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", 1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-}
 
 
 def _available(device: str) -> str:
@@ -45,7 +40,6 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
 
     @property
@@ -58,24 +52,19 @@ class Runtime:
 
 
 def find_runtime(device: str, dtype: str, bf16_engine: bool = False) -> Runtime:
-    """Return device, precision and ranks (torchrun's variables) without touching any of them.
-
-    `bf16_engine`: DeepSpeed keeps the parameters in bf16, which is then what `dtype="auto"` means on a CPU too.
-    ConfigError if this process has no GPU of its own.
-    """
-    rank, local_rank, world_size = (
-        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    """Return device, precision and ranks (torchrun's variables). ConfigError if this process has no GPU of its own."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} GPUs; start one process a GPU"
         )
-    if dtype == "auto":
+    if dtype == "auto":  # of parameters that DeepSpeed keeps in bf16 on a CPU too
         dtype = "bf16" if device == "cuda" or bf16_engine else "fp32"
     chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-    return Runtime(chosen, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], rank, local_rank, world_size)
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return Runtime(chosen, precision, rank, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def device_name(device: torch.device) -> str:
@@ -134,11 +123,7 @@ def available_memory(device: torch.device) -> int:
     """Return the bytes that this process may still take: of the GPU, or of the host within its control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        meminfo = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(meminfo["MemAvailable:"]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -154,11 +139,10 @@ def format_bytes(count: float) -> str:
 
 def parse_bytes(text: str) -> float:
     """Return a memory size such as 24GiB, 80GB or 512MiB in bytes. ValueError for anything else."""
-    unit = next((unit for unit in sorted(UNITS, key=len, reverse=True) if text.strip().endswith(unit)), None)
     try:
-        value = float(text.strip().removesuffix(unit or "?"))
-    except ValueError:
-        value = math.nan
-    if unit is None or not 0 < value < math.inf:
+        size = TypeAdapter(ByteSize).validate_python(text.strip())
+    except ValidationError:
+        size = 0
+    if not size or text.strip()[-1].isdigit():
         raise ValueError("must be a size such as 24GiB or 80GB")
-    return value * UNITS[unit]
+    return size

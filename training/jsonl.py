@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -12,20 +13,16 @@ def read_lines(path: Path) -> list[dict]:
 
 def read_from(path: Path, start: int = 0) -> tuple[list[dict], int]:
     """Return the objects from byte `start` on, and where the last whole line ends."""
-    if not path.exists():
-        return [], start
-    with open(path, "rb") as file:
-        file.seek(start)
-        content = file.read()
+    content = b""
+    if path.exists():
+        with open(path, "rb") as file:
+            file.seek(start)
+            content = file.read()
     lines = []
     for text in content.split(b"\n"):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines, start + content.rfind(b"\n") + 1
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)], start + content.rfind(b"\n") + 1
 
 
 def append_line(path: Path, line: dict) -> None:

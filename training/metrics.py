@@ -14,8 +14,8 @@ from training.wandb_run import WandbRun
 
 def metrics_line(step: int, tokens: int, metrics: dict[str, float]) -> dict[str, float | None]:
     """Return a line of metrics.jsonl; a number that is not finite becomes null, which JSON can hold."""
-    numbers = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    return {"step": step, "tokens": tokens} | numbers
+    line = {"step": step, "tokens": tokens} | metrics
+    return {key: value if math.isfinite(value) else None for key, value in line.items()}
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -34,27 +34,6 @@ def log_event(run_dir: Path, event: str, step: int, **facts) -> None:
     """Add a line to events.jsonl."""
     line = {"time": round(time.time(), 3), "event": event, "step": step, **facts}
     append_line(Path(run_dir) / "events.jsonl", line)
-
-
-class Throughput:
-    """Tokens a second over the steps since it was last taken; only what lies between `begin` and `end` counts."""
-
-    def __init__(self, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
-        self.steps = 0
-        self.seconds = 0.0
-
-    def begin(self) -> None:
-        self.began = time.perf_counter()
-
-    def end(self) -> None:
-        self.steps += 1
-        self.seconds += time.perf_counter() - self.began
-
-    def take(self) -> float:
-        rate = self.steps * self.tokens_per_step / self.seconds
-        self.steps, self.seconds = 0, 0.0
-        return rate
 
 
 class Metrics:
@@ -89,9 +68,7 @@ class Metrics:
         """Write summary.json, and show the plot and the sampled texts in W&B."""
         write_atomic(self.run_dir / "summary.json", json.dumps(facts, indent=2) + "\n")
         self.wandb.catch_up()
-        self.wandb.show_images([plot])
-        if texts:
-            self.wandb.show_texts("samples", texts)
+        self.wandb.show([plot], texts)
 
     def close(self, exit_code: int = 0) -> None:
         if failure := self._write():

@@ -1,12 +1,9 @@
-"""Optimizers, learning-rate schedules, and one clipped step.
-
-Any optimizer of `torch.optim` can be had by its name. A schedule is a function in `SCHEDULES`.
-"""
+"""Optimizers, any of `torch.optim` by name; learning-rate schedules, functions in SCHEDULES; and one clipped step."""
 
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -14,12 +11,12 @@ from pydantic import Field, field_validator
 from configs.errors import did_you_mean
 from configs.load import Block
 
+UNUSABLE = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)  # abstract; closures; sparse gradients
 OPTIMIZERS = {
     name.lower(): cls
     for name, cls in vars(torch.optim).items()
-    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls not in UNUSABLE
 }
-UNUSABLE = ("lbfgs", "sparseadam")  # the first needs a closure, the second sparse gradients
 WHOLE_MATRICES = ("adafactor", "muon")  # not elementwise: a flat share of the parameters would be updated wrongly
 
 
@@ -39,41 +36,34 @@ class OptimConfig(Block):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name.lower() not in OPTIMIZERS.keys() - set(UNUSABLE):
-            raise ValueError(f"no such optimizer; {did_you_mean(name.lower(), OPTIMIZERS.keys() - set(UNUSABLE))}")
+        if name.lower() not in OPTIMIZERS:
+            raise ValueError(f"no such optimizer; {did_you_mean(name.lower(), OPTIMIZERS)}")
         return name.lower()
 
 
-class ScheduleConfig(Block):
-    """The learning rate over a run: a linear warm-up, then the schedule called `name`."""
-
-    name: str
-    warmup_steps: int = Field(20, ge=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # the last learning rate over the peak
-    decay_fraction: float = Field(0.2, ge=0, le=1)  # wsd: the share of the run that decays
-    first_step: int = Field(1, ge=0, le=1)  # the number of the first step; 0: its learning rate is 0, if it warms up
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in SCHEDULES:
-            raise ValueError(f"must be {' or '.join(SCHEDULES)}")
-        return name
-
-
-def cosine(step: int, schedule: ScheduleConfig, horizon: int) -> float:
+def cosine(step: int, schedule: "ScheduleConfig", horizon: int) -> float:
     """Return the share of the way from the lowest to the peak learning rate, falling as half a cosine."""
     progress = (step - schedule.warmup_steps) / max(1, horizon - schedule.warmup_steps)
     return (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def wsd(step: int, schedule: ScheduleConfig, horizon: int) -> float:
+def wsd(step: int, schedule: "ScheduleConfig", horizon: int) -> float:
     """Return the same share for warm-up, stable, decay (arXiv 2404.06395): 1, then falling linearly to the end."""
     decay_steps = schedule.decay_fraction * horizon
     return min(1.0, (horizon - step) / decay_steps) if decay_steps else 1.0
 
 
-SCHEDULES: dict[str, Callable[[int, ScheduleConfig, int], float]] = {"cosine": cosine, "wsd": wsd}
+SCHEDULES: dict[str, Callable[[int, "ScheduleConfig", int], float]] = {"cosine": cosine, "wsd": wsd}
+
+
+class ScheduleConfig(Block):
+    """The learning rate over a run: a linear warm-up, then the schedule called `name`."""
+
+    name: Literal[*SCHEDULES]
+    warmup_steps: int = Field(20, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)  # the last learning rate over the peak
+    decay_fraction: float = Field(0.2, ge=0, le=1)  # wsd: the share of the run that decays
+    first_step: int = Field(1, ge=0, le=1)  # the number of the first step; 0: its learning rate is 0, if it warms up
 
 
 def learning_rate(step: int, peak: float, schedule: ScheduleConfig, horizon: int) -> float:
@@ -93,31 +83,19 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     others = [p for p in parameters if not (config.decay_all or p.ndim >= 2)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     cls = OPTIMIZERS[config.name]
-    return cls([group for group in groups if group["params"]], lr=config.lr, **arguments(cls, config))
-
-
-def arguments(cls: type, config: OptimConfig) -> dict[str, Any]:
-    """Return what of the configuration the optimizer's constructor takes; `config.args` come last."""
     known = inspect.signature(cls).parameters
-    found: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps} if "betas" in known else {}
-    if "fused" in known:
-        found["fused"] = True
-    return found | config.args
+    options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps} if "betas" in known else {}
+    options |= ({"fused": True} if "fused" in known else {}) | config.args
+    return cls([group for group in groups if group["params"]], lr=config.lr, **options)
 
 
 def finite_or_nan(loss: torch.Tensor) -> torch.Tensor:
-    """Return the loss; one that is not finite makes every gradient NaN, so that all ranks skip the step.
-
-    An infinite loss may have finite gradients, and this asks no rank to wait for another.
-    """
+    """Return the loss; one that is not finite makes all gradients NaN, so that all ranks skip the step."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def optimizer_step(engine, lr: float, grad_clip: float) -> float:
-    """Clip the accumulated gradient, step, and clear it; return the gradient's norm before clipping.
-
-    If the norm is not finite the weights stay as they are. Call it in place of the last micro-batch's `engine.step()`.
-    """
+    """Clip the accumulated gradient, step if it is finite, and clear it; return its norm before clipping."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     if engine.zero_optimization_stage() > 0:  # DeepSpeed clips, and skips the step if the norm is not finite

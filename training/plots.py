@@ -8,22 +8,12 @@ from pathlib import Path
 from data.files import write_atomic
 from training.jsonl import read_lines
 
-# The mechanisms have colours of Okabe and Ito's, the variants of t6 others that stay distinct from them for readers who
-# see no red, no green or no blue. All are dark enough for text on white.
+# Okabe and Ito's, and others that readers who see no red, green or blue can tell apart; dark enough for text on white.
 COLOURS = {
-    "mha": "#0072B2",
-    "gqa": "#009E73",
-    "mqa": "#000000",
-    "mla": "#CC79A7",
-    "t6": "#D55E00",
-    "t6_kvonly": "#C766FE",
-    "t6_shared_b": "#FC1763",
-    "t6_third_order": "#675B3B",
-    "t6_noncontextual_a": "#130CFE",
-    "t6_noncontextual_b": "#0E027A",
-    "t6_softmax_a": "#701105",
-    "t6_sigmoid_a": "#560D40",
-}
+    "mha": "#0072B2", "gqa": "#009E73", "mqa": "#000000", "mla": "#CC79A7", "t6": "#D55E00", "t6_kvonly": "#C766FE",
+    "t6_shared_b": "#FC1763", "t6_third_order": "#675B3B", "t6_noncontextual_a": "#130CFE",
+    "t6_noncontextual_b": "#0E027A", "t6_softmax_a": "#701105", "t6_sigmoid_a": "#560D40",
+}  # fmt: skip
 
 
 def colour_of(name: str) -> str:
@@ -36,11 +26,7 @@ def colour_of(name: str) -> str:
 
 
 def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 4.2, grid: bool = True, **options):
-    """Return a figure and its axes; `width` and `height`, in inches, are those of one of them.
-
-    The axes are one object, an array of a row or a column, or an array [rows, columns]; `options` are those of
-    `Figure.subplots`, such as `sharey=True`, or `squeeze=False` to get [rows, columns] always.
-    """
+    """Return a figure and its axes, of `width` x `height` inches each, as `Figure.subplots(**options)` does."""
     import matplotlib
     from matplotlib.figure import Figure  # which draws to files and needs no backend, unlike pyplot
 

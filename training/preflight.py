@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data.files import sha256_of
-from data.shards import TokenShards
+from data.shards import Shard, read_manifest
 from model.counting.memory import checkpoint_bytes, training_bytes
 from model.transformer import TransformerConfig
 from training.config import Config
@@ -20,63 +20,62 @@ from training.ranks import gather
 
 PROBE_NUMBERS = 4 * 2**20  # of the all-reduce
 SLOW = 1.25  # times the median at which a rank is pointed out
-SKEW_SECONDS = 1.0
 
 
 @dataclass
 class Preflight:
-    """Rows to print, numbers to log, and what makes training impossible; the same on every rank."""
+    """Rows to print, and what makes training impossible; the same on every rank."""
 
     rows: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
     fatal: list[str] = field(default_factory=list)
 
 
 @dataclass
 class RankReport:
-    """What one rank knows of its machine. `data`: its fingerprint, the number of shards, and what is wrong with one."""
+    """What one rank knows of its machine."""
 
+    rank: int
     host: str
     device: str
-    available: int
+    available: float  # bytes
     seconds: float  # of a matrix product
-    data: tuple[str, int, str | None]
+    fingerprint: str  # of the data
+    broken_shard: str | None  # what is wrong with the shard that this rank reads
 
-    def label(self, rank: int) -> str:
-        return f"rank {rank} ({self.host})"
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host})"
 
 
 def preflight(config: Config, runtime: Runtime, network: TransformerConfig) -> Preflight:
-    """Check devices, memory, network, clocks, disk and data; every rank calls it."""
-    found = Preflight()
-    width = 1024 if runtime.device.type == "cpu" else 4096
+    """Check devices, memory, network, disk and data; every rank calls it."""
+    found, device = Preflight(), runtime.device
+    manifest = read_manifest(config.data.dir)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
     own = RankReport(
+        runtime.rank,
         socket.gethostname(),
-        device_name(runtime.device) if runtime.device.type == "cuda" else "cpu",
-        available_memory(runtime.device),
-        statistics.median(time_matmul(runtime.device, runtime.dtype, width, rounds=5)),
-        check_shards(config.data.dir, runtime.rank),
+        device_name(device) if device.type == "cuda" else "cpu",
+        available_memory(device),
+        statistics.median(time_matmul(device, runtime.dtype, 1024 if device.type == "cpu" else 4096, rounds=5)),
+        manifest.fingerprint,
+        broken(Path(config.data.dir), shards[runtime.rank % len(shards)]),
     )
     ranks = gather(own)
     check_devices(found, ranks)
-    check_memory(found, needed_memory(config, runtime, network), runtime, ranks)
+    check_memory(found, needed_memory(config, runtime, network), device, ranks)
     if runtime.world_size > 1:
         check_all_reduce(found, runtime)
         check_speed(found, ranks)
-        check_clocks(found)
     check_disk(found, Path(config.run.dir), config.trainer.keep_checkpoints, checkpoint_bytes(network))
-    check_data(found, ranks)
-    found.numbers = {f"preflight/{key}": value for key, value in found.numbers.items()}
+    check_data(found, ranks, len(shards))
     return found
 
 
 def check_devices(found: Preflight, ranks: list[RankReport]) -> None:
-    counts = Counter((r.host, r.device) for r in ranks)
-    shown = [f"{count} x {device} on {host}" for (host, device), count in list(counts.items())[:4]]
-    found.rows["devices"] = ", ".join(shown) + (f" and {len(counts) - 4} more" if len(counts) > 4 else "")
-    kinds = sorted({r.device for r in ranks})
-    if len(kinds) > 1:
-        found.rows["devices"] += f": not all the same ({', '.join(kinds)})"
+    hosts, kinds = sorted({r.host for r in ranks}), Counter(r.device for r in ranks)
+    where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
+    warning = ": not all the same" if len(kinds) > 1 else ""
+    found.rows["devices"] = f"{', '.join(f'{count} x {kind}' for kind, count in kinds.items())} on {where}{warning}"
 
 
 def needed_memory(config: Config, runtime: Runtime, network: TransformerConfig) -> dict[str, float]:
@@ -93,24 +92,21 @@ def needed_memory(config: Config, runtime: Runtime, network: TransformerConfig) 
     )
 
 
-def check_memory(found: Preflight, needs: dict[str, float], runtime: Runtime, ranks: list[RankReport]) -> None:
+def check_memory(found: Preflight, needs: dict[str, float], device: torch.device, ranks: list[RankReport]) -> None:
     """Compare the estimate with what is free; processes on one host's CPU share its memory."""
-    sharing = Counter(r.host for r in ranks) if runtime.device.type == "cpu" else Counter()
-    free = [r.available / max(1, sharing[r.host]) for r in ranks]
-    least = min(range(len(free)), key=free.__getitem__)
+    sharing = Counter(r.host for r in ranks if device.type == "cpu")
+    free, poorest = min((r.available / max(1, sharing[r.host]), r.rank) for r in ranks)
     total = sum(needs.values())
     states = total - needs["activations"] - needs["buffers"]
     parts = ", ".join(f"{key} {format_bytes(value)}" for key, value in needs.items() if value)
-    available = format_bytes(free[least])
-    found.rows["memory"] = f"about {format_bytes(total)} a process ({parts}), {available} available"
-    found.numbers |= {"memory_needed_gb": total / 1e9, "memory_available_gb": free[least] / 1e9}
-    if states > free[least]:
+    available = f"{format_bytes(free)} available"
+    found.rows["memory"] = f"about {format_bytes(total)} a process ({parts}), {available}"
+    if states > free:
         found.fatal.append(
-            f"weights, gradients and optimizer take {format_bytes(states)} a process, and "
-            f"{ranks[least].label(least)} has {available} available: "
-            "use more processes, a higher ZeRO stage or deepspeed=zero3_offload"
+            f"weights, gradients and optimizer take {format_bytes(states)} a process, and {ranks[poorest]} has "
+            f"{available}: use more processes, a higher ZeRO stage or deepspeed=zero3_offload"
         )
-    elif total > free[least]:
+    elif total > free:
         found.rows["memory"] += ": probably too little; use a smaller micro_batch_size or activation_checkpointing"
 
 
@@ -126,30 +122,17 @@ def check_all_reduce(found: Preflight, runtime: Runtime) -> None:
         seconds.append(time.perf_counter() - start)
     right = all(gather(bool((probe == world * (world + 1) / 2).all())))
     # What each rank sends in a ring all-reduce, over the slowest rank's best time.
-    bandwidth = 2 * (world - 1) / world * probe.numel() * 4 / max(gather(min(seconds)))
-    found.rows["all-reduce"] = f"{world} ranks agree, {bandwidth / 1e9:.2f} GB/s a rank"
-    found.numbers["all_reduce_gb_per_second"] = bandwidth / 1e9
+    rate = 2 * (world - 1) / world * probe.numel() * 4 / max(gather(min(seconds))) / 1e9
+    found.rows["all-reduce"] = f"{world} ranks agree, {rate:.2f} GB/s a rank" if right else "wrong"
     if not right:
-        found.rows["all-reduce"] = "wrong"
         found.fatal.append("an all-reduce gave a wrong sum: the network or the communication library is broken")
 
 
 def check_speed(found: Preflight, ranks: list[RankReport]) -> None:
-    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].seconds)
-    ratio = ranks[slowest].seconds / statistics.median(r.seconds for r in ranks)
-    label = ranks[slowest].label(slowest)
-    found.rows["slowest rank"] = f"{label}, {ratio:.2f} x the median time of a matrix product"
-    found.numbers["slowest_rank_over_median"] = ratio
-    if ratio > SLOW:
-        found.rows["slowest rank"] += ": it will delay the others"
-
-
-def check_clocks(found: Preflight) -> None:
-    torch.distributed.barrier()
-    now = gather(time.time())
-    skew = max(now) - min(now)
-    found.rows["clocks"] = f"within {skew:.3f} s" + (": logs of ranks will not line up" if skew > SKEW_SECONDS else "")
-    found.numbers["clock_skew_seconds"] = skew
+    slowest = max(ranks, key=lambda r: r.seconds)
+    ratio = slowest.seconds / statistics.median(r.seconds for r in ranks)
+    warning = ": it will delay the others" if ratio > SLOW else ""
+    found.rows["slowest rank"] = f"{slowest}, {ratio:.2f} x the median time of a matrix product{warning}"
 
 
 def check_disk(found: Preflight, run_dir: Path, keep_checkpoints: int, needed: int) -> None:
@@ -157,7 +140,6 @@ def check_disk(found: Preflight, run_dir: Path, keep_checkpoints: int, needed: i
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = gather(shutil.disk_usage(existing).free)[0]  # rank 0 writes
     found.rows["disk"] = f"{format_bytes(free)} free, a checkpoint takes {format_bytes(needed)}"
-    found.numbers |= {"disk_free_gb": free / 1e9, "checkpoint_gb": needed / 1e9}
     if needed > free:
         found.fatal.append(
             f"a checkpoint takes {format_bytes(needed)}, and {existing} has {format_bytes(free)} free: change run.dir"
@@ -166,22 +148,15 @@ def check_disk(found: Preflight, run_dir: Path, keep_checkpoints: int, needed: i
         found.rows["disk"] += f": too little for the {keep_checkpoints + 1} that exist at a time"
 
 
-def check_shards(data_dir: str, rank: int) -> tuple[str, int, str | None]:
-    """Return the data's fingerprint, the number of shards, and what is wrong with the one that this rank reads."""
-    shards = [TokenShards(data_dir, split) for split in ("train", "val")]  # compares sizes with the manifest
-    listed = [shard for part in shards for shard in part.manifest.splits[part.split].shards]
-    one = listed[rank % len(listed)]
-    path = Path(data_dir) / one.file
-    wrong = None if sha256_of(path) == one.sha256 else f"{path}: does not have the checksum of its manifest"
-    return shards[0].manifest.fingerprint, len(listed), wrong
+def broken(data_dir: Path, shard: Shard) -> str | None:
+    """Return what is wrong with a shard, if anything."""
+    path = data_dir / shard.file
+    return None if sha256_of(path) == shard.sha256 else f"{path}: does not have the checksum of its manifest"
 
 
-def check_data(found: Preflight, ranks: list[RankReport]) -> None:
-    fingerprint, shards, _ = ranks[0].data
-    checked = min(len(ranks), shards)
-    found.rows["data"] = f"{shards} shards have their sizes, and {checked} of them their checksums"
-    for number, r in enumerate(ranks):
-        if r.data[2]:
-            found.fatal.append(r.data[2])
-        if r.data[0] != fingerprint:
-            found.fatal.append(f"{r.label(number)} sees other data in data.dir than {ranks[0].label(0)}")
+def check_data(found: Preflight, ranks: list[RankReport], shards: int) -> None:
+    """Compare what the ranks see in data.dir; the sizes of all shards were compared when they were opened."""
+    found.rows["data"] = f"{shards} shards have their sizes, and {min(len(ranks), shards)} of them their checksums"
+    found.fatal += [r.broken_shard for r in ranks if r.broken_shard]
+    others = [r for r in ranks if r.fingerprint != ranks[0].fingerprint]
+    found.fatal += [f"{r} sees other data in data.dir than {ranks[0]}" for r in others]

@@ -34,7 +34,10 @@ def backend_of(device: torch.device) -> str:
 
 
 def join(backend: str, timeout: timedelta | None = None) -> None:
-    """Form the process group that the launcher's variables describe."""
+    """Form the process group that the launcher's variables describe; without a launcher, of this process alone."""
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
     limit = timeout or dist.default_pg_timeout
     store, own_rank, size = next(dist.rendezvous("env://", timeout=limit))
     # torchrun keeps its store over restarts, and from run to run of a sweep, with the addresses of before (torch 2.13).
@@ -48,31 +51,31 @@ def process_group(runtime: Runtime) -> Iterator[None]:
     """Form a group of torchrun's processes for an evaluation; a process that is alone needs none."""
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
-    if runtime.world_size == 1 or dist.is_initialized():
-        yield
-        return
-    join(backend_of(runtime.device))
+    is_ours = runtime.world_size > 1 and not dist.is_initialized()
+    if is_ours:
+        join(backend_of(runtime.device))
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if is_ours:
+            dist.destroy_process_group()
 
 
 def from_main(decide: Callable[[], T]) -> T:
     """Return what `decide` returns on rank 0, on every rank; an exception there is raised on every rank."""
     if not grouped():
         return decide()
-    answer, error = None, None
+    parcel: list = [None, None]
     if rank() == 0:
         try:
-            answer = decide()
-        except Exception as raised:
-            error = raised
-    parcel = [answer, error]
+            parcel[0] = decide()
+        except Exception as error:
+            parcel[1] = error
     dist.broadcast_object_list(parcel)
-    if parcel[1] is not None:
-        raise parcel[1]
-    return parcel[0]
+    answer, error = parcel
+    if error is not None:
+        raise error
+    return answer
 
 
 def gather(value: T) -> list[T]:
@@ -94,15 +97,6 @@ def total(values: Tensor) -> Tensor:
     if grouped():
         dist.all_reduce(values)
     return values
-
-
-def largest(value: int, device: torch.device) -> int:
-    """Return the largest of the ranks' values, on every rank."""
-    if not grouped():
-        return value
-    number = torch.tensor(value, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number)
 
 
 def agree(mean: Tensor, flag: bool) -> tuple[float, bool]:

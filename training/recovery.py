@@ -1,31 +1,78 @@
-"""Where a run starts, what a checkpoint says of it, and how it goes back or ends early."""
+"""Where a run starts, what a checkpoint says of it, and how it goes back, past the data that spoiled it, or ends."""
 
+import math
+import statistics
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from data.shards import Manifest
+from data.shards import SPLITS, Manifest
 from model.transformer import Transformer
 from training import checkpoint
 from training.config import Config, TrainerConfig
-from training.engine_state import restore
-from training.health import Health, Rollbacks
-from training.metrics import Metrics, log_event
-from training.preemption import PREEMPTED
+from training.engine import restore
+from training.metrics import Metrics, log_event, read_events
 from training.ranks import from_main, world_size
 from training.report import Report
 from training.run_folder import create_run_folder
 from training.saver import CheckpointSaver
-from training.session import Ended, Session
-from training.wandb_run import data_facts
+from training.session import PREEMPTED, Ended, Session
 
 LOST = (
-    "{0}: has saved checkpoints, none of which can be read: training would begin again and lose what it has logged. Bring "
-    "one back to {0}/checkpoints. To begin again on purpose, move {0} away, or remove {0}/latest"
+    "{0}: has saved checkpoints, none of which can be read: training would begin again and lose what it has logged. "
+    "Bring one back to {0}/checkpoints. To begin again on purpose, move {0} away, or remove {0}/latest"
 )
 GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint
+WINDOW = 32  # steps whose mean loss a spike is measured from
+
+
+@dataclass
+class Health:
+    """The state of a run's health, the same on every rank as long as every rank observes the same numbers."""
+
+    trainer: TrainerConfig
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of the last WINDOW steps
+
+    def state(self) -> dict:
+        """Return what a checkpoint keeps: everything but the settings."""
+        return {key: value for key, value in vars(self).items() if key != "trainer"}
+
+    def observe(self, loss: float, grad_norm: float) -> str | None:
+        """Take note of a step; return why the run should go back, if it should."""
+        limit, spike = self.trainer.max_bad_steps, self.trainer.max_loss_spike
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            steps = "1 step" if limit == 1 else f"{limit} steps in a row"
+            is_enough = self.skipped_in_a_row >= limit
+            return f"the loss or the gradient was not finite for {steps}" if is_enough else None
+        self.skipped_in_a_row = 0
+        usual = statistics.fmean(self.losses) if len(self.losses) == WINDOW else math.inf
+        if spike is not None and loss > usual + spike:
+            return f"the loss is {loss:.4f}, more than trainer.max_loss_spike={spike} over its mean of {usual:.4f}"
+        self.losses = [*self.losses, loss][-WINDOW:]
+        return None
+
+
+class Rollbacks:
+    """How often a run went back, as its events.jsonl has it, and the data it has skipped: that of the steps between."""
+
+    def __init__(self, run_dir: Path):
+        events = [event for event in read_events(run_dir) if event["event"] == "rollback"]
+        self.done = [(event["to_step"], event["step"] - event["to_step"]) for event in events]
+
+    def skipped_batches(self, step: int) -> int:
+        """Return the global batches skipped before the step after `step`."""
+        return sum(batches for to_step, batches in self.done if to_step <= step)
+
+    def since(self, step: int) -> int:
+        """Return how often the run has gone back to the checkpoint of `step`, or to a later one."""
+        return sum(to_step >= step for to_step, _ in self.done)
 
 
 def load_start(config: Config, model: Transformer, data: Manifest, report: Report) -> Path | None:
@@ -56,17 +103,18 @@ def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[in
         return 0, Health(trainer)
     restore(engine, folder)
     facts = checkpoint.read_manifest(folder)
-    return facts["step"], Health(trainer, facts["health"])
+    return facts["step"], Health(trainer, **facts["health"])
 
 
 def open_record(config: Config, run: Session, start_step: int, data: Manifest, facts: dict[str, float]) -> Metrics:
-    """Make the run folder and open its record, with `facts` in W&B's summary.
-
-    A start is an event, a return from a rollback is not.
-    """
+    """Make the run folder and open its record, with `facts` in W&B's summary; a start is an event, a return is not."""
     create_run_folder(config)
     metrics = Metrics(config, start_step)
-    metrics.wandb.note(facts | data_facts(data))
+    facts = facts | {"unigram_entropy": data.unigram_entropy, "data_fingerprint": data.fingerprint}
+    facts["tokenizer_fingerprint"] = data.tokenizer["fingerprint"]
+    for split in SPLITS:
+        facts |= {f"data/{split}/tokens": data.tokens(split), f"data/{split}/documents": data.documents(split)}
+    metrics.wandb.note(facts)
     if not run.preemption.training:
         log_event(Path(config.run.dir), "start", start_step, world_size=world_size(), deepspeed=config.deepspeed.name)
     return metrics
@@ -105,15 +153,16 @@ def go_back(
     last = from_main(lambda: checkpoint.newest(run_dir, report.say))
     to_step = checkpoint.read_manifest(last)["step"] if last else 0
     given_up = rollbacks.since(to_step) >= limit
-    if metrics:
-        log_event(run_dir, "gave_up" if given_up else "rollback", step, to_step=to_step, reason=reason)
-        metrics.close(exit_code=1)
-    torch.distributed.barrier()
+    event, code = ("gave_up", 1) if given_up else ("rollback", GO_BACK)
+    said = f"Going back from step {step} to step {to_step}: {reason}; the data in between is skipped"
     if given_up:
-        report.say(
+        said = (
             f"Giving up at step {step}: {reason}, and going back to step {to_step} has not helped {limit} times "
             "(trainer.max_rollbacks); lower optim.lr, raise schedule.warmup_steps, or look at the data"
         )
-        return 1
-    report.say(f"Going back from step {step} to step {to_step}: {reason}; the data in between is skipped")
-    return GO_BACK
+    if metrics:
+        log_event(run_dir, event, step, to_step=to_step, reason=reason)
+        metrics.close(exit_code=1)
+    torch.distributed.barrier()
+    report.say(said)
+    return code

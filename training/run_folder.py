@@ -1,20 +1,28 @@
-"""The run folder: making one, and reading the configuration that one was made with.
+"""The run folder: making one, reading the configuration that one was made with, and locking one.
 
 A run folder may come from somebody else, so it is data: reading one runs no code that it names.
 """
 
+import contextlib
+import errno
+import fcntl
 import os
+import socket
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
 from configs.app import as_yaml
-from configs.errors import ConfigError
+from configs.errors import ConfigError, writing
 from configs.load import load, to_dict
 from data.files import write_atomic
-from training.config import Config, upgrade_core
+from training.config import Config, upgrade
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers: nobody has them
 
 PACKAGES_VARIABLE = "T6_PACKAGES"  # names packages of the user's, separated by commas
 
@@ -47,10 +55,8 @@ def read_config(run_dir: str | Path) -> Config:
                 f"{path}: _target_={target}: is code that did not come with this project, and reading a run folder "
                 f"does not run it; if it is your own, set {PACKAGES_VARIABLE}={package} in the environment"
             )
-    if isinstance(tree.get("core"), dict):
-        tree["core"] = upgrade_core(tree["core"])
-    tree["device"] = "auto"  # that of training may not exist on this machine
-    return load(tree, Config, world_size=1)
+    # The device of training may not exist on this machine.
+    return load(upgrade(tree) | {"device": "auto"}, Config, world_size=1)
 
 
 def targets(tree: Mapping) -> Iterator[str]:
@@ -70,10 +76,61 @@ def is_finished(run_dir: str | Path) -> bool:
 def create_run_folder(config: Config) -> None:
     """Make the folder and its config.yaml. ConfigError if it cannot be written."""
     folder = Path(config.run.dir)
-    try:
+    with writing("run.dir", folder, "; choose another with run.dir="):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "config.yaml", as_yaml(to_dict(config)))
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={folder}: cannot be written ({error.strerror}); choose another with run.dir="
-        ) from None
+
+
+class RunLock:
+    """A lock on `<folder>/.lock`, of a run folder or its W&B run: one process at a time writes there.
+
+    The system releases it however the process that holds it ends. It is there for orphans: workers whose launcher was
+    killed keep training while the run is started again.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.path = Path(run_dir) / ".lock"
+        self.file: TextIO | None = None
+
+    def acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
+        """Wait at most `patience` seconds; return None, or who has the lock. ConfigError if nobody can write there."""
+        deadline, told = time.monotonic() + patience, False
+        with writing("run.dir", self.path.parent, "; choose another with run.dir="):
+            while not self._locked():
+                holder = f"{self.path.parent} is in use by {self._holder()}"
+                if time.monotonic() > deadline:
+                    return f"{holder}; end it first, or choose another run.name"
+                if not told:
+                    say(f"{holder}; waiting for {patience:.0f} s")
+                told = True
+                time.sleep(0.2)
+            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        return None
+
+    def _locked(self) -> bool:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(self.path, "a", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, FileNotFoundError):  # another process has it, or has just removed the folder
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if os.fstat(file.fileno()).st_nlink > 0:  # else its holder has just removed it
+            self.file = file
+        return self.file is not None
+
+    def _holder(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return self.path.read_text(encoding="utf-8") or "another process"
+        return "another process"
+
+    def release(self) -> None:
+        """Release the lock and remove its file, and the run folder too if nothing else is in it."""
+        if self.file:
+            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
+            self.file.close()
+            self.file = None

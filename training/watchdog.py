@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore, TCPStore
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
 DONE = "done"
+ENDING = "The job ends: {}. The same command resumes from the last checkpoint."
 
 
 @dataclass
@@ -58,28 +59,32 @@ class Watchdog:
 
     def __init__(self, rank: int, world_size: int, timeout: float):
         self.me = Peer(rank, where=f"{socket.gethostname()}, pid {os.getpid()}")
-        self.peers = {r: Peer(r) for r in range(world_size)} | {rank: self.me}
+        self.others = [Peer(r) for r in range(world_size) if r != rank]
         self.timeout = timeout
         self.contact = time.monotonic()
         self.stopped = threading.Event()
-        self.threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watchdog":
-        if len(self.peers) > 1:
+        if self.others:
             self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.contact = time.monotonic()
-            for peer in self.peers.values():
-                peer.heard = peer.moved = self.contact
-            for task in (self._beat, self._judge):
-                self.threads.append(threading.Thread(target=task, name=f"watchdog{task.__name__}", daemon=True))
-                self.threads[-1].start()
+            self.beats = threading.Thread(target=self._beat, name="watchdog_beat", daemon=True)
+            self.beats.start()
+            threading.Thread(target=self._judge, name="watchdog_judge", daemon=True).start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.me.doing, self.me.error = DONE, None if error is None else f"{type(error).__name__}: {error}"
+        """Tell the others how this rank ends; if another rank's end is the reason, print that and exit with 1."""
+        if not self.others:
+            return
+        reason = self.explain(error) if isinstance(error, RuntimeError) and in_collective(error) else None
+        if error is not None and reason is None:
+            self.me.error = f"{type(error).__name__}: {error}"
+        self.me.doing = DONE
         self.stopped.set()
-        if self.threads:
-            self.threads[0].join(timeout=2 * BEAT_SECONDS)
+        self.beats.join(timeout=2 * BEAT_SECONDS)
+        if reason:
+            print(ENDING.format(reason), file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
 
     def mark(self, doing: str) -> None:
         self.me.marks += 1
@@ -94,9 +99,8 @@ class Watchdog:
 
     def judge(self) -> str | None:
         """Return what is wrong with the ranks, if anything."""
-        now = time.monotonic()
-        limit = self.timeout
-        working = [peer for peer in self.peers.values() if peer.doing != DONE]
+        now, limit = time.monotonic(), self.timeout
+        working = [peer for peer in (self.me, *self.others) if peer.doing != DONE]
         if now - self.contact > limit:
             return (
                 f"{self.me} has had no contact with the rendezvous at {self.address[0]}:{self.address[1]} "
@@ -107,22 +111,19 @@ class Watchdog:
             return "; ".join(f"{p} has been silent for {now - p.heard:.0f} s (last: {p.doing})" for p in silent)
         begun = len(working) > 1 and all(peer.marks for peer in working)  # starting up may take its time
         if begun and all(now - peer.moved > limit for peer in working):
-            behind = [peer for peer in working if peer.marks == min(p.marks for p in working)]
-            least = "; ".join(f"{p}, {p.doing}" for p in behind)
-            return f"no rank has moved for {limit:.0f} s; furthest behind: {least}"
+            least = min(peer.marks for peer in working)
+            behind = "; ".join(f"{peer}, {peer.doing}" for peer in working if peer.marks == least)
+            return f"no rank has moved for {limit:.0f} s; furthest behind: {behind}"
         return None
 
-    def explain(self, error: BaseException) -> str | None:
-        """Return which rank's end made a collective fail with `error`; None if the error is this rank's own."""
-        if not (self.threads and in_collective(error)):
-            return None
+    def explain(self, error: BaseException) -> str:
+        """Return which rank's end made a collective fail with `error`."""
         deadline = time.monotonic() + 6 * BEAT_SECONDS
         while time.monotonic() < deadline:
-            now = time.monotonic()
-            for peer in self.peers.values():
-                if peer is not self.me and peer.error:
+            for peer in self.others:
+                if peer.error:
                     return f"{peer} failed: {peer.error}"
-                if peer is not self.me and peer.doing != DONE and now - peer.heard > 4 * BEAT_SECONDS:
+                if peer.doing != DONE and time.monotonic() - peer.heard > 4 * BEAT_SECONDS:
                     return f"{peer} is gone (last: {peer.doing})"
             time.sleep(BEAT_SECONDS / 4)
         return f"a connection to another rank broke: {error}".splitlines()[0]
@@ -133,12 +134,11 @@ class Watchdog:
             last = self.stopped.is_set()
             try:
                 store = store or self._connect()
-                self.me.beat += 1
-                self.me.heard = time.monotonic()
                 me = self.me
+                me.beat += 1
                 store.set(str(me.rank), json.dumps([me.beat, me.marks, me.doing, me.where, me.error]))
-                for peer in self.peers.values():
-                    if peer is not me and store.check([str(peer.rank)]):
+                for peer in self.others:
+                    if store.check([str(peer.rank)]):
                         peer.update(store.get(str(peer.rank)).decode())
                 self.contact = time.monotonic()
             except RuntimeError:  # the store's errors; _judge decides how long they may last
@@ -157,11 +157,8 @@ class Watchdog:
         while not self.stopped.wait(BEAT_SECONDS / 2):
             verdict = self.judge()
             if verdict and not self.stopped.is_set():
-                print(f"{ENDING.format(verdict)}", file=sys.stderr, flush=True)
+                print(ENDING.format(verdict), file=sys.stderr, flush=True)
                 os._exit(1)
-
-
-ENDING = "The job ends: {}. The same command resumes from the last checkpoint."
 
 
 def in_collective(error: BaseException) -> bool:

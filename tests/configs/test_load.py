@@ -6,13 +6,15 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from configs.app import CONFIGS, GROUPS, configured, verbatim
+from configs.app import CONFIGS, GROUPS, as_yaml, configured
 from configs.errors import ConfigError, did_you_mean
 from configs.load import load, to_dict
 from eval.config import EvalConfig
 from eval.sample import SampleConfig
 from eval.speed.attention import AttentionSpeedConfig
+from training.checkpoint import differing
 from training.config import Config
+from training.run_folder import read_config
 
 
 def config(*overrides):
@@ -79,11 +81,7 @@ def test_the_other_commands_compose(schema):
         ("data.dir=${nowhere}", "data.dir: Interpolation key 'nowhere' not found"),
         ("model._target_=model.nothing.Here", "model._target_=model.nothing.Here: cannot be imported"),
         ("model._target_=model.cores.full.Full", "model._target_=model.cores.full.Full: must be a class derived from "),
-        ("core=sdpa", "core=sdpa: has a new name; use core=full"),
-        ("core=flash_tpa", "core=flash_tpa: has a new name; use core=full core.kernel=factors"),
-        ("core.scores=shared", "core.scores: is no key any more; leave it out"),
         ("core.kernel=triton", "core.kernel=triton: must be auto, sdpa or factors"),
-        ("experiment=paper/t6_xl", "experiment=paper/t6_xl: has a new name; use experiment=paper/xl model=t6"),
         ("optim.name=adamx", "optim.name=adamx: no such optimizer; did you mean adam"),
         ("wandb.tags=baseline", "wandb.tags=baseline: must be a list, as in [A,B]"),
     ],
@@ -144,6 +142,18 @@ def test_the_identity_is_what_changes_the_result_and_names_the_run():
     assert base.run.dir == f"runs/{base.run.name}" and base.run.name.startswith("t6_tiny_")
 
 
+def test_an_older_run_folder_is_that_run(tmp_path):
+    made = config("model=t6", "core.kernel=factors", f"run.dir={tmp_path}")
+    old = {"_target_": "model.cores.flash_tpa.FlashTPA", "name": "flash_tpa", "training": "sdpa", "scores": "own"}
+    tree = to_dict(made)
+    tree["core"] = {key: value for key, value in tree["core"].items() if key != "kernel"} | old
+    tree["trainer"]["background_saving"] = True
+    (tmp_path / "config.yaml").write_text(as_yaml(tree))
+    assert read_config(tmp_path).core == made.core and read_config(tmp_path).identity() == made.identity()
+    stored = made.identity() | {f"core.{key}": value for key, value in old.items()}
+    assert differing(stored | {"core.kernel": "auto"}, made.identity()) == ""
+
+
 def test_the_horizon_is_whatever_comes_first():
     per_step = config().trainer.tokens_per_step
     assert config("trainer.max_steps=10", f"trainer.max_tokens={per_step * 4 - 1}").trainer.horizon == 4
@@ -157,11 +167,7 @@ PROMPTS = ["Once upon a time, there was", "def f(x): return {x: [1]}", "it's 'so
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_taken_as_it_stands(prompt):
-    assert configured(SampleConfig, ["run=x", verbatim(f"prompt={prompt}", ("prompt",))]).prompt == prompt
-
-
-def test_a_prompt_that_is_quoted_for_hydra_keeps_that_meaning():
-    assert verbatim("prompt='a, b'", ("prompt",)) == "prompt='a, b'" and verbatim("run=a,b", ("prompt",)) == "run=a,b"
+    assert configured(SampleConfig, ["run=x", f"prompt={prompt}"], texts=("prompt",)).prompt == prompt
 
 
 class Extended(Config):

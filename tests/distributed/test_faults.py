@@ -42,7 +42,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(pair, tmp_path):
     assert f"pid {hung.pid}) has been silent for" in output and "The job ends: rank 1 (" in output
     assert checkpoint.newest(tmp_path / "run", print)
     # The preflight of several ranks
-    assert "2 ranks agree" in output and "x the median time of a matrix product" in output and "clocks  " in output
+    assert "2 ranks agree" in output and "x the median time of a matrix product" in output
 
 
 def test_a_rank_that_stops_moving_is_named(pair, tmp_path):

@@ -112,7 +112,6 @@ def test_a_conversation(command, monkeypatch):
         ("repetition_penalty=0", "repetition_penalty=0: must be a positive number"),
         ("cache_dtype=int4", "cache_dtype=int4: must be auto, fp32, bf16, fp16 or int8"),
         ("prefill_chunk=0", "prefill_chunk=0: must be at least 1"),
-        ("factors=true", "factors: is no key any more; use core.kernel=factors"),
         ("cache=false,compile=true", "compile=true: needs cache=true"),
         ("top_q=1", "top_q: unknown key; did you mean top_"),
     ],

@@ -38,7 +38,6 @@ def test_mistakes_are_named_before_anything_runs(capsys):
         ("lengths=[48,0]", "must be at least 1"),
         ("cores=['sequence_tensor core.fold=[0]']", "core.fold"),
         ("cores=['full core.kernel=factors']", "no factors"),
-        ("cores=[flash_tpa]", "use core=full core.kernel=factors"),
         ("cores=[full,'sliding_window core.windw=2']", "did you mean core.window"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -11,11 +11,11 @@ from configs.app import configured
 from configs.errors import ConfigError
 from tests.conftest import ROOT
 from training.config import Config
-from training.lock import RunLock
+from training.run_folder import RunLock
 
 HOLD = """
 import sys, time
-from training.lock import RunLock
+from training.run_folder import RunLock
 from training.config import Config
 lock = RunLock(sys.argv[1])
 print(lock.acquire(0, print), flush=True)
@@ -50,7 +50,7 @@ def test_a_holder_that_takes_its_folder_with_it_is_waited_for(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run.dir=.*/file/run: cannot be written \(Not a directory\)"):
+    with pytest.raises(ConfigError, match=r"run.dir=.*/file/run: cannot write .* \(Not a directory\)"):
         RunLock(tmp_path / "file/run").acquire(0, print)
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 
 import psutil
 import pytest
@@ -164,25 +163,10 @@ def test_axes_and_summaries_are_defined(finished):
     assert run["summary"]["perf/tokens_per_second"].keys() == {"mean", "max", "last"}
 
 
-def test_code_configuration_samples_and_plots_are_kept(finished):
+def test_samples_and_plots_are_kept(finished):
     _, folder, server = finished
-    run = server[run_id(folder)]
-    shown = {key for row in run["history"] for key, value in row.items() if isinstance(value, dict)}
-    assert {"samples", "plots/loss"} <= shown and "code.zip" in run["files"]
-    (kept,) = folder.glob(f"wandb/offline-run-*-{run_id(folder)}/files/code.zip")
-    with zipfile.ZipFile(kept) as archive:
-        assert {"train.py", "model/attention/tensor_product.py", "configs/model/t6.yaml"} <= set(archive.namelist())
-        assert archive.read("run_config.yaml") == (folder / "config.yaml").read_bytes()
-
-
-def test_an_evaluation_is_a_job_of_its_own_too(finished):
-    _, folder, server = finished
-    job = server[run_id(folder, "eval", "one perplexity")]
-    assert job["facts"]["jobType"] == "eval" and job["facts"]["groupName"] == "experiment"
-    assert (
-        job["summary"]["eval/perplexity/loss"]
-        == json.loads((folder / "results/perplexity.json").read_text())["results"]["loss"]
-    )
+    shown = {key for row in server[run_id(folder)]["history"] for key, value in row.items() if isinstance(value, dict)}
+    assert {"samples", "plots/loss"} <= shown
 
 
 @pytest.mark.parametrize("death", ["trainer", "trainer and service, while the server is away"])
