@@ -107,7 +107,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_again(finished, s
     metrics = (run / "metrics.jsonl").read_bytes()
     command = [*SMALL_RUN, *small_data, f"run.dir={run}"]
     assert train.main(configured(Config, command)) == 1
-    assert "has saved checkpoints, and none can be read" in capsys.readouterr().out
+    assert "has saved checkpoints, none of which can be read" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == metrics
     if loss == "every one is broken":
         assert len(list((run / "checkpoints").iterdir())) == 2
