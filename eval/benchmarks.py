@@ -14,7 +14,7 @@ import datasets
 import lm_eval
 import lm_eval.api.task
 import numpy as np
-import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from pydantic import Field, model_validator
 
@@ -28,11 +28,7 @@ from eval.tables import Table
 from eval.tasks import download, load_tasks
 from training.ranks import rank
 
-SHORT = {
-    "arc_easy": "ARC-E", "arc_challenge": "ARC-C", "boolq": "BoolQ", "hellaswag": "HellaSw.", "openbookqa": "OBQA",
-    "piqa": "PIQA", "winogrande": "W.G.", "mmlu": "MMLU", "sciq": "SciQ",
-}  # fmt: skip
-
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
 FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "f1"}  # metrics between 0 and 1, shown in percent
 
 
@@ -46,7 +42,6 @@ class HarnessSuite(SuiteConfig):
     data_dir: str | None = None  # a folder with <task>_<split>.jsonl: no network is used
     prefetch: bool = False  # fill data_dir from the network, and evaluate nothing
     max_length: int | None = Field(None, ge=2)  # null: the run's seq_len; longer requests lose their beginning
-    add_bos: bool = False  # put end-of-text before every context
     samples: bool = False  # write each question with its answers' scores next to the results
 
     @model_validator(mode="after")
@@ -74,11 +69,12 @@ class HarnessSuite(SuiteConfig):
         """Return the scores of the tasks, as fractions, and their average, on rank 0."""
         with undisturbed():
             found = lm_eval.simple_evaluate(
-                HarnessModel(run, options.batch_size, self.max_length, self.add_bos),
+                HarnessModel(run, options.batch_size, self.max_length),
                 tasks=load_tasks(self.tasks, self.data_dir, run),
                 num_fewshot=self.num_fewshot,
                 limit=options.limit,
                 bootstrap_iters=1000,
+                torch_random_seed=None,  # our model's draws have seeds of their own
                 log_samples=self.samples,
                 task_manager=TaskManager(include_defaults=False),
             )
@@ -87,25 +83,19 @@ class HarnessSuite(SuiteConfig):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Silence the harness's log and progress bars, start no worker processes, and afterwards restore the random state
-    of Python, numpy and torch, which the harness seeds."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    """Seed Python and numpy as the harness's command does before it loads tasks, some of which draw, and afterwards
+    restore their random state; show none of the harness's progress, and start no worker processes."""
     python, numpy = random.getstate(), np.random.get_state()
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
     datasets.disable_progress_bars()
+    quiet = patch.object(lm_eval.api.task, "tqdm", functools.partial(lm_eval.api.task.tqdm, disable=True))
     try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}),
-            patch.object(lm_eval.api.task, "tqdm", functools.partial(lm_eval.api.task.tqdm, disable=True)),
-        ):
+        with quiet, patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        logger.setLevel(level)
         datasets.enable_progress_bars()
 
 
@@ -124,15 +114,11 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict) -> Outcome:
     shots = f"_{suite.num_fewshot}shot" if suite.num_fewshot else ""
     questions = {task: counts["effective"] for task, counts in found["n-samples"].items()}
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
+    details = {"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions}
     return Outcome(
-        results,
-        stderr,
-        tasks={task: task + shots for task in counted},
+        results, stderr, tasks={task: task + shots for task in counted}, details=details, shown=table, files=files,
         versions=versions | {"tasks": found["versions"]},
-        details={"metrics": counted, "num_fewshot": suite.num_fewshot, "questions": questions},
-        shown=table,
-        files=files,
-    )
+    )  # fmt: skip
 
 
 def flat_scores(by_task: dict[str, dict]) -> tuple[dict[str, float], dict[str, float]]:
@@ -170,25 +156,22 @@ def score_table(
 
     `counted` has the metric of each task.
     """
-    tasks, keys = list(counted), [f"{task}/{metric}" for task, metric in counted.items()]
-    header, has_average = ["percent", *(SHORT.get(task, task) for task in tasks)], "average" in results
-    if has_average:
-        header.append("average")
-        keys.append("average")
+    keys = {task: f"{task}/{metric}" for task, metric in counted.items()}
+    if "average" in results:
+        keys["average"] = "average"
     params = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())  # the former under ZeRO-3
     rows = [
-        [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys)],
-        ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys)],
+        [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys.values())],
+        ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys.values())],
     ]
     if suite in published.suites() and published.tasks(suite).keys() >= counted.keys():
         size = published.nearest(suite, params)
-        is_whole = tasks == list(published.tasks(suite))
         for row in published.rows(suite, size):
-            scores = [row["scores"][task] for task in tasks]
-            if has_average:
-                scores.append(row["average"] if is_whole else sum(scores) / len(scores))
-            rows.append([f"paper: {row['model']}, {size}", *(f"{score:.2f}" for score in scores)])
-    return Table(header, rows)
+            scores = {task: row["scores"][task] for task in counted}
+            is_whole = scores.keys() == published.tasks(suite).keys()
+            scores["average"] = row["average"] if is_whole else sum(scores.values()) / len(scores)
+            rows.append([f"paper: {row['model']}, {size}", *(f"{scores[key]:.2f}" for key in keys)])
+    return Table(["percent", *keys], rows)
 
 
 def shown(key: str, value: float) -> str:

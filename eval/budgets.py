@@ -3,23 +3,21 @@
 One row for each mechanism and size, with GPT-2's vocabulary (padded to 50304) unless `tokenizer=` is given.
 """
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from configs.app import app, choices, configured
-from configs.errors import did_you_mean
 from configs.load import Command
 from data.config import TokenizerConfig
 from model import counting
 from model.cache import CACHE_DTYPES, bytes_per_token
 from model.transformer import TransformerConfig
 from training.config import Config
-from training.device import parse_bytes
+from training.device import format_bytes, parse_bytes
 
 SIZES = ("tiny", "small", "medium", "large", "xl")  # in the order of the table
 
@@ -34,44 +32,10 @@ class BudgetsConfig(Command):
     sizes: list[str] = Field(default_factory=list)  # empty: tiny to xl
     seq_len: int = Field(1024, ge=1)
     match: Literal["params", "flops", "kv_bytes"] = "params"
-    tolerance: float = Field(0.05, ge=0)  # beyond it the table reports that a mechanism does not match
-    memory: str | None = None  # such as 24GiB: show the longest context that fits next to the weights
-    cache_dtype: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"  # int8: with its scales
+    memory: Annotated[float, BeforeValidator(parse_bytes)] | None = None  # such as 24GiB, of weights and one context
+    cache_dtype: Literal[*CACHE_DTYPES] = "bf16"  # int8: with its scales
     detail: bool = False  # add parameters by part and the activation estimate
     overrides: list[str] = Field(default_factory=list)  # for every configuration, such as ['model.head_dim=128']
-
-    @field_validator("models", "sizes")
-    @classmethod
-    def _known(cls, names: list[str], info) -> list[str]:
-        group = info.field_name.removesuffix("s")
-        known = choices(group)
-        for name in names:
-            if name not in known:
-                raise ValueError(f"no such {group}: {name}; {did_you_mean(name, known)}")
-        return names
-
-    @field_validator("memory")
-    @classmethod
-    def _memory(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_bytes(text)
-        return text
-
-
-def networks(config: BudgetsConfig) -> Iterator[tuple[str, str, TransformerConfig]]:
-    """Yield (size, model, network) for every row of the table."""
-    own_tokenizer = any(override.startswith("tokenizer") for override in config.overrides)
-    for size in config.sizes or SIZES:
-        for model in config.models or choices("model"):
-            chosen = [
-                f"model={model}",
-                f"size={size}",
-                f"size.match={config.match}",
-                f"trainer.seq_len={config.seq_len}",
-            ]
-            run = configured(Config, [*chosen, *config.overrides], world_size=1)
-            tokenizer = run.tokenizer if own_tokenizer else config.tokenizer
-            yield size, model, TransformerConfig.of(run.model, run.core, run.size, tokenizer.padded_vocab_size)
 
 
 def cells(config: BudgetsConfig, network: TransformerConfig, ratios: dict[str, float]) -> dict[str, str]:
@@ -92,33 +56,35 @@ def cells(config: BudgetsConfig, network: TransformerConfig, ratios: dict[str, f
     if config.detail:
         row["activations (KiB a token)"] = f"{counting.activation_bytes_per_token(network) / 1024:,.0f}"
     if config.memory:
-        longest = counting.longest_context(network, parse_bytes(config.memory), dtype)
-        row[f"longest context in {config.memory}"] = f"{longest:,}"
+        longest = counting.longest_context(network, config.memory, dtype)
+        row[f"longest context in {format_bytes(config.memory)}"] = f"{longest:,}"
     return row
 
 
 def main(config: BudgetsConfig) -> int:
     vocabulary = f"vocabulary {config.tokenizer.padded_vocab_size} ({config.tokenizer.name})"
     title = f"{vocabulary}, {config.seq_len} tokens, matched by {config.match}, {config.cache_dtype} cache"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    details, previous = [], None
-    for size, model, network in networks(config):
-        ratios = counting.over_mha(network.attention, network.core, network.d_model, config.seq_len)
-        row = {"size": size, "model": model} | cells(config, network, ratios)
-        if previous is None:
-            for column in row:
+    table, details = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD), []
+    common = [f"size.match={config.match}", f"trainer.seq_len={config.seq_len}", *config.overrides]
+    has_tokenizer = any(override.startswith("tokenizer") for override in config.overrides)
+    for size in config.sizes or SIZES:
+        for model in config.models or choices("model"):
+            run = configured(Config, [f"model={model}", f"size={size}", *common], world_size=1)
+            tokenizer = run.tokenizer if has_tokenizer else config.tokenizer
+            network = TransformerConfig.of(run.model, run.core, run.size, tokenizer.padded_vocab_size)
+            ratios = counting.over_mha(network.attention, network.core, network.d_model, config.seq_len)
+            row = {"size": size, "model": model} | cells(config, network, ratios)
+            for column in row if not table.columns else ():
                 table.add_column(column, justify="left" if column in ("size", "model") else "right", no_wrap=True)
-        elif size != previous:
-            table.add_section()
-        table.add_row(*row.values())
-        previous = size
-        ratio = ratios[config.match]
-        if abs(ratio - 1) > config.tolerance:
-            found = f"{config.match} are {ratio:.3f} x MHA's"
-            details.append(f"{model} {size}: no match within {config.tolerance:.0%}: {found}")
-        elif config.detail:
-            parts = ", ".join(f"{part} {number:,}" for part, number in counting.params_by_part(network).items())
-            details.append(f"{model} {size}: {parts}")
+            table.add_row(*row.values())
+            ratio, tolerance = ratios[config.match], run.size.match_tolerance
+            if abs(ratio - 1) > tolerance:
+                found = f"{config.match} are {ratio:.3f} x MHA's"
+                details.append(f"{model} {size}: no match within {tolerance:.0%}: {found}")
+            elif config.detail:
+                parts = ", ".join(f"{part} {number:,}" for part, number in counting.params_by_part(network).items())
+                details.append(f"{model} {size}: {parts}")
+        table.add_section()
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 220)  # a line may leave the screen, but is never cut
     console.print(table)

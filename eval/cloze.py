@@ -20,6 +20,7 @@ from data.loader import EVAL_KEY, permute
 from data.shards import TokenShards
 from data.sources.builtin import builtin_corpus
 from eval.loading import LoadedRun
+from eval.texts import text_of
 from training.ranks import from_main
 
 TASKS = ("builtin_cloze", "cloze")  # on the built-in corpus, on the run's own data
@@ -44,22 +45,13 @@ def task(name: str, run: LoadedRun) -> ConfigurableTask:
 
 def as_task(name: str, asked: list[dict]) -> ConfigurableTask:
     """Return questions {context, choices, gold} as a multiple-choice task of the harness."""
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    return ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(asked)},
-            "test_split": "test",
-            "fewshot_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "context",
-            "doc_to_choice": "choices",
-            "doc_to_target": "gold",
-            "num_fewshot": 0,
-            "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
-            "metadata": {"version": VERSION},
-        }
-    )
+    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
+    return ConfigurableTask(config={
+        "task": name, "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(asked)},
+        "test_split": "test", "fewshot_split": "test", "num_fewshot": 0,
+        "output_type": "multiple_choice", "metric_list": metrics, "metadata": {"version": VERSION},
+        "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold",
+    })  # fmt: skip
 
 
 def texts_of(name: str, run: LoadedRun) -> Iterable[str]:
@@ -71,17 +63,10 @@ def texts_of(name: str, run: LoadedRun) -> Iterable[str]:
 
 def shard_texts(run: LoadedRun) -> Iterator[str]:
     """Yield documents of the run's validation split, at most DOCUMENTS of them, spread over it."""
-    shards = TokenShards(run.config.data.dir, "val")
-    spans = [
-        (array, int(start), int(end))
-        for array, starts in zip(shards.arrays, shards.documents(), strict=True)
-        for start, end in zip(starts, [*starts[1:], len(array)], strict=True)
-    ]
-    chosen = permute(np.arange(min(DOCUMENTS, len(spans))), len(spans), EVAL_KEY)
-    for number in sorted(chosen):
-        array, start, end = spans[number]
-        ids = array[start:end].tolist()
-        yield run.tokenizer.decode(ids[:-1] if ids[-1] == run.tokenizer.end_of_text else ids)
+    documents = text_of(TokenShards(run.config.data.dir, "val")).documents()
+    for number in sorted(permute(np.arange(min(DOCUMENTS, len(documents))), len(documents), EVAL_KEY)):
+        ids = documents[number].tolist()
+        yield run.tokenizer.decode(token for token in ids if token != run.tokenizer.end_of_text)
 
 
 def questions(texts: Iterable[str]) -> list[dict]:

@@ -9,14 +9,11 @@ from configs.errors import Mistakes
 from configs.load import Block, Choice, Command
 from eval.loading import LoadedRun
 from eval.results import Outcome
-from model.rope import Scaling
 from training.device import Device, Dtype
 
 
 class SuiteConfig(Choice):
     """A suite of measurements that runs itself. A YAML in configs/suite/ names its class in `_target_`."""
-
-    scales_rope: ClassVar[bool] = False  # whether the suite has keys of its own for that
 
     name: str
 
@@ -50,22 +47,12 @@ class EvalConfig(Command):
     step: int | None = None  # of the checkpoint; null: the newest
     limit: int | None = Field(None, ge=1)  # at most this many windows, or questions of each task; null: all
     batch_size: int = Field(16, ge=1)  # sequences of full length in a forward pass; more if they are shorter
-    rope_scaling: Scaling = "none"  # linear, ntk or yarn, together with
-    rope_factor: float | None = Field(None, ge=1)  # how many times longer than in training
     core: KernelConfig = KernelConfig()
     device: Device = "auto"
     dtype: Dtype = "auto"
 
     @model_validator(mode="after")
-    def _check_together(self):
-        lines = []
+    def _has_run(self):
         if self.run is None and self.suite.needs_run:
-            lines.append("run is not set: give the run folder, as in run=runs/first")
-        if (self.rope_scaling == "none") != (self.rope_factor is None):
-            lines.append("rope_scaling and rope_factor go together, as in rope_scaling=yarn rope_factor=4")
-        if self.rope_scaling != "none" and self.suite.scales_rope:
-            remedy = f"suite={self.suite.name} takes suite.scalings=[{self.rope_scaling}]"
-            lines.append(f"rope_scaling={self.rope_scaling}: {remedy}")
-        if lines:
-            raise Mistakes(*lines)
+            raise Mistakes("run is not set: give the run folder, as in run=runs/first")
         return self

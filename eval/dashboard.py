@@ -1,8 +1,7 @@
 """The W&B dashboard of a project: `python -m eval.dashboard project=t6 [entity=NAME] [group=EXPERIMENT]`
 
-Makes a workspace view (every run, by section) and a report (the runs of a group compared, a line for each method with
-the spread over seeds behind it), with the wandb-workspaces library. `dry_run=true` prints what would be saved, without
-a network.
+Makes a workspace view of the runs and a report with the same panels, with a line for each method and the spread over
+seeds behind it, by the wandb-workspaces library. `dry_run=true` prints what would be saved, without a network.
 """
 
 import json
@@ -11,7 +10,7 @@ from typing import ClassVar
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from configs.app import app
 from configs.errors import ConfigError
@@ -24,6 +23,7 @@ PINNED = [
     "summary:val/bits_per_byte.min", "summary:params", "summary:kv_bytes_per_token",
     "summary:perf/tokens_per_second.mean",
 ]  # fmt: skip
+SMOOTHED = {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6, "smoothing_show_original": True}
 
 
 class DashboardConfig(Command):
@@ -31,10 +31,7 @@ class DashboardConfig(Command):
 
     project: str
     entity: str | None = None  # default: the one that is logged in
-    group: str | None = None  # the experiment that the report is about; default: all runs
-    name: str = "Attention mechanisms"
-    tasks: list[str] = Field(default_factory=list)  # benchmark metrics, as logged; default: the paper's
-    max_runs: int = Field(50, ge=1)
+    group: str | None = None  # the experiment; default: all runs
     dry_run: bool = False  # print what would be saved, without a network
 
     @field_validator("project")
@@ -46,11 +43,12 @@ class DashboardConfig(Command):
 
 
 def line(title: str, metric: str, raw: bool = False, x: str = "tokens", **options) -> wr.LinePlot:
-    """Return a plot of a metric: as it is (`raw`), or smoothed a little with the raw curve behind."""
-    if not raw:
-        smooth = {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6, "smoothing_show_original": True}
-        options |= smooth
-    return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **options)
+    """Return a plot of a metric: as it is (`raw`), or smoothed a little with the raw curve behind.
+
+    A line is the mean of a method's runs, with the standard error behind it.
+    """
+    by_method = {"groupby": wr.Config(METHOD), "groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
+    return wr.LinePlot(title=title, x=x, y=[metric], title_x=x, **by_method, **({} if raw else SMOOTHED), **options)
 
 
 def scatter(title: str, x: str, **options) -> wr.ScatterPlot:
@@ -61,15 +59,10 @@ def bars(title: str, *metrics: str, **options) -> wr.BarPlot:
     return wr.BarPlot(title=title, metrics=list(metrics), groupby=wr.Config(METHOD), **options)
 
 
-def benchmark_metrics(tasks: list[str]) -> list[str]:
-    """Return the benchmark metrics by the names under which runs log them; by default those that the paper reports."""
+def panels() -> dict[str, list]:
+    """Return the panels of each section; the benchmarks are the paper's."""
     paper = published.tasks("paper_zeroshot").items()
-    return tasks or ["eval/paper_zeroshot/average", *(f"eval/{task}/{metric}" for task, metric in paper)]
-
-
-def panels(tasks: list[str]) -> dict[str, list]:
-    """Return the panels of each section, for the workspace and the report alike."""
-    benchmarks = benchmark_metrics(tasks)
+    benchmarks = ["eval/paper_zeroshot/average", *(f"eval/{task}/{metric}" for task, metric in paper)]
     return {
         "Loss & perplexity": [
             line("Validation loss", "val/loss", raw=True),
@@ -98,58 +91,48 @@ def panels(tasks: list[str]) -> dict[str, list]:
         "Optimisation": [
             line("Learning rate", "optim/lr", raw=True),
             line("Gradient norm", "optim/grad_norm", log_y=True),
-        ],
-        "Health": [
             line("Skipped steps", "optim/skipped_steps", raw=True),
-            line("Gradient norm, unsmoothed", "optim/grad_norm", log_y=True, raw=True),
             wr.MediaBrowser(title="Samples and plots", media_keys=["samples", "plots/loss"]),
         ],
+        "What differs": [wr.RunComparer(diff_only="split")],
     }
 
 
+def filters(config: DashboardConfig) -> str:
+    """Return what picks the training runs of the project, or of the group, if one is given."""
+    return 'Metric("JobType") == "train"' + (f' and Metric("Group") == "{config.group}"' if config.group else "")
+
+
+def title(config: DashboardConfig) -> str:
+    return f"Attention mechanisms: {config.group}" if config.group else "Attention mechanisms"
+
+
 def workspace(config: DashboardConfig, entity: str) -> ws.Workspace:
-    """Return the view of every training run of the project (of the group, if one is given), by section."""
-    filters = [ws.Metric("JobType") == "train"] + ([ws.Metric("Group") == config.group] if config.group else [])
+    """Return the view of the runs by section."""
     sections = [
         ws.Section(name=name, panels=found, is_open=number < 2, pinned=number == 0)
-        for number, (name, found) in enumerate(panels(config.tasks).items())
+        for number, (name, found) in enumerate(panels().items())
     ]
     return ws.Workspace(
-        entity=entity, project=config.project, name=config.name, sections=sections,
-        settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=config.max_runs),
-        runset_settings=ws.RunsetSettings(filters=filters, pinned_columns=PINNED),
+        entity=entity, project=config.project, sections=sections, name=title(config),
+        settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=50),
+        runset_settings=ws.RunsetSettings(filters=filters(config), pinned_columns=PINNED),
     )  # fmt: skip
 
 
 def report(config: DashboardConfig, entity: str) -> wr.Report:
-    """Return the comparison of the group's runs: a line for each method, and what differs in their configurations."""
-    filters = 'Metric("JobType") == "train"' + (f' and Metric("Group") == "{config.group}"' if config.group else "")
-
-    def grid(found: list) -> wr.PanelGrid:  # of runs in the report's own project
-        runset = wr.Runset(name="methods", filters=filters, groupby=[f"config.{METHOD}"])
-        return wr.PanelGrid(runsets=[runset], panels=found)
-
-    introduction = (
-        f"Runs of {f'the group {config.group}' if config.group else 'the project'}, a line for each method: the mean "
-        "over seeds, with the standard error behind it. Whether they are matched, intervals and paired differences: "
-        "see the report of python -m eval.compare."
-    )
-    blocks = [wr.H1(config.name), wr.P(introduction), wr.TableOfContents()]
-    for name, found in panels(config.tasks).items():
-        for panel in found:
-            if isinstance(panel, wr.LinePlot):
-                panel.groupby, panel.groupby_aggfunc, panel.groupby_rangefunc = wr.Config(METHOD), "mean", "stderr"
-        blocks += [wr.H2(name), grid(found)]
-    blocks += [wr.H2("What differs"), grid([wr.RunComparer(diff_only="split")])]
-    title = f"{config.name}: {config.group}" if config.group else config.name
-    return wr.Report(entity=entity, project=config.project, title=title, blocks=blocks, width="fluid")
+    """Return the same panels as a page to share."""
+    blocks: list = [wr.TableOfContents()]
+    for name, found in panels().items():
+        runset = wr.Runset(name="methods", filters=filters(config), groupby=[f"config.{METHOD}"])
+        blocks += [wr.H1(name), wr.PanelGrid(runsets=[runset], panels=found)]
+    return wr.Report(entity=entity, project=config.project, title=title(config), blocks=blocks, width="fluid")
 
 
 def main(config: DashboardConfig) -> int:
     if config.dry_run:
-        entity = config.entity or "ENTITY"
-        models = {"workspace": workspace(config, entity)._to_model(), "report": report(config, entity)._to_model()}
-        shown = {name: model.spec.model_dump(by_alias=True, exclude_none=True) for name, model in models.items()}
+        made = {made.__name__: made(config, config.entity or "ENTITY")._to_model() for made in (workspace, report)}
+        shown = {name: model.spec.model_dump(by_alias=True, exclude_none=True) for name, model in made.items()}
         print(json.dumps(shown, indent=2))
         return 0
     try:
@@ -165,4 +148,4 @@ def main(config: DashboardConfig) -> int:
 
 
 if __name__ == "__main__":
-    app(main, DashboardConfig, texts=("project", "entity", "group", "name"))
+    app(main, DashboardConfig, texts=("project", "entity", "group"))

@@ -1,5 +1,6 @@
 """Benchmarks of a run in training: inside the job, or as Slurm jobs of their own that read its checkpoints."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from training.saver import CheckpointSaver
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "slurm" / "eval.sbatch"
-FIXED = ("run", "step", "rope_scaling", "rope_factor")  # of an evaluation that is a benchmark
+FIXED = ("run", "step")  # of an evaluation that is a benchmark
 FIXED_IN_JOB = ("core.kernel", "device", "dtype")  # and of one inside the training job
 # Environment variables of this job that would mislead one that it submits.
 OWN_VARIABLES = ("SLURM_", "SBATCH_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -35,9 +36,8 @@ class Benchmarks:
     """What `trainer.benchmark_every` and `trainer.benchmarks` ask for. ConfigError if a suite is unavailable."""
 
     def __init__(self, config: Config, runtime: Runtime, say: Callable[[str], None]):
-        self.config, self.runtime, self.say = config, runtime, say
-        self.trainer, self.run_dir = config.trainer, Path(config.run.dir)
-        self.warned: set[str] = set()
+        self.config, self.trainer, self.runtime, self.say = config, config.trainer, runtime, say
+        self.run_dir, self.warn_once = Path(config.run.dir), functools.cache(say)
         self.suites: dict[str, EvalConfig] = {}
         if self.trainer.benchmark_every:
             if self.trainer.benchmark_job and not (SCRIPT.exists() and shutil.which("sbatch")):
@@ -46,16 +46,14 @@ class Benchmarks:
             self.suites = dict(zip(self.trainer.benchmarks, loaded, strict=True))
 
     def attach(self, model: Transformer, tokenizer: Tokenizer, saver: CheckpointSaver, metrics: Metrics | None, mark):
-        """Set what is there only when training starts: `metrics` on rank 0, and `mark(doing)`, which is called at every
-        forward pass as a sign of life."""
+        """Set what is there only when training starts; `mark(doing)` is called at every forward pass."""
         self.model, self.tokenizer, self.saver, self.metrics, self.mark = model, tokenizer, saver, metrics, mark
 
     def keep(self, policy: Callable[[list[dict]], set[int]]) -> Callable[[list[dict]], set[int]]:
         """Return a policy of checkpoints that also keeps those which submitted jobs have yet to read."""
 
         def wanted(manifests: list[dict]) -> set[int]:
-            marks = inbox_of(self.run_dir).glob("*.pending")
-            waiting = {int(path.stem.rpartition("_step_")[2]) for path in marks}
+            waiting = {int(path.stem.rpartition("_step_")[2]) for path in inbox_of(self.run_dir).glob("*.pending")}
             return policy(manifests) | waiting & {manifest["step"] for manifest in manifests}
 
         return wanted
@@ -85,13 +83,7 @@ class Benchmarks:
 
     def collect(self) -> None:
         """Log what evaluations of this run have left since, at the steps that they belong to; rank 0 calls this."""
-        collect(self.run_dir, self.metrics.log, self._warn)
-
-    def _warn(self, line: str) -> None:
-        """Report a line once."""
-        if line not in self.warned:
-            self.warned.add(line)
-            self.say(line)
+        collect(self.run_dir, self.metrics.log, self.warn_once)
 
     def _logged(self, step: int) -> bool:
         """Return whether metrics.jsonl has results at this step."""
@@ -104,8 +96,8 @@ class Benchmarks:
         return [f"run={self.run_dir}", f"suite={suite}", *sizes, *self.trainer.benchmark_overrides]
 
     def _load(self, name: str) -> EvalConfig:
-        """Return what a benchmark evaluates. ConfigError for what an evaluation takes and a benchmark does not, and, so
-        that it is found now and not in the middle of the run, for data and tasks that are missing."""
+        """Return what a benchmark evaluates. ConfigError, before training, for data and tasks that are missing, and for
+        what an evaluation takes and a benchmark does not."""
         options = configured(EvalConfig, self._arguments(name))
         given = flatten(to_dict(options))
         plain = flatten(to_dict(EvalConfig(suite=options.suite, run=str(self.run_dir))))
@@ -127,14 +119,11 @@ class Benchmarks:
 
         Nothing random of training's is touched. A suite that fails costs its results, not the run.
         """
-        model, was_training = self.model, self.model.training
-        run = LoadedRun(
-            self.run_dir, self.config, step, step * self.trainer.tokens_per_step, model, self.tokenizer, self.runtime,
-            lockstep=self.config.deepspeed.stage == 3,
-        )  # fmt: skip
+        model, tokens, in_lockstep = self.model, step * self.trainer.tokens_per_step, self.config.deepspeed.stage == 3
+        run = LoadedRun(self.run_dir, self.config, step, tokens, model, self.tokenizer, self.runtime, in_lockstep)
         found: dict[str, float] = {}
-        model.eval()
         hook = model.embedding.register_forward_pre_hook(lambda *_: self.mark(f"step {step}, benchmarks"))
+        model.eval()
         for name, options in self.suites.items():
             suite = options.suite
             try:
@@ -149,7 +138,7 @@ class Benchmarks:
             except Exception as error:
                 self.say(f"step {step}: the benchmark {name} failed, training continues: {error}")
         hook.remove()
-        model.train(was_training)
+        model.train()
         if found:
             self.metrics.log(step, run.tokens, found)
 

@@ -58,13 +58,8 @@ def config_of(run: str) -> Config:
     return read_config(run)
 
 
-class _Core(Block):
+class CoreBlock(Block):
     core: AttentionCore
-
-
-def with_kernel(core: AttentionCore, kernel: str | None) -> AttentionCore:
-    """Return the core computed by another kernel, or as it is for None. ConfigError if the core has no such kernel."""
-    return core if kernel is None else load({"core": to_dict(core) | {"kernel": kernel}}, _Core).core
 
 
 def load_run(
@@ -76,7 +71,9 @@ def load_run(
     computes what the core attends to in another way than the run's configuration says.
     """
     folder, config = Path(run), config_of(run)
-    config = config.replace(core=with_kernel(config.core, kernel))
+    if kernel is not None:
+        chosen = load({"core": to_dict(config.core) | {"kernel": kernel}}, CoreBlock)
+        config = config.replace(core=chosen.core)
     runtime = find_runtime(device, dtype, config.deepspeed.bf16_engine)
     check_core(config.core, config.model, runtime)
     checkpoint = from_main(lambda: find_checkpoint(folder, step))
@@ -100,9 +97,9 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         return found
     found = checkpoint_dir(run_dir, step)
     if not found.is_dir():
-        steps = sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
-        remedy = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
-        raise ConfigError(f"step={step}: {run_dir} has no checkpoint of it; {remedy}")
+        steps = sorted(int(path.name.removeprefix("step_")) for path in found.parent.glob("step_*"))
+        there = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"step={step}: {run_dir} has no checkpoint of it; there are {there}")
     if broken := problems(found):
         raise ConfigError(*broken)
     return found

@@ -1,49 +1,44 @@
 """What length does to a model: loss on the same tokens with ever more text before them, passkeys, memory, speed."""
 
 import dataclasses
-import hashlib
 import os
+import statistics
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from rich.progress import track
 
 from configs.errors import ConfigError, Mistakes
-from data.loader import IGNORED
-from eval import long_context_report as report
 from eval.config import EvalConfig
-from eval.loading import LoadedRun, load_run
-from eval.long_context_report import Point, Sweep
+from eval.loading import LoadedRun
 from eval.passkey import retrieve
 from eval.perplexity import bits_per_byte, perplexity
-from eval.results import Outcome, save
-from eval.scoring import head_at
-from eval.texts import Text, TextSource, Window, read_text, share_out, stack
+from eval.plots import plain_ticks
+from eval.results import Outcome
+from eval.scoring import log_likelihoods
+from eval.tables import Table
+from eval.texts import Text, TextSource, read_text
 from model.rope import Scaling
-from training import ranks
 from training.device import memory_gb, synchronize
+from training.plots import legend_below, new_figure, save_figure
 
 
 class LongContextSuite(TextSource):
     """Loss on the same tokens with ever more of the text before them, and passkey retrieval."""
 
-    scales_rope: ClassVar[bool] = True
-
     name: str = "long_context"
     lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)  # default: 1 to 16 times the run's seq_len
     scored: int | None = Field(None, ge=1)  # tokens at the end of each window that count; null: half the least length
     windows: int = Field(32, ge=1)  # spread over the documents that are long enough
-    scalings: list[Scaling] = Field(["none"])  # of RoPE, one after another
-    factor: float | None = Field(None, ge=1)  # of the scalings; null: length / the run's seq_len
+    scalings: list[Scaling] = Field(["none"])  # of RoPE by length / the run's seq_len, one after another
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])  # of the key: 0 is the start
     trials: int = Field(5, ge=0)  # passkeys a depth and length; 0: no retrieval
-    beside: list[str] = Field(default_factory=list)  # further runs, evaluated alike and shown next to each other
 
     @model_validator(mode="after")
     def _check_together(self):
@@ -55,81 +50,80 @@ class LongContextSuite(TextSource):
         return self
 
     def run(self, run: LoadedRun, options: EvalConfig) -> Outcome:
-        """Return the sweep of the run, with those of `beside`, which are also saved in these runs' own folders."""
         sweep = sweep_of(self, run, options)
-        outcome = outcome_of(sweep)
-        if self.beside:
-            alike = self.replace(lengths=sweep.lengths, scored=sweep.scored, beside=[])
-            sweeps = [sweep]
-            for folder in self.beside:
-                other = load_run(folder, options.device, options.dtype)
-                sweeps.append(sweep_of(alike, other, options))
-                if run.runtime.is_main:
-                    save(other, self.name, outcome_of(sweeps[-1]), options.limit)
-            outcome.shown = report.table(sweeps)
-            outcome.files |= {"_beside.md": outcome.shown, "_beside.png": partial(report.plot, sweeps)}
-        return outcome
+        points = {
+            f"{scaling}/{length}": point
+            for scaling, by_length in sweep.points.items()
+            for length, point in by_length.items()
+        }
+        results = {f"{key}/{name}": value for key, point in points.items() for name, value in point.numbers().items()}
+        stderr = {f"{key}/loss": point.stderr for key, point in points.items()}
+        shown = f"{table(sweep)}\n"
+        files = {".md": shown, ".png": partial(plot, sweep)}
+        if any(point.passkey is not None for point in points.values()):
+            files["_passkey.png"] = partial(plot_passkeys, sweep)
+        return Outcome(results, stderr, details={"sweep": dataclasses.asdict(sweep)}, shown=shown, files=files)
 
 
-def outcome_of(sweep: Sweep) -> Outcome:
-    results, stderr = {}, {}
-    for scaling, points in sweep.points.items():
-        for length, point in points.items():
-            key = f"{scaling}/{length}"
-            results |= {
-                f"{key}/loss": point.loss,
-                f"{key}/perplexity": perplexity(point.loss),
-                f"{key}/bits_per_byte": point.bits_per_byte,
-                f"{key}/tokens_per_second": point.tokens_per_second,
-                f"{key}/memory_gb": point.memory_gb,
-            }
-            stderr[f"{key}/loss"] = point.stderr
-            if point.passkey is not None:
-                results[f"{key}/passkey"] = float(np.mean(point.passkey))
-    table = report.table([sweep])
-    files = {".md": table, ".png": partial(report.plot, [sweep])}
-    if any(key.endswith("/passkey") for key in results):
-        files["_passkey.png"] = partial(report.plot_passkeys, sweep)
-    return Outcome(results, stderr, details={"sweep": dataclasses.asdict(sweep)}, shown=table, files=files)
+@dataclass
+class Point:
+    """What one length gives under one scaling of RoPE."""
+
+    loss: float
+    stderr: float
+    bits_per_byte: float
+    tokens_per_second: float  # of all processes, without the passkeys
+    memory_gb: float
+    passkey: list[float] | None = None  # accuracy by depth; None without room for a prompt
+    passkey_nats: list[float] | None = None  # mean log-probability of a key's token, by depth
+
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers to report, by name."""
+        found = {"loss": self.loss, "perplexity": perplexity(self.loss), "bits_per_byte": self.bits_per_byte}
+        found |= {"tokens_per_second": self.tokens_per_second, "memory_gb": self.memory_gb}
+        return found if self.passkey is None else found | {"passkey": float(np.mean(self.passkey))}
+
+
+@dataclass
+class Sweep:
+    """A run over lengths: `points[scaling][length]`."""
+
+    run: str
+    trained: int
+    lengths: list[int]
+    scored: int
+    depths: list[float]
+    text: str
+    points: dict[str, dict[int, Point]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"the last {self.scored} of the tokens seen, from {self.text}; trained at {self.trained}"
 
 
 def sweep_of(suite: LongContextSuite, run: LoadedRun, options: EvalConfig) -> Sweep:
     """Measure every scaling at every length; up to the trained length a scaling changes nothing."""
-    text = by_document(read_text(suite, run))
+    text = read_text(suite, run)
+    text.streams = text.documents()
     lengths = lengths_for(suite, run, text)
     scored = suite.scored or min(lengths) // 2
     ends = window_ends(text, max(lengths), scored, options.limit or suite.windows)
-    tokens = np.concatenate([text.streams[number][end - scored + 1 : end + 1] for number, end in ends])
-    fingerprint = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()[:16]
-    sweep = Sweep(run.config.run.name, run.context, lengths, scored, suite.depths, text.name, fingerprint)
+    sweep = Sweep(run.config.run.name, run.context, lengths, scored, suite.depths, text.name)
     todo = [(scaling, length) for scaling in suite.scalings for length in lengths]
+    measured: dict[tuple[str, int], Point] = {}
     try:
         for scaling, length in track(todo, "long context", transient=True, disable=not run.runtime.is_main):
-            factor = suite.factor or max(1.0, length / run.context)
-            point = sweep.points.get("none", {}).get(length) if factor == 1 else None
-            if point is None:
-                run.scale_rope(scaling, factor)
+            kind = scaling if length > run.context else "none"
+            if (kind, length) not in measured:
+                run.scale_rope(kind, length / run.context)
                 batch_size = max(1, options.batch_size * run.context // length)
-                windows = [Window(number, end - length, end, end - scored + 1) for number, end in ends]
-                point = measure(run, text, windows, batch_size)
+                point = measured[kind, length] = measure(run, text, ends, length, scored, batch_size)
                 if suite.trials and (found := retrieve(run, length, suite.depths, suite.trials, batch_size)):
                     point.passkey, point.passkey_nats = (values.tolist() for values in found)
-            sweep.points.setdefault(scaling, {})[length] = point
+            sweep.points.setdefault(scaling, {})[length] = measured[kind, length]
     finally:
         run.scale_rope("none", None)
     return sweep
-
-
-def by_document(text: Text) -> Text:
-    """Return the text with each document as a stream, from the end-of-text before it if that is in its shard."""
-    if text.starts is None:
-        return text
-    documents = [
-        stream[max(int(start) - 1, 0) : int(end)]
-        for stream, starts in zip(text.streams, text.starts, strict=True)
-        for start, end in zip(starts, [*starts[1:], len(stream)], strict=True)
-    ]
-    return dataclasses.replace(text, streams=documents, starts=None)
 
 
 def lengths_for(suite: LongContextSuite, run: LoadedRun, text: Text) -> list[int]:
@@ -156,35 +150,24 @@ def window_ends(text: Text, longest: int, scored: int, count: int) -> list[tuple
     return [candidates[index] for index in chosen]
 
 
-@torch.no_grad()
-def measure(run: LoadedRun, text: Text, windows: list[Window], batch_size: int) -> Point:
-    """Return the loss over windows of one length in which as many tokens count, and the time and memory it took."""
-    _, begin, end, scored = windows[0]
-    device, length, counted = run.runtime.device, end - begin, end - scored + 1
-    sums = torch.zeros(len(windows), dtype=torch.float64)
-    batches = share_out(windows, batch_size)
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    with head_at(run.model, first, first):  # what is made on first use is not timed
-        run.model.logits(first.expand(1, length))
+def measure(
+    run: LoadedRun, text: Text, ends: list[tuple[int, int]], length: int, scored: int, batch_size: int
+) -> Point:
+    """Return the loss of the last `scored` tokens up to each end, of which `length` are seen, and what it cost."""
+    device = run.runtime.device
+    windows = [text.streams[number][end - length : end + 1].tolist() for number, end in ends]
+    asked = [(window[:-scored], window[-scored:]) for window in windows]
+    log_likelihoods(run.model, asked[:1], length, batch_size, device)  # what is made on first use is not timed
     synchronize(device)
     reset_peak(device)
     began = time.perf_counter()
-    for numbers in batches:
-        # A rank that has no more windows takes part all the same.
-        tokens, targets = stack(text, [windows[n] for n in numbers] or windows[:1], device)
-        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        with head_at(run.model, rows, columns):
-            logits = run.model.logits(tokens)
-        losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
-        for n, loss in zip(numbers, losses.view(-1, counted).double().sum(1).tolist(), strict=False):
-            sums[n] = loss
+    found = log_likelihoods(run.model, asked, length, batch_size, device)
     synchronize(device)
-    seconds, memory = time.perf_counter() - began, peak_gb(device)
-    speed = sum(map(len, batches)) * length / seconds
-    means = ranks.total(sums.to(device)).cpu().numpy() / counted
-    loss = float(means.mean())
-    stderr = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else 0.0
-    return Point(loss, stderr, bits_per_byte(loss, text.bytes_per_token), speed, memory)
+    speed = len(asked) * length / (time.perf_counter() - began)
+    losses = [-log_p / scored for log_p, _ in found]
+    loss = statistics.fmean(losses)
+    stderr = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+    return Point(loss, stderr, bits_per_byte(loss, text.bytes_per_token), speed, memory_gb(device))
 
 
 def reset_peak(device: torch.device) -> None:
@@ -195,11 +178,68 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_gb(device: torch.device) -> float:
-    """Return the peak memory since then in GB; if it could not be forgotten, that of the whole process."""
-    status = Path("/proc/self/status")
-    if device.type != "cuda" and status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
-    return memory_gb(device)
+def table(sweep: Sweep) -> Table:
+    """Return a table with a row for each length and scaling; those of the same length are below each other."""
+    rows = []
+    for length in sweep.lengths:
+        for scaling, points in sweep.points.items():
+            point = points[length]
+            rows.append([
+                sweep.run, scaling, f"{length:,}", f"{point.loss:.4f}", f"{point.stderr:.4f}",
+                f"{perplexity(point.loss):,.2f}", "" if point.passkey is None else f"{np.mean(point.passkey):.0%}",
+                f"{point.tokens_per_second:,.0f}", f"{point.memory_gb:.2f}",
+            ])  # fmt: skip
+    columns = ["run", "RoPE", "tokens", "loss", "±", "perplexity", "passkey", "tokens/s", "memory GB"]
+    return Table(columns, rows, [sweep.title])
+
+
+def plot(sweep: Sweep, path: Path) -> None:
+    """Draw loss, speed and memory against the length."""
+    figure, axes = new_figure(columns=3, width=5.5)
+    loss, speed, memory = axes
+    for scaling, points in sweep.points.items():
+        values = [points[length] for length in sweep.lengths]
+        look = {"marker": "o", "label": f"RoPE {scaling}"}
+        errors = [point.stderr for point in values]
+        loss.errorbar(sweep.lengths, [point.loss for point in values], yerr=errors, capsize=2, **look)
+        speed.plot(sweep.lengths, [point.tokens_per_second for point in values], **look)
+        memory.plot(sweep.lengths, [point.memory_gb for point in values], **look)
+    loss.axvline(sweep.trained, color="grey", linestyle="--", linewidth=1, label=f"trained at {sweep.trained}")
+    loss.set_ylabel(f"loss of the last {sweep.scored} tokens (nats a token)")
+    speed.set(ylabel="tokens a second", ylim=(0, 1.1 * speed.get_ylim()[1]))
+    memory.set(ylabel="peak memory (GB)", ylim=(0, 1.1 * memory.get_ylim()[1]))
+    for one in axes:
+        one.set(xscale="log", xlabel="tokens seen")
+        plain_ticks(one.xaxis, sweep.lengths)
+    legend_below(figure, loss)
+    figure.suptitle(sweep.title, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_passkeys(sweep: Sweep, path: Path) -> None:
+    """Draw passkey retrieval over depth and length: the accuracy, and below it the key's log-probability."""
+    figure, axes = new_figure(columns=len(sweep.points), rows=2, width=4.8, height=3.2, grid=False, squeeze=False)
+    for (top, bottom), (scaling, points) in zip(axes.T, sweep.points.items(), strict=True):
+        values = [points[length] for length in sweep.lengths]
+        heat_map(top, sweep, [point.passkey for point in values], "{:.0%}", vmin=0, vmax=1)
+        top.set_title(f"RoPE {scaling}: accuracy")
+        heat_map(bottom, sweep, [point.passkey_nats for point in values], "{:.1f}", vmin=-8, vmax=0)
+        bottom.set_title(f"RoPE {scaling}: nats a token of the key")
+    for last in axes[:, -1]:
+        figure.colorbar(last.images[0], ax=last)
+    figure.suptitle(f"{sweep.run}: passkey retrieval, trained at {sweep.trained}", fontsize=11)
+    save_figure(figure, path)
+
+
+def heat_map(axes, sweep: Sweep, by_length: list[list[float] | None], text: str, **limits: float) -> None:
+    """Draw values by depth for each length, with their numbers formatted by `text`; None leaves a column blank."""
+    blank = [np.nan] * len(sweep.depths)
+    grid = np.array([values or blank for values in by_length]).T
+    axes.imshow(grid, aspect="auto", cmap="cividis", **limits)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+    for (y, x), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            axes.text(x, y, text.format(value), ha="center", va="center", fontsize=8, bbox=box)
+    axes.set_xticks(range(len(sweep.lengths)), [f"{length:,}" for length in sweep.lengths])
+    axes.set_yticks(range(len(sweep.depths)), [f"{depth:.0%}" for depth in sweep.depths])
+    axes.set(xlabel="tokens", ylabel="depth of the key")

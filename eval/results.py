@@ -2,19 +2,18 @@
 
 import importlib.metadata
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
 from rich.console import Console
 
 from configs.errors import ConfigError
 from data.files import write_atomic
 from eval.loading import LoadedRun
-from training.checkpoint import newest
 from training.jsonl import append_line
 from training.metrics import metrics_line
 from training.run_folder import is_finished
@@ -47,16 +46,11 @@ class Outcome:
 
 def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
     """Write the results and the files next to them, with `variant` in their names; return the path of the JSON file."""
+    versions = {"torch": importlib.metadata.version("torch")} | outcome.versions
     record = {
-        "run": run.config.run.name,
-        "suite": suite,
-        "step": run.step,
-        "tokens": run.tokens,
-        "limit": limit,
-        "results": outcome.results,
-        "stderr": outcome.stderr,
-        "versions": {"torch": importlib.metadata.version("torch")} | outcome.versions,
-    }
+        "run": run.config.run.name, "suite": suite, "step": run.step, "tokens": run.tokens, "limit": limit,
+        "results": outcome.results, "stderr": outcome.stderr, "versions": versions,
+    }  # fmt: skip
     path = run.dir / "results" / f"{suite}{variant}.json"
     path.parent.mkdir(exist_ok=True)
     for suffix, content in outcome.files.items():
@@ -65,7 +59,7 @@ def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, varian
             content(file)
         else:
             write_atomic(file, content)
-    write_atomic(path, json.dumps(finite(record | outcome.details), indent=2) + "\n")
+    write_atomic(path, to_json(record | outcome.details, indent=2, inf_nan_mode="null") + b"\n")
     return path
 
 
@@ -75,22 +69,6 @@ def check_writable(run_dir: str) -> None:
     existing = folder if folder.exists() else folder.parent
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise ConfigError(f"{folder}: cannot be written; evaluate a copy of the run folder")
-
-
-def finite(value: Any) -> Any:
-    """Return the same with null for numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def variant_of(run: LoadedRun, step: int | None, rope_scaling: str, rope_factor: float | None) -> str:
-    """Return what tells the files of an older checkpoint, or of a scaled RoPE, from those of the run as it stands."""
-    latest = None if step is None else newest(run.dir, warn=lambda line: None)
-    older = f"_step_{step:08d}" if latest is not None and latest.name != f"step_{step:08d}" else ""
-    return older if rope_scaling == "none" else f"{older}_{rope_scaling}{rope_factor:g}"
 
 
 # --- results/inbox: a run in training has one writer, the training process, which takes what evaluations leave there

@@ -7,7 +7,8 @@ torchrun the processes share the work.
 from configs.app import app
 from eval.config import EvalConfig
 from eval.loading import config_of, load_run
-from eval.results import check_writable, log, pending, save, show, variant_of
+from eval.results import check_writable, log, pending, save, show
+from training.checkpoint import checkpoint_dir, newest
 from training.device import find_runtime
 from training.ranks import process_group
 
@@ -21,15 +22,12 @@ def main(config: EvalConfig) -> int:
     check_writable(config.run)
     with process_group(find_runtime(config.device, config.dtype)):
         run = load_run(config.run, config.device, config.dtype, config.step, config.core.kernel)
-        run.scale_rope(config.rope_scaling, config.rope_factor)
         outcome = suite.run(run, config)
     if run.runtime.is_main:
-        path = save(
-            run, suite.name, outcome, config.limit,
-            variant_of(run, config.step, config.rope_scaling, config.rope_factor),
-        )  # fmt: skip
-        if config.rope_scaling == "none":
-            log(run, suite.name, outcome.metrics(suite.name), path)
+        latest = newest(run.dir, warn=lambda line: None) if config.step is not None else None
+        is_older = latest is not None and latest != checkpoint_dir(run.dir, run.step)
+        path = save(run, suite.name, outcome, config.limit, f"_step_{run.step:08d}" if is_older else "")
+        log(run, suite.name, outcome.metrics(suite.name), path)
         pending(run.dir, suite.name, run.step).unlink(missing_ok=True)
         show(outcome, path)
     return 0

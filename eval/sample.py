@@ -8,18 +8,16 @@ import dataclasses
 import itertools
 import sys
 import time
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from omegaconf import OmegaConf
 from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.rule import Rule
 
 from configs.app import app
 from configs.errors import ConfigError, Mistakes
-from configs.load import Command, load, shown, to_dict
+from configs.load import Command
 from data.tokenizers import Tokenizer
 from eval.config import KernelConfig
 from eval.loading import LoadedRun, load_run
@@ -30,8 +28,6 @@ from model.sampling import Sampling
 from model.transformer import Transformer
 from training.device import Device, Dtype, dtype_name
 
-FIXED = ("run", "core", "interactive", "device", "dtype")  # once the model is loaded
-HELP = "A line is a prompt. :KEY=VALUE ... changes settings, : shows them, Ctrl-C ends a text, Ctrl-D the program."
 COLDEST = 1e-3  # below it, logits overflow
 
 
@@ -72,10 +68,6 @@ class SampleConfig(Command):
             raise Mistakes("compile=true: needs cache=true; without a cache every step has another shape")
         return self
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
-
 
 def sample_texts(model: Transformer, tokenizer: Tokenizer, count: int, context: int, seed: int) -> list[str]:
     """Return `count` documents that the model begins, within the `context` of its training; the same on every rank."""
@@ -89,29 +81,9 @@ def sample_texts(model: Transformer, tokenizer: Tokenizer, count: int, context: 
     return [tokenizer.decode(list(itertools.takewhile(lambda token: token != end, row))) for row in rows]
 
 
-class GrowingText:
-    """The text of tokens that come one by one; no part of it changes once it is there.
-
-    The last piece waits until its characters are whole, or the text ends. Decoding starts at the piece before it, since
-    a tokenizer may drop the space that a text begins with.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, tokens: list[int]):
-        self.tokenizer, self.tokens, self.text = tokenizer, list(tokens), ""
-        self.anchor = self.shown = 0  # where decoding starts, and how many tokens are in `text`
-        self.add(None)
-
-    def add(self, token: int | None) -> str:
-        """Return what this token adds to the text; None ends the text, and returns what was waiting."""
-        if token is not None:
-            self.tokens.append(token)
-        known = self.tokenizer.decode(self.tokens[self.anchor : self.shown])
-        both = self.tokenizer.decode(self.tokens[self.anchor :])
-        if self.shown == len(self.tokens) or (token is not None and both.endswith("\ufffd")):
-            return ""
-        self.anchor, self.shown = self.shown, len(self.tokens)
-        self.text += both[len(known) :]
-        return both[len(known) :]
+def settled(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Return the text of tokens without what the tokens after them may still complete to a character."""
+    return tokenizer.decode(tokens).rstrip("\ufffd")
 
 
 def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
@@ -119,47 +91,43 @@ def answer(run: LoadedRun, config: SampleConfig, notes: Console) -> bool:
 
     One is printed as it comes, several when they are whole.
     """
-    tokenizer = run.tokenizer
+    tokenizer, filters = run.tokenizer, [field.name for field in dataclasses.fields(Sampling)]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
-    texts = [GrowingText(tokenizer, prompt) for _ in range(config.count)]
+    rows = [list(prompt) for _ in range(config.count)]
+    sampling = Sampling(**{name: getattr(config, name) for name in filters})
     steps = stream(
-        run.model,
-        [[tokenizer.end_of_text, *prompt]] * config.count,
-        config.max_new_tokens,
-        config.sampling,
-        config.seed,
-        stop_tokens=[tokenizer.end_of_text],
-        use_cache=config.cache,
-        cache_dtype=CACHE_DTYPES.get(config.cache_dtype),
-        chunk=config.prefill_chunk,
-        compiled=config.compile,
-        vocab_size=tokenizer.vocab_size,
-    )
+        run.model, [[tokenizer.end_of_text, *prompt]] * config.count, config.max_new_tokens, sampling, config.seed,
+        stop_tokens=[tokenizer.end_of_text], use_cache=config.cache, compiled=config.compile,
+        cache_dtype=CACHE_DTYPES.get(config.cache_dtype), chunk=config.prefill_chunk, vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
     times: list[float] = []  # of each step
     made: list[int] = []  # new tokens of each step
-    is_single, is_whole = config.count == 1, True
-    show = partial(print, end="", flush=True)
+    is_single, is_whole, written = config.count == 1, True, ""
+
+    def show(text: str) -> None:
+        nonlocal written
+        print(text[len(written) :], end="", flush=True)
+        written = text
+
     if is_single:
-        show(texts[0].text)
-    with contextlib.nullcontext() if is_single else notes.status("the prompt") as status:
-        try:
-            for tokens in steps:
-                times.append(time.perf_counter())
-                made.append(sum(token is not None for token in tokens))
-                pieces = [text.add(token) for text, token in zip(texts, tokens, strict=True)]
-                if is_single:
-                    show(pieces[0])
-                else:
-                    status.update(f"{len(times)} of at most {config.max_new_tokens} tokens")
-        except KeyboardInterrupt:
-            is_whole = False
-    for number, text in enumerate(texts):
-        rest = text.add(None)
-        if is_single:
-            print(rest, flush=True)
-        else:
+        show(settled(tokenizer, prompt))
+    try:
+        for tokens in steps:
+            times.append(time.perf_counter())
+            made.append(sum(token is not None for token in tokens))
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+            if is_single:
+                show(settled(tokenizer, rows[0]))
+    except KeyboardInterrupt:
+        is_whole = False
+    if is_single:
+        show(tokenizer.decode(rows[0]) + "\n")
+    else:
+        for number, row in enumerate(rows):
             Console(soft_wrap=True).print(Rule(f"seed {config.seed + number}"))
-            print(text.text, flush=True)
+            print(tokenizer.decode(row), flush=True)
     notes.print(facts(run, config, len(prompt) + 1, made, times))
     return is_whole
 
@@ -181,35 +149,17 @@ def facts(run: LoadedRun, config: SampleConfig, prompt: int, made: list[int], ti
 
 def converse(run: LoadedRun, config: SampleConfig, notes: Console) -> None:
     """Answer prompts from standard input until it ends; each takes the seeds after the last one's."""
-    if sys.stdin.isatty():
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits lines and remembers them)
-        notes.print(HELP)
-    while True:
+        notes.print("A line is a prompt. Ctrl-C ends a text, Ctrl-D the program.")
+    for seed in itertools.count(config.seed, config.count):
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            prompt = input("> " if is_terminal else "")
         except (EOFError, KeyboardInterrupt):
             return
-        if line.startswith(":"):
-            config = changed(config, line[1:].split(), notes)
-        else:
-            answer(run, config.replace(prompt=line), notes)
-            config = config.replace(seed=config.seed + config.count)
-
-
-def changed(config: SampleConfig, words: list[str], notes: Console) -> SampleConfig:
-    """Return `config` with the settings KEY=VALUE of `words` if they are valid, and print the settings."""
-    try:
-        tree = OmegaConf.merge(OmegaConf.create(to_dict(config)), OmegaConf.from_dotlist(words))
-        wanted = load(tree, SampleConfig)
-        if fixed := [key for key in FIXED if getattr(wanted, key) != getattr(config, key)]:
-            raise ConfigError(*(f"{key}: cannot change any more; start again with {key}=..." for key in fixed))
-        config = wanted
-    except ConfigError as error:
-        notes.print("\n".join(error.errors), markup=False)
-    settings = [(key, value) for key, value in to_dict(config).items() if key not in (*FIXED, "prompt")]
-    notes.print(" ".join(f"{key}={shown(value)}" for key, value in settings), markup=False)
-    return config
+        answer(run, config.replace(prompt=prompt, seed=seed), notes)
 
 
 def main(config: SampleConfig) -> int:

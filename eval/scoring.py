@@ -1,12 +1,10 @@
 """Log-likelihoods of continuations, in as few and as full forward passes as the requests allow."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from model.transformer import Transformer
 from training import ranks
@@ -33,10 +31,8 @@ def share_rows(requests: list[tuple[list[int], list[int]]], max_length: int) -> 
     inputs = []
     for number, (context, continuation) in enumerate(requests):
         if not context or not 1 <= len(continuation) <= max_length:
-            raise ValueError(
-                f"a request needs a context and 1 to {max_length} tokens after it, not {len(context)} and "
-                f"{len(continuation)}"
-            )
+            lengths = f"{len(context)} and {len(continuation)}"
+            raise ValueError(f"a request needs a context and 1 to {max_length} tokens after it, not {lengths}")
         seen = (context + continuation)[-(max_length + 1) : -1]
         inputs.append((seen, number, len(seen) - len(continuation), continuation))
     rows: list[Row] = []
@@ -57,16 +53,6 @@ def batched(rows: list[Row], budget: int) -> Iterator[list[Row]]:
         start += count
 
 
-@contextmanager
-def head_at(model: Transformer, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Make the model's logits those of the positions (rows[i], columns[i]) alone: [N, V] instead of [B, T, V]."""
-    handle = model.head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, columns],))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
 def log_likelihoods(
     model: Transformer,
@@ -85,34 +71,21 @@ def log_likelihoods(
     rows = share_rows(requests, max_length)[ranks.rank() :: ranks.world_size()]
     batches = list(batched(rows, batch_size * max_length))
     idle = [[Row([0])]] * (max(ranks.gather(len(batches))) - len(batches))
-    answers = torch.zeros(len(requests), 2, dtype=torch.float64)  # log p, and 1 if it is greedy
+    answers = torch.zeros(2, len(requests), dtype=torch.float64, device=device)  # log p; tokens that are not greedy
     for batch in progress(batches + idle):
-        spans = [(row, request) for row, shared in enumerate(batch) for request in shared.requests]
-        logits = logits_at(model, batch, spans, device)
-        targets = torch.tensor([token for _, (_, _, wanted) in spans for token in wanted], dtype=torch.int64)
-        log_p, greedy = read(logits, targets.to(device))
-        start = 0
-        for _, (number, _, wanted) in spans:
-            end = start + len(wanted)
-            answers[number] = torch.tensor([sum(log_p[start:end]), all(greedy[start:end])])
-            start = end
-    return [(log_p, bool(greedy)) for log_p, greedy in ranks.total(answers.to(device)).tolist()]
-
-
-def logits_at(model: Transformer, batch: list[Row], spans: list[tuple[int, tuple]], device: torch.device) -> Tensor:
-    """Return the logits [N, V] at the N positions of the spans (row, (number, first position, targets))."""
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.tokens) for row in batch], batch_first=True)
-    positions = [(row, first + step) for row, (_, first, targets) in spans for step in range(len(targets))]
-    rows, columns = torch.tensor(positions, dtype=torch.int64, device=device).view(-1, 2).T
-    with head_at(model, rows, columns):
-        return model.logits(tokens.to(device))
-
-
-def read(logits: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-    """Return each target's log-probability, and whether it is the most likely token; logits [N, V], targets [N]."""
-    log_p, greedy = [], []
-    for part, wanted in zip(logits.split(VOCABULARY_ROWS), targets.split(VOCABULARY_ROWS), strict=True):
-        part = part.float()
-        log_p += (-F.cross_entropy(part, wanted, reduction="none")).tolist()
-        greedy += (part.argmax(-1) == wanted).tolist()
-    return log_p, greedy
+        wanted = [
+            (row, first + step, target, number)
+            for row, shared in enumerate(batch)
+            for number, first, continuation in shared.requests
+            for step, target in enumerate(continuation)
+        ]
+        rows, columns, targets, numbers = torch.tensor(wanted, dtype=torch.int64, device=device).view(-1, 4).T
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.tokens) for row in batch], batch_first=True)
+        with model.head.register_forward_pre_hook(lambda _, inputs, places=(rows, columns): (inputs[0][places],)):
+            logits = model.logits(tokens.to(device))  # [N, V] of what is wanted instead of [B, T, V]
+        parts = (values.split(VOCABULARY_ROWS) for values in (logits, targets, numbers))
+        for part, target, number in zip(*parts, strict=True):
+            part = part.float()
+            answers[0].index_add_(0, number, -F.cross_entropy(part, target, reduction="none").double())
+            answers[1].index_add_(0, number, (part.argmax(-1) != target).double())
+    return [(log_p, others == 0) for log_p, others in ranks.total(answers).T.tolist()]

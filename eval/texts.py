@@ -1,21 +1,17 @@
-"""The text that a suite reads, as streams of tokens, and the windows in which a model sees them."""
+"""The text that a suite reads, as streams of tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from configs.errors import ConfigError, Mistakes
-from data.loader import EVAL_KEY, IGNORED, permute
 from data.shards import TokenShards
 from data.sources.base import SourceConfig, source_of
 from eval.config import SuiteConfig
 from eval.loading import LoadedRun
-from training.ranks import rank, world_size
 
 
 class TextSource(SuiteConfig):
@@ -49,23 +45,28 @@ class TextSource(SuiteConfig):
 class Text:
     """Streams of tokens: a model sees a stream's first token and predicts the others.
 
-    A stream is a document that begins with end-of-text, or a shard, in which `starts` says where documents begin.
+    A stream is a document after an end-of-text, or a shard; `starts` says where its documents begin.
     """
 
     name: str
     streams: list[np.ndarray]
+    starts: list[np.ndarray]
     bytes_per_token: float  # of what is predicted
-    starts: list[np.ndarray] | None = None  # None: each stream is one document
-    unigram_entropy: float | None = None
+    whole_windows: bool = False  # what is shorter at the end of a stream is left out, as in training's validation
 
     def document_lengths(self, stream: int, first: int, last: int) -> np.ndarray:
         """Return the number of tokens in the document of each of the tokens first..last-1 of a stream."""
-        length = len(self.streams[stream])
-        if self.starts is None:
-            return np.full(last - first, length - 1)
-        starts = self.starts[stream].astype(np.int64)
-        borders = np.unique(np.concatenate(([0], starts, [length])))
+        starts, end = self.starts[stream].astype(np.int64), len(self.streams[stream])
+        borders = np.unique(np.concatenate(([0], starts, [end])))
         return np.diff(borders)[np.searchsorted(borders, np.arange(first, last), side="right") - 1]
+
+    def documents(self) -> list[np.ndarray]:
+        """Return each document, from the end-of-text before it if that is in its stream."""
+        return [
+            stream[max(start - 1, 0) : end]
+            for stream, starts in zip(self.streams, self.starts, strict=True)
+            for start, end in pairwise([*starts.tolist(), len(stream)])
+        ]
 
 
 def read_text(source: TextSource, run: LoadedRun) -> Text:
@@ -80,10 +81,13 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
             f"suite.data_dir={folder}: was tokenised by {manifest.tokenizer.get('name')}, which is not the tokenizer "
             f"of {run.dir}; prepare it again with that one, or give the text itself with suite.files="
         )
-    return Text(
-        f"{manifest.name}, validation", shards.arrays, manifest.bytes_per_token("val"), shards.documents(),
-        manifest.unigram_entropy,
-    )  # fmt: skip
+    return text_of(shards)
+
+
+def text_of(shards: TokenShards) -> Text:
+    """Return the text of a validation split."""
+    name, bytes_per_token = f"{shards.manifest.name}, validation", shards.manifest.bytes_per_token("val")
+    return Text(name, shards.arrays, shards.documents(), bytes_per_token, whole_windows=True)
 
 
 def open_shards(folder: str) -> TokenShards:
@@ -114,59 +118,5 @@ def encode_documents(source: TextSource, run: LoadedRun) -> Text:
     start = [run.tokenizer.end_of_text]
     streams = [np.asarray(start + run.tokenizer.encode(text), dtype=np.int64) for text in texts]
     predicted = sum(len(stream) - 1 for stream in streams)
-    return Text(name, streams, sum(len(text.encode()) for text in texts) / predicted)
-
-
-class Window(NamedTuple):
-    """A model sees tokens [begin, end) of a stream; of those that it predicts, begin + 1 to end, the ones from `scored`
-    on count."""
-
-    stream: int
-    begin: int
-    end: int
-    scored: int
-
-
-def slide(text: Text, seq_len: int, stride: int | None, whole: bool) -> list[Window]:
-    """Return windows of `seq_len` tokens, each `stride` after the one before, in which every token counts once.
-
-    `whole` leaves out what is shorter at the end of a stream, as the loader of training's validation does.
-    """
-    windows = []
-    for number, stream in enumerate(text.streams):
-        predicted, begin, scored = len(stream) - 1, 0, 1
-        while scored <= predicted:
-            end = min(begin + seq_len, predicted)
-            if whole and end - begin < seq_len:
-                break
-            windows.append(Window(number, begin, end, scored))
-            begin, scored = begin + (stride or seq_len), end + 1
-    return windows
-
-
-def spread(windows: list[Window], limit: int | None) -> list[Window]:
-    """Return at most `limit` of the windows, spread over all of them; the same as an EvalLoader takes."""
-    if limit is None or limit >= len(windows):
-        return windows
-    return [windows[place] for place in permute(np.arange(limit), len(windows), EVAL_KEY)]
-
-
-def share_out(windows: list[Window], batch_size: int) -> list[list[int]]:
-    """Return the numbers of this rank's windows in batches, like lengths together.
-
-    All ranks get the same number of batches; those of ranks that have no more windows are empty.
-    """
-    order = sorted(range(len(windows)), key=lambda n: windows[n].begin - windows[n].end)
-    mine, count = order[rank() :: world_size()], -(-len(order) // (world_size() * batch_size))
-    return [mine[start : start + batch_size] for start in range(0, count * batch_size, batch_size)]
-
-
-def stack(text: Text, windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens and targets of windows, [B, T] each, padded at the end; targets that don't count are IGNORED."""
-    tokens = torch.zeros(len(windows), max(window.end - window.begin for window in windows), dtype=torch.int64)
-    targets = torch.full_like(tokens, IGNORED)
-    for row, (stream, begin, end, scored) in enumerate(windows):
-        seen = torch.from_numpy(text.streams[stream][begin : end + 1].astype(np.int64))
-        tokens[row, : end - begin] = seen[:-1]
-        targets[row, scored - begin - 1 : end - begin] = seen[scored - begin :]
-    return tokens.to(device), targets.to(device)
+    starts = [np.array([1])] * len(streams)
+    return Text(name, streams, starts, sum(len(text.encode()) for text in texts) / predicted)

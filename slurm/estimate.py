@@ -18,7 +18,7 @@ class Estimate:
     memory: dict[str, float]  # bytes of one GPU, by what needs them
     tokens: int  # of the whole run
     tokens_per_second: float
-    assumptions: list[str]
+    assumed: str
 
     @property
     def gib(self) -> float:
@@ -40,6 +40,5 @@ def estimate(config: Config, runtime: Runtime, options: Options) -> Estimate:
         rate = options.tasks * peak * options.mfu / counting.training_flops_per_token(network, trainer.seq_len)
         source = f"{options.mfu:.0%} MFU of {options.tasks} x {options.gpu} ({peak / 1e12:,.0f} TFLOP/s each)"
     overhead = f"{FRAGMENTATION:.0%} fragmentation, {CUDA_BYTES / GIB:.0f} GiB for CUDA"
-    return Estimate(
-        memory, trainer.horizon * trainer.tokens_per_step, rate, [f"{rate:,.0f} tokens/s, {source}", overhead]
-    )
+    tokens = trainer.horizon * trainer.tokens_per_step
+    return Estimate(memory, tokens, rate, f"{rate:,.0f} tokens/s, {source}; {overhead}")

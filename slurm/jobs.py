@@ -1,13 +1,13 @@
 """The Slurm jobs of some runs: their scripts, and which job waits for which."""
 
 import json
-import re
 import shlex
 import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from configs.app import verbatim
 from data.files import write_atomic
 from slurm import scheduler
 from slurm.estimate import Estimate
@@ -33,17 +33,11 @@ class Run:
     def finished(self) -> bool:
         return is_finished(self.dir)
 
-
-@dataclass
-class Task:
-    """What one task of a job array, or a job without an array, runs: shell variables and arguments of the script."""
-
-    variables: dict[str, str]
-    arguments: list[str]
-
-    def __str__(self) -> str:
-        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.variables.items())
-        return f"{settings}; set -- {shlex.join(self.arguments)}"
+    def task(self, arguments: list[str], **variables: str) -> str:
+        """Return a line of shell that sets the run's code, `variables`, and the arguments of the script."""
+        variables = {"T6_CODE": str(snapshot_dir(self.dir))} | variables
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        return f"{settings}; set -- {shlex.join(arguments)}"
 
 
 @dataclass
@@ -54,7 +48,7 @@ class Job:
     name: str
     folder: Path  # of its script, and of its log until a task knows its run folder
     log: str  # its file name, where % begins a number of the job
-    tasks: list[Task]
+    tasks: list[str]  # lines of shell
     options: list[str]  # for sbatch
     after: str = ""  # how it waits for the job before it
 
@@ -75,17 +69,16 @@ class Job:
     def script(self) -> str:
         """Return the script: the header of `slurm/<kind>.sbatch`, the tasks, and that file of the snapshot."""
         template = (ROOT / "slurm" / f"{self.kind}.sbatch").read_text()
-        lines = ["#!/bin/bash", f"# sbatch {shlex.join(self.command())} {shlex.quote(str(self.path))}"]
+        lines = ["#!/bin/bash", f"# sbatch {shlex.join([*self.command(), str(self.path)])}"]
         lines += [line for line in template.splitlines() if line.startswith("#SBATCH")]
         if "USR1" in template:
             lines.append("trap 'warned=yes' USR1")
-        if len(self.tasks) == 1:
-            lines.append(str(self.tasks[0]))
-        else:
+        if len(self.tasks) > 1:
             cases = [f"  {number}) {task} ;;" for number, task in enumerate(self.tasks)]
             lines += ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
-        lines.append(f'. "$T6_CODE/slurm/{self.kind}.sbatch"')
-        return "\n".join(lines) + "\n"
+        else:
+            lines += self.tasks
+        return "\n".join([*lines, f'. "$T6_CODE/slurm/{self.kind}.sbatch"', ""])
 
 
 def read_jobs(run_dir: str | Path) -> dict[str, str]:
@@ -94,13 +87,6 @@ def read_jobs(run_dir: str | Path) -> dict[str, str]:
         return json.loads((Path(run_dir) / "job.json").read_text())["jobs"]
     except (OSError, ValueError, KeyError):
         return {}
-
-
-def quoted(value: str) -> str:
-    """Return a value as Hydra's grammar needs it."""
-    if re.fullmatch(r"[\w./-]+", value):
-        return value
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
 
 
 def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_options: list[str]) -> list[Job]:
@@ -113,26 +99,22 @@ def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_op
     shared = [option for option in sbatch_options if option.split("=")[0].removeprefix("--") in FOR_ALL_JOBS]
     jobs = []
     if unfinished:
-        tasks = [Task(code_of(run), run.overrides) for run in unfinished]
+        tasks = [run.task(run.overrides) for run in unfinished]
         jobs.append(Job("train", name, folder, f"slurm-{number}.log", tasks, [*train_options, *sbatch_options]))
     if unfinished and suites:
         suite = [f"suite={suites[0]}"] if len(suites) == 1 else ["-m", f"suite={','.join(suites)}"]
         tasks = [
-            Task(code_of(run) | {"T6_RUN": str(Path(run.dir).absolute())}, [f"run={quoted(run.dir)}", *suite])
+            run.task([verbatim(f"run={run.dir}", ("run",)), *suite], T6_RUN=str(Path(run.dir).absolute()))
             for run in unfinished
         ]
         options = shared + [option for option in sbatch_options if option == "--gpus-per-task=0"]
         after = "aftercorr" if in_array else "afterok"  # the training of the same run has succeeded
         jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, options, after))
     if in_sweep and suites:
-        task = Task(code_of(runs[0]), [*(run.dir for run in runs), f"out={Path('runs', name, 'compare')}"])
+        task = runs[0].task([*(run.dir for run in runs), f"out={Path('runs', name, 'compare')}"])
         # Runs that failed are left out of the comparison, so it does not depend on their success.
         jobs.append(Job("compare", f"compare-{name}", folder, "slurm-compare-%j.log", [task], shared, "afterany"))
     return jobs
-
-
-def code_of(run: Run) -> dict[str, str]:
-    return {"T6_CODE": str(snapshot_dir(run.dir))}
 
 
 def sweep_name(runs: list[Run]) -> str:
@@ -141,23 +123,21 @@ def sweep_name(runs: list[Run]) -> str:
 
 
 def submit(jobs: list[Job], runs: list[Run], environment: dict[str, str], command: str) -> dict[str, str]:
-    """Copy the code, write the scripts, submit each job after the one before, and return their ids by kind."""
+    """Copy the code, write the scripts, submit each job after the one before, and return their ids by kind.
+
+    Each run gets a job.json, which `read_jobs` reads; several runs are an array.
+    """
     for run in runs:
         snapshot(run.dir)
-    ids: dict[str, str] = {}
+    unfinished, ids = [run for run in runs if not run.finished], {}
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(job.path, job.script())
         arguments = ["--parsable", *job.command(next(reversed(ids.values()), None)), str(job.path)]
         ids[job.kind] = scheduler.sbatch(arguments, environment).split(";")[0]
-        record([run for run in runs if not run.finished], ids, command)
+        for number, run in enumerate(unfinished):
+            task = f"_{number}" if len(unfinished) > 1 else ""
+            own = {kind: f"{job}{task}" for kind, job in ids.items() if kind != "compare"}
+            facts = {"jobs": own, "command": command, "submitted": time.strftime("%F %T")}
+            write_atomic(Path(run.dir) / "job.json", json.dumps(facts, indent=2) + "\n")
     return ids
-
-
-def record(runs: list[Run], ids: dict[str, str], command: str) -> None:
-    """Write job.json, which `read_jobs` reads, into the folder of each run; several runs are an array."""
-    for number, run in enumerate(runs):
-        task = f"_{number}" if len(runs) > 1 else ""
-        own = {kind: f"{job}{task}" for kind, job in ids.items() if kind != "compare"}
-        facts = {"jobs": own, "command": command, "submitted": time.strftime("%F %T")}
-        write_atomic(Path(run.dir) / "job.json", json.dumps(facts, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -47,10 +46,8 @@ def sbatch(arguments: list[str], environment: dict[str, str], script: str | None
 
 def queued(jobs: list[str]) -> dict[str, tuple[str, str]]:
     """Return (state, reason for waiting) of the `jobs` that are in the queue; a task of an array is called `12_3`."""
-    if not jobs or not shutil.which("squeue"):
-        return {}
     found = {}
-    for line in output_of("squeue", "--me", "-h", "-r", "-o", "%i|%A|%T|%r").splitlines():
+    for line in output_of("squeue", "--me", "-h", "-r", "-o", "%i|%A|%T|%r").splitlines() if jobs else []:
         name, number, state, reason = line.split("|", 3)
         found |= {job: (state, reason) for job in jobs if job in (name, number)}
     return found
@@ -58,16 +55,15 @@ def queued(jobs: list[str]) -> dict[str, tuple[str, str]]:
 
 def ended(job: str) -> str | None:
     """Return the state that a job ended in, as long as Slurm or its accounting remembers it."""
-    if shutil.which("scontrol"):
-        state = re.search(r"JobState=(\w+)", output_of("scontrol", "show", "job", "-o", job))
-        if state and state[1] not in WAITING_OR_RUNNING:
-            return state[1]
-    if shutil.which("sacct"):
-        states = output_of("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").split()
-        if states and states[0] not in WAITING_OR_RUNNING:
-            return states[0]
-    return None
+    remembered = re.findall(r"JobState=(\w+)", output_of("scontrol", "show", "job", "-o", job))
+    accounted = output_of("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").split()
+    states = [state for state in remembered[:1] + accounted[:1] if state not in WAITING_OR_RUNNING]
+    return next(iter(states), None)
 
 
 def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    """Return what a command prints; nothing if it is not installed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return ""

@@ -25,9 +25,8 @@ def code() -> tuple[str, dict[Path, bytes]]:
 
     They are read once, so that an edit during a submission reaches all of its jobs or none.
     """
-    packages = [path.parent for path in ROOT.glob("*/__init__.py")]
-    files = [path for package in packages for path in package.rglob("*") if path.suffix in SUFFIXES]
-    paths = sorted(path.relative_to(ROOT) for path in [ROOT / "train.py", *files])
+    files = [path for package in ROOT.glob("*/__init__.py") for path in package.parent.rglob("*")]
+    paths = sorted(path.relative_to(ROOT) for path in [ROOT / "train.py", *files] if path.suffix in SUFFIXES)
     contents = {path: (ROOT / path).read_bytes() for path in paths if EXCLUDED.isdisjoint(path.parts)}
     digest = hashlib.sha256()
     for path, content in contents.items():

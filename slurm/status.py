@@ -7,15 +7,18 @@ runs, or how it ended.
 import argparse
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from configs.app import command
-from configs.errors import ConfigError
+from configs.errors import ConfigError, each
 from slurm import scheduler
 from slurm.jobs import read_jobs
 from training.checkpoint import problems, read_manifest
@@ -46,22 +49,21 @@ def find_runs(folders: list[str]) -> list[Path]:
     """Return the run folders among and in `folders`. ConfigError for a folder that has none."""
 
     def is_run(path: Path) -> bool:
-        return any((path / name).exists() for name in ("config.yaml", "job.json")) or any(path.glob("slurm-*.log"))
+        return any(any(path.glob(name)) for name in ("config.yaml", "job.json", "slurm-*.log"))
 
-    found, errors = [], []
-    for folder in map(Path, folders):
-        inside = [folder] if is_run(folder) else sorted(path for path in folder.glob("*/") if is_run(path))
-        if not inside:
-            errors.append(f"{folder}: is not a run folder and has none")
-        found += inside
-    if errors:
-        raise ConfigError(*errors)
-    return found
+    def runs_in(folder: str) -> list[Path]:
+        runs = [Path(folder)] if is_run(Path(folder)) else sorted(filter(is_run, Path(folder).glob("*/")))
+        if not runs:
+            raise ConfigError(f"{folder}: is not a run folder and has none")
+        return runs
+
+    return list(chain.from_iterable(each(runs_in, folders)))
 
 
-def job_logs(folder: Path) -> list[Path]:
-    """Return the logs of a run's training jobs, the oldest first."""
-    return sorted(folder.glob("slurm-[0-9]*.log"), key=lambda path: path.stat().st_mtime)
+def job_logs(folder: Path) -> dict[str, Path]:
+    """Return the logs of a run's training jobs by the job's id, the oldest first."""
+    logs = sorted(folder.glob("slurm-[0-9]*.log"), key=lambda path: path.stat().st_mtime)
+    return {path.stem.removeprefix("slurm-"): path for path in logs}
 
 
 def read_status(folder: Path, queue: dict[str, tuple[str, str]]) -> Status:
@@ -69,44 +71,32 @@ def read_status(folder: Path, queue: dict[str, tuple[str, str]]) -> Status:
     metrics = {"step": 0, "tokens": 0}
     for line in read_lines(folder / "metrics.jsonl"):
         metrics |= {key: value for key, value in line.items() if value is not None}
-    try:
+    horizon = checkpoint = None
+    with suppress(ConfigError):
         horizon = read_config(folder).trainer.horizon
-    except ConfigError:
-        horizon = None
+    for path in sorted(folder.glob("checkpoints/step_*/manifest.json")):
+        with suppress(OSError, ValueError):
+            checkpoint = read_manifest(path.parent)["step"], time.time() - path.stat().st_mtime
     starts = [event["event"] for event in read_events(folder)].count("start")
-    return Status(
-        str(folder), *find_state(folder, queue), metrics, horizon, newest_checkpoint(folder), max(0, starts - 1)
-    )
-
-
-def newest_checkpoint(folder: Path) -> tuple[int, float] | None:
-    """Return the step of the most recent complete checkpoint and its age in seconds; its tensors are not read."""
-    for path in sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True):
-        try:
-            return read_manifest(path.parent)["step"], time.time() - path.stat().st_mtime
-        except (OSError, ValueError):
-            continue
-    return None
+    return Status(str(folder), *find_state(folder, queue), metrics, horizon, checkpoint, restarts=max(0, starts - 1))
 
 
 def find_state(folder: Path, queue: dict[str, tuple[str, str]]) -> tuple[str, str | None]:
     """Return (the state of a run, its problem)."""
     if is_finished(folder):
         return "finished", None
-    logs = job_logs(folder)
-    jobs = [path.stem.removeprefix("slurm-") for path in reversed(logs)]
-    jobs += [job for kind, job in read_jobs(folder).items() if kind == "train"]
-    written = [path.stat().st_mtime for name in ("metrics.jsonl", "config.yaml") for path in folder.glob(name)]
-    written += [path.stat().st_mtime for path in logs]
-    quiet = time.time() - max(written, default=0)
-    silence = f"nothing written for {duration(quiet)}" if written else "has not started"
+    logs, submitted = job_logs(folder), read_jobs(folder)
+    jobs = [*reversed(logs), *([submitted["train"]] if "train" in submitted else [])]
+    files = [*logs.values(), *folder.glob("metrics.jsonl"), *folder.glob("config.yaml")]
+    quiet = time.time() - max((path.stat().st_mtime for path in files), default=0)
+    silence = f"nothing written for {duration(quiet)}" if files else "has not started"
     for job in jobs:
         if job in queue:
             state, reason = queue[job]
             if state == "RUNNING":
                 return "running", silence if quiet > QUIET_AFTER else None
             return state.lower(), f"waits: {reason}" if state == "PENDING" else None
-    log = "".join(path.read_text(errors="replace") for path in logs)
+    log = "".join(path.read_text(errors="replace") for path in logs.values())
     found, reports = fault(log), re.findall(r"^=== job \d+: (.*) \[", log, re.MULTILINE)
     report = reports[-1] if reports else ""
     if report.startswith("failed"):
@@ -147,24 +137,19 @@ def trouble(folder: Path) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return str(timedelta(seconds=round(seconds)))  # as in 1 day, 2:03:04
 
 
 def show(statuses: list[Status], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("run", "state", "step", "tokens", "loss", "val loss", "tokens/s", "last checkpoint", "restarts"):
-        table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
+    specs = {"tokens": ",", "train/loss": ".4f", "val/loss": ".4f", "perf/tokens_per_second": ",.0f"}
+    table = Table(Column("run", no_wrap=True), "state", box=box.SIMPLE_HEAD)
+    for column in ("step", "tokens", "loss", "val loss", "tokens/s", "last checkpoint", "restarts"):
+        table.add_column(column, justify="right", no_wrap=True)
     for status in statuses:
-        cells = []
-        for key, spec in (("train/loss", ".4f"), ("val/loss", ".4f"), ("perf/tokens_per_second", ",.0f")):
-            cells.append(format(status.metrics[key], spec) if key in status.metrics else "")
-        step, tokens = status.metrics["step"], status.metrics["tokens"]
-        steps = f"{step:,} / {status.horizon:,}" if status.horizon else f"{step:,}"
+        cells = [format(status.metrics[key], spec) if key in status.metrics else "" for key, spec in specs.items()]
+        steps = f"{status.metrics['step']:,}" + (f" / {status.horizon:,}" if status.horizon else "")
         saved = f"{status.checkpoint[0]:,}, {duration(status.checkpoint[1])} ago" if status.checkpoint else ""
-        table.add_row(status.run, status.state, steps, f"{tokens:,}", *cells, saved, str(status.restarts))
+        table.add_row(status.run, status.state, steps, *cells, saved, str(status.restarts))
     console.width = max(console.width, 200)  # a line that is too long is better than one cut off
     console.print(table)
     for status in statuses:
@@ -176,8 +161,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m slurm.status", description="Show the runs of a project.")
     parser.add_argument("folders", nargs="*", default=["runs"], help="run folders, or folders of them (default: runs)")
     runs = find_runs(parser.parse_args(arguments).folders)
-    jobs = {path.stem.removeprefix("slurm-") for run in runs for path in job_logs(run)}
-    jobs |= {job for run in runs for job in read_jobs(run).values()}
+    jobs = {job for run in runs for job in [*job_logs(run), *read_jobs(run).values()]}
     queue = scheduler.queued(sorted(jobs))
     show([read_status(run, queue) for run in runs], Console(highlight=False, soft_wrap=True))
     return 0

@@ -10,7 +10,6 @@ import shlex
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from configs.app import combinations, command, compose
 from configs.errors import ConfigError, each
@@ -24,8 +23,6 @@ from slurm.options import Options, parse
 from training.checks import check_before_start, check_folders
 from training.config import Config
 from training.device import Runtime, format_bytes
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def check(overrides: list[str], options: Options) -> Run:
@@ -59,26 +56,21 @@ def show(run: Run, options: Options) -> None:
     """Print what will run, what it needs, and what that assumes."""
     config, needs = run.config, run.needs
     parts = sorted(needs.memory.items(), key=lambda item: item[1], reverse=True)
-    tokens = f"{needs.tokens / 1e9:.3g} B" if needs.tokens >= 1e8 else f"{needs.tokens / 1e6:.3g} M"
     machine = f"{options.nodes} x {options.ntasks_per_node} = {options.tasks} tasks"
+    names = f"{config.model.name} {config.size.name}, {config.data.name}"
+    memory = ", ".join(f"{part} {count / GIB:.2g}" for part, count in parts if count)
     time = f"about {needs.hours:.2g} hours at {needs.tokens_per_second:,.0f} tokens/s"
     if config.device == "cpu" and not options.tokens_per_second:
         time = "unknown without --tokens-per-second (device=cpu)"
-    rows = {
-        "what": f"{config.model.name} {config.size.name}, {config.data.name}, {tokens} tokens, "
-        f"{config.deepspeed.name} on {machine}",
-        "memory": f"about {needs.gib:.1f} GiB for each GPU: "
-        + ", ".join(f"{part} {count / GIB:.2g}" for part, count in parts if count),
-        "time": time,
-        "assumed": "; ".join(needs.assumptions),
-    }
-    console.print(f"[bold]{run.dir}[/bold]" + (" is finished" if run.finished else ""))
-    for key, value in rows.items():
-        console.print(f"  {key:<8}{value}", markup=False)
+    print(run.dir + (" is finished" if run.finished else ""))
+    print(f"  what    {names}, {needs.tokens / 1e6:,.1f} M tokens, {config.deepspeed.name} on {machine}")
+    print(f"  memory  about {needs.gib:.1f} GiB for each GPU: {memory}")
+    print(f"  time    {time}")
+    print(f"  assumed {needs.assumed}")
     if options.gpu_memory and needs.gib * GIB > options.gpu_memory:
-        console.print(
-            f"  [bold]more than the {format_bytes(options.gpu_memory)} of a GPU[/bold]: a smaller "
-            "trainer.micro_batch_size, trainer.activation_checkpointing=true or a higher deepspeed stage needs less"
+        print(
+            f"  more than the {format_bytes(options.gpu_memory)} of a GPU: a smaller trainer.micro_batch_size, "
+            "trainer.activation_checkpointing=true or a higher deepspeed stage needs less"
         )
 
 
@@ -92,27 +84,24 @@ def main(arguments: list[str]) -> int:
     for run in runs:
         show(run, options)
     if all(run.finished for run in runs):
-        console.print("finished already; choose another run.name to train again")
+        print("finished already; choose another run.name to train again")
         return 0
     train_options = [f"--nodes={options.nodes}", f"--ntasks-per-node={options.ntasks_per_node}"]
     jobs = plan(runs, train_options, options.eval, sbatch_options)
     if scheduler.available(environment):
         for job in jobs:
             answer = scheduler.sbatch(["--test-only", *job.command()], environment, job.script()).splitlines()[-1]
-            console.print(f"{job.kind}: {answer.removeprefix('sbatch: ')}", markup=False)
+            print(f"{job.kind}: {answer.removeprefix('sbatch: ')}")
     elif not options.dry_run:
         raise ConfigError("sinfo: no Slurm cluster answers here; submit from a login node, or look with --dry-run")
     if options.dry_run:
         for job in jobs:
-            console.print(f"\n$ sbatch {shlex.join(job.command())} {shlex.quote(str(job.path))}", markup=False)
-            console.print(job.script(), markup=False, end="")
+            print(f"\n$ sbatch {shlex.join([*job.command(), str(job.path)])}\n{job.script()}")
         return 0
     ids = submit(jobs, runs, environment, shlex.join(["python", "-m", "slurm.submit", *arguments]))
-    console.print("submitted " + ", then ".join(f"{kind} as job {number}" for kind, number in ids.items()))
+    print("submitted " + ", then ".join(f"{kind} as job {number}" for kind, number in ids.items()))
     logs = f"{Path(runs[0].dir).parent}/*/slurm-*.log" if len(runs) > 1 else f"{runs[0].dir}/slurm-{ids['train']}.log"
-    console.print(f"  follow  tail -F {logs}", markup=False)
-    console.print("  state   python -m slurm.status", markup=False)
-    console.print(f"  cancel  scancel {' '.join(ids.values())}", markup=False)
+    print(f"  follow  tail -F {logs}\n  state   python -m slurm.status\n  cancel  scancel {' '.join(ids.values())}")
     return 0
 
 

@@ -7,9 +7,7 @@ RUN is a run folder, a folder of a sweep (every run in it), or wandb:ENTITY/PROJ
   metric=KEY         what is compared; default: val/loss, or val/bits_per_byte if only the tokenizers differ
   target=NUMBER      of the metric, for the tokens that it takes; default: the worst run's last
   confidence=0.95    of the intervals
-  smoothing=0.02     of training curves: the share of a run that a point averages over
   tolerance=0.05     of parameters and FLOPs, to be called matched
-  time=true          compare training times too; only if nothing else used the machines
 
 The regression gate, for one run: exit code 1 if it is worse than a stored reference.
 
@@ -24,77 +22,95 @@ Exit codes: 0 done, 1 the gate failed, 2 bad input.
 import os
 import re
 import shlex
+from itertools import chain
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, model_validator
 
 from configs.app import command
-from configs.errors import ConfigError
-from configs.load import load
+from configs.errors import ConfigError, Mistakes, each
+from configs.load import Block, load
 from eval.compare import gate, report, tables
-from eval.compare.collect import Method, Run, name_methods, read_run, run_folders
-from eval.compare.config import CompareConfig
+from eval.compare.collect import Method, Run, all_runs, name_methods, read_run, run_folders
 from eval.compare.fairness import Fairness, check, verdict
 from eval.compare.from_wandb import fetch
 
 
+class CompareConfig(Block):
+    """The options, as the text above explains them."""
+
+    runs: list[str]
+    out: str | None = None
+    baseline: str | None = None
+    metric: str | None = None
+    target: float | None = None
+    confidence: float = Field(0.95, gt=0, lt=1)
+    tolerance: float | None = Field(None, ge=0)
+    reference: str | None = None
+    metrics: list[str] = Field([])
+    update: bool = False
+
+    @model_validator(mode="after")
+    def _fit(self):
+        lines = []
+        if not self.runs:
+            lines.append("no runs given: name run folders, as in python -m eval.compare runs/A runs/B")
+        if not self.reference:
+            lines += [f"{key}: only goes with reference=FILE" for key in ("metrics", "update") if getattr(self, key)]
+        if lines:
+            raise Mistakes(*lines)
+        if self.tolerance is None:
+            self.tolerance = 0.01 if self.reference else 0.05
+        return self
+
+
 def parse(arguments: list[str]) -> CompareConfig:
     """Return run folders and key=value options, in any order, as a configuration. ConfigError for mistakes."""
-    options = [word for word in arguments if re.match(r"[a-z_]+=", word) and not Path(word).exists()]
-    flags = [word for word in arguments if word.startswith("-")]
-    if flags:
+    options = [word for word in arguments if re.match(r"(?!runs=)[a-z_]+=", word) and not Path(word).exists()]
+    if flags := [word for word in arguments if word.startswith("-")]:
         raise ConfigError(*(f"{flag}: options are key=value, as in out=DIR; --help lists them" for flag in flags))
     try:
         tree = OmegaConf.from_dotlist(options)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from None
-    if "runs" in tree:
-        raise ConfigError("runs=...: name the run folders without a key, as in python -m eval.compare runs/A runs/B")
     tree.runs = [word for word in arguments if word not in options]
     return load(tree, CompareConfig)
 
 
 def gather(config: CompareConfig) -> list[Run]:
     """Return the runs that are named; those of W&B are fetched into `out` first."""
-    folders = []
-    for name in config.runs:
-        if name.startswith("wandb:"):
-            folders += fetch(name, Path(config.out or "runs/wandb"))
-        else:
-            folders += run_folders([name])
-    return [read_run(folder) for folder in dict.fromkeys(folders)]
+
+    def folders(name: str) -> list[Path]:
+        return fetch(name, Path(config.out or "runs/wandb")) if name.startswith("wandb:") else run_folders(name)
+
+    return [read_run(folder) for folder in dict.fromkeys(chain.from_iterable(each(folders, config.runs)))]
 
 
 def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> tables.Question:
     """Return what is compared, from the options and what the runs have in common."""
     only_bytes = fairness.same_text and not fairness.same_tokens
     metric = config.metric or ("val/bits_per_byte" if only_bytes else "val/loss")
-    logged = {key for method in methods for run in method.runs for line in run.lines for key in line}
+    logged = {key for run in all_runs(methods) for line in run.lines for key in line}
     if config.metric and config.metric not in logged:
         raise ConfigError(f"metric={metric}: no run has logged it; there are {', '.join(sorted(logged))}")
     names = {method.mechanism: method for method in reversed(methods)} | {method.name: method for method in methods}
     if config.baseline and config.baseline not in names:
         known = ", ".join(method.name for method in methods)
         raise ConfigError(f"baseline={config.baseline}: no such method; there are {known}")
-    baseline = names.get(config.baseline or "mha", methods[0])
-    shared = set.intersection(
-        *({tokens for tokens, _ in run.points(metric)} for method in methods for run in method.runs)
-    )
-    tokens = max(shared, default=None)
-    comparable = fairness.same_tokens or (fairness.same_text and metric == "val/bits_per_byte")
+    shared = set.intersection(*({tokens for tokens, _ in run.points(metric)} for run in all_runs(methods)))
     question = tables.Question(
-        metric, tokens, baseline, config.confidence, config.target, config.time, comparable
-    )  # fmt: skip
+        metric=metric,
+        tokens=max(shared, default=None),
+        baseline=names.get(config.baseline or "mha", methods[0]),
+        confidence=config.confidence,
+        target=config.target,
+        comparable=fairness.same_tokens or (fairness.same_text and metric == "val/bits_per_byte"),
+    )
     if question.target is None:
-        question.target = max(
-            (value for method in methods for value in question.values(method).values()), default=None
-        )  # fmt: skip
+        question.target = max((x for method in methods for x in question.values(method).values()), default=None)
     return question
-
-
-def default_out(folders: list[Path]) -> Path:
-    return Path(os.path.commonpath([folder.parent for folder in folders])) / "compare"
 
 
 def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
@@ -102,8 +118,8 @@ def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
     methods = name_methods(runs)
     fairness = check(methods, config.tolerance)
     question = choose(config, methods, fairness)
-    out = Path(config.out) if config.out else default_out([run.dir for run in runs])
-    path = report.write(methods, fairness, question, command, config.smoothing, out)
+    out = Path(config.out or Path(os.path.commonpath([run.dir.parent for run in runs]), "compare"))
+    path = report.write(methods, fairness, question, command, out)
     words, reasons = verdict(fairness, methods)
     print("\n  ".join([words, *reasons]))
     print(tables.final(methods, question))
@@ -111,31 +127,15 @@ def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
     return 0
 
 
-def judge(config: CompareConfig, runs: list[Run]) -> int:
-    """Print how a run differs from the reference (or write that from it); return 1 if the run is worse, else 0."""
-    path = config.reference
-    if len(runs) != 1:
-        raise ConfigError(f"reference={path}: judges one run, and {len(runs)} are in {config.runs[0]}")
-    (run,) = runs
-    if config.update:
-        gate.update(run, path)
-        print(f"{path}: written from {run.config.run.name}")
-        return 0
-    reference = gate.read_reference(path)
-    found, worse = gate.judge(run, reference, config.tolerance, config.metrics)
-    print(found)
-    if reference["tokens"] not in (None, run.tokens):
-        print(f"The reference is of {reference['tokens']:,} tokens, the run of {run.tokens:,}.")
-    if worse:
-        print(f"Worse than {path} by more than {config.tolerance:.2%}, or missing: {', '.join(worse)}")
-        return 1
-    print(f"Not worse than {path} by more than {config.tolerance:.2%}.")
-    return 0
-
-
 def main(config: CompareConfig, command: str) -> int:
     runs = gather(config)
-    return judge(config, runs) if config.reference else compare(config, runs, command)
+    if not config.reference:
+        return compare(config, runs, command)
+    if len(runs) != 1:
+        raise ConfigError(f"reference={config.reference}: judges one run, and {len(runs)} are given")
+    if config.update:
+        return gate.update(runs[0], config.reference)
+    return gate.judge(runs[0], config.reference, config.tolerance, config.metrics)
 
 
 if __name__ == "__main__":

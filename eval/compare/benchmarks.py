@@ -13,23 +13,27 @@ def evaluations(methods: list[Method], confidence: float) -> dict[str, Table]:
     """Return the tables of all suites that a run has been evaluated on, by their headings."""
     tables = {}
     for suite in sorted({suite for method in methods for run in method.runs for suite in run.results}):
-        if any("/" in key for method in methods for record in method.records(suite) for key in record["results"]):
-            tables[f"Benchmarks: {suite}"] = benchmark(suite, methods)
+        counted = published.tasks(suite) if suite in published.suites() else {}
+        if not counted:
+            for method in methods:
+                for record in method.records(suite):
+                    counted |= record.get("metrics", {})
+        if counted:
+            tables[f"Benchmarks: {suite}"] = benchmark(suite, counted, methods)
         else:
             tables[f"Evaluation: {suite}"] = evaluation(suite, methods, confidence)
     return tables
 
 
-def benchmark(suite: str, methods: list[Method]) -> Table:
-    """Return percent by task in the paper's form, above the paper's own rows of the nearest size if it has any."""
+def benchmark(suite: str, counted: dict[str, str], methods: list[Method]) -> Table:
+    """Return percent by task in the paper's form, above the paper's own rows of the nearest size if it has any.
+
+    `counted` has the metric of each task.
+    """
     records = {method.name: method.records(suite) for method in methods}
     everything = [record for found in records.values() for record in found]
-    known = published.tasks(suite) if suite in published.suites() else {}
-    keys = [f"{task}/{metric}" for task, metric in known.items()] or main_metrics(everything)
-    columns = ["method", "parameters", *(key.split("/")[0] for key in keys)]
-    if known or any("average" in record["results"] for record in everything):
-        columns.append("average")
-        keys.append("average")
+    keys = [f"{task}/{metric}" for task, metric in counted.items()]
+    keys += ["average"] if any("average" in record["results"] for record in everything) else []
     rows = [
         [method.name, count(method.first.counts["params"]), *(percent(records[method.name], key) for key in keys)]
         for method in methods
@@ -38,46 +42,24 @@ def benchmark(suite: str, methods: list[Method]) -> Table:
         "Percent, the mean over seeds. ±: one run's standard error over the questions, as the harness gives it (seeds "
         "share the questions, so it does not shrink with their number)."
     ]
-    partly = [
-        f"{method.name} ({len(records[method.name])} of {len(method.runs)})"
-        for method in methods
-        if 0 < len(records[method.name]) < len(method.runs)
-    ]
-    if partly:
+    counts = [(method.name, len(records[method.name]), len(method.runs)) for method in methods]
+    if partly := [f"{name} ({found} of {runs})" for name, found, runs in counts if 0 < found < runs]:
         notes.append(f"Not every seed has been evaluated: {', '.join(partly)}.")
-    limits = sorted({record["limit"] for record in everything if record.get("limit")})
-    if limits:
+    if limits := sorted({record["limit"] for record in everything if record.get("limit")}):
         notes.append(f"Only the first {', '.join(map(str, limits))} questions of each task.")
     steps = {record.get("step") for record in everything}
     if len(steps) > 1:
         notes.append(f"Not all at the same step: {', '.join(sorted(map(str, steps)))}.")
-    if known:
+    if suite in published.suites():
         size = published.nearest(suite, max(method.first.counts["params"] for method in methods))
         for row in published.rows(suite, size):
-            scores = [row["scores"][task] for task in known] + [row["average"]]
+            scores = [*row["scores"].values(), *([row["average"]] if "average" in keys else [])]
             rows.append([f"published: {row['model']}", count(row["params"]), *(f"{score:.2f}" for score in scores)])
         notes.append(
             f"Published: the TPA paper (arXiv 2501.06425) at {size}, the nearest size it has, after 49 B tokens of "
             "FineWeb-Edu-100B; it gives no standard errors."
         )
-    return Table(columns, rows, notes)
-
-
-def main_metrics(records: list[dict]) -> list[str]:
-    """Return `task/metric` of each task: the metric that the evaluation names, else acc_norm, acc, or the first."""
-    by_task: dict[str, list[str]] = {}
-    chosen: dict[str, str] = {}
-    for record in records:
-        chosen |= record.get("metrics") or {}
-        for key in record["results"]:
-            task, slash, metric = key.rpartition("/")
-            if slash:
-                by_task.setdefault(task, []).append(metric)
-    keys = []
-    for task, metrics in by_task.items():
-        wanted = (chosen.get(task), "acc_norm", "acc", metrics[0])
-        keys.append(f"{task}/{next(metric for metric in wanted if metric in metrics)}")
-    return keys
+    return Table(["method", "parameters", *(key.split("/")[0] for key in keys)], rows, notes)
 
 
 def percent(records: list[dict], key: str) -> str:

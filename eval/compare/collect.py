@@ -18,9 +18,6 @@ from training.jsonl import read_lines
 from training.metrics import read_events
 from training.run_folder import is_finished, read_config
 
-DECODING_KEYS = {"model", "scope", "batch", "length", "device", "tokens_per_second"}
-STEADY = 0.2  # how far apart the quartiles of a steady run's logged speeds lie at most, as a share of the median
-
 
 def mean_of(values: Iterable[float | None]) -> float | None:
     """Return the mean of what is not None, or None."""
@@ -37,13 +34,21 @@ class Run:
     lines: list[dict]  # of metrics.jsonl
     events: list[dict]  # of events.jsonl
     results: dict[str, dict]  # evaluations by the name of their file
-    decoding: list[dict]  # points of decoding benchmarks
-    facts: dict[str, Any]  # of the most recent checkpoint's manifest
+    decoding: list[dict]  # points of the decoding benchmark
+    facts: dict[str, Any]  # the most recent checkpoint's manifest
     finished: bool
 
     @property
     def seed(self) -> int:
         return self.config.run.seed
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def tokens(self) -> int:
+        return max((line["tokens"] for line in self.lines), default=0)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -59,22 +64,13 @@ class Run:
 
         The data folder counts only if it still holds the tokens that the run's checkpoints name.
         """
-        trained_on = self.facts.get("data_fingerprint")
+        found = {"data": self.facts.get("data_fingerprint"), "tokenizer": self.facts.get("tokenizer_fingerprint")}
         folder = Path(self.config.data.dir or "")
-        if (folder / MANIFEST_FILE).is_file():
-            manifest = read_manifest(folder)
-            if trained_on in (None, manifest.fingerprint):
-                tokenizer = manifest.tokenizer.get("fingerprint")
-                return {"data": manifest.fingerprint, "tokenizer": tokenizer, "text": manifest.source or None}
-        return {"data": trained_on, "tokenizer": self.facts.get("tokenizer_fingerprint"), "text": None}
-
-    @property
-    def step(self) -> int:
-        return max((line["step"] for line in self.lines), default=0)
-
-    @property
-    def tokens(self) -> int:
-        return max((line["tokens"] for line in self.lines), default=0)
+        manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
+        if manifest is None or found["data"] not in (None, manifest.fingerprint):
+            return found | {"text": None}
+        tokenizer = manifest.tokenizer.get("fingerprint")
+        return {"data": manifest.fingerprint, "tokenizer": tokenizer, "text": manifest.source or None}
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """Return (tokens, value) of a metric in order; the last value counts if a step was logged twice."""
@@ -83,10 +79,8 @@ class Run:
 
     def at(self, key: str, tokens: int | None = None) -> float | None:
         """Return a metric at a number of tokens, or the last one; None if there is none."""
-        points = self.points(key)
-        if tokens is not None:
-            return dict(points).get(tokens)
-        return points[-1][1] if points else None
+        points = dict(self.points(key))
+        return points.get(max(points, default=0) if tokens is None else tokens)
 
     def lately(self, key: str, tokens: int | None) -> float | None:
         """Return the mean of a noisy metric over the last tenth of the tokens until `tokens` (None: until the end)."""
@@ -95,26 +89,8 @@ class Run:
 
     def typical(self, key: str) -> float | None:
         """Return the median of a metric over the run."""
-        points = self.points(key)
-        return statistics.median(value for _, value in points) if points else None
-
-    @cached_property
-    def seconds(self) -> dict[int, float]:
-        """Seconds of training by number of tokens, from the logged speeds: without evaluation, saving and waiting."""
-        spent, before, clock = 0.0, 0, {}
-        for tokens, speed in self.points("perf/tokens_per_second"):
-            spent += (tokens - before) / speed if speed > 0 else 0.0
-            before, clock[tokens] = tokens, spent
-        return clock
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether the logged speeds vary so little that nothing else can have taken much of the machine."""
-        speeds = [speed for _, speed in self.points("perf/tokens_per_second")]
-        if len(speeds) < 3:
-            return False
-        low, middle, high = statistics.quantiles(speeds)
-        return high - low <= STEADY * middle
+        values = [value for _, value in self.points(key)]
+        return statistics.median(values) if values else None
 
     def count(self, event: str) -> int | None:
         """Return how often an event happened; None if the run wrote no events."""
@@ -160,38 +136,41 @@ class Method:
         return [run.results[suite] for run in self.runs if suite in run.results]
 
 
-def run_folders(paths: Iterable[str]) -> list[Path]:
-    """Return the run folders that are named, and those inside of a named folder of a sweep.
+def all_runs(methods: list[Method]) -> list[Run]:
+    return [run for method in methods for run in method.runs]
 
-    ConfigError for anything else.
-    """
-    found, errors = [], []
-    for path in map(Path, paths):
-        inside = sorted({file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml")})
-        if (path / "config.yaml").is_file():
-            found.append(path)
-        elif inside:
-            found.extend(inside)
-        elif path.exists():
-            errors.append(f"{path}: is neither a run folder (it has no config.yaml) nor holds any")
-        else:
-            others = sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))
-            known = f"; in {path.parent} there are {', '.join(others)}" if others else ""
-            errors.append(f"{path}: there is no such folder{known}")
-    if errors:
-        raise ConfigError(*errors)
-    return list(dict.fromkeys(folder.resolve() for folder in found))
+
+def run_folders(name: str) -> list[Path]:
+    """Return the run folder that is named, or those inside of a folder of a sweep. ConfigError if there are none."""
+    path = Path(name).resolve()
+    if (path / "config.yaml").is_file():
+        return [path]
+    inside = sorted({file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml")})
+    if not inside and path.exists():
+        raise ConfigError(f"{name}: is neither a run folder (it has no config.yaml) nor holds any")
+    if not inside:
+        others = sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))
+        known = f"; in {path.parent} there are {', '.join(others)}" if others else ""
+        raise ConfigError(f"{name}: there is no such folder{known}")
+    return inside
 
 
 def read_run(folder: Path) -> Run:
     """Return what a run folder holds. ConfigError if its config.yaml is not one of this code."""
     config = read_config(folder)
     results = {path.stem: read_json(path) for path in sorted(folder.glob("results/*.json"))}
-    decoding = [line for path in sorted(folder.glob("results/*decod*.jsonl")) for line in read_lines(path)]
-    results = {name: record for name, record in results.items() if {"results", "suite"} <= record.keys()}
-    decoding = [point for point in decoding if point.keys() >= DECODING_KEYS]
-    lines, events = read_lines(folder / "metrics.jsonl"), read_events(folder)
-    return Run(folder, config, lines, events, results, decoding, latest_facts(folder), is_finished(folder))
+    manifests = sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True)
+    facts = map(read_json, [*manifests, *folder.glob("checkpoint_facts.json")])  # which runs from W&B have
+    return Run(
+        dir=folder,
+        config=config,
+        lines=read_lines(folder / "metrics.jsonl"),
+        events=read_events(folder),
+        results={name: record for name, record in results.items() if "results" in record},
+        decoding=read_lines(folder / "results/decoding.jsonl"),
+        facts=next(filter(None, facts), {}),
+        finished=is_finished(folder),
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -204,18 +183,11 @@ def read_json(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def latest_facts(folder: Path) -> dict:
-    """Return the most recent checkpoint's manifest, without reading its tensors; runs from W&B have a file of facts."""
-    manifests = sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True)
-    found = (read_json(path) for path in [*manifests, folder / "checkpoint_facts.json"] if path.exists())
-    return next(filter(None, found), {})
-
-
 def name_methods(runs: list[Run]) -> list[Method]:
     """Return the runs by method: the paper's mechanisms in its order, then all others."""
-    order = list(published.NAMES)
+    place = {mechanism: number for number, mechanism in enumerate(published.NAMES)}
     groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: order.index(m) if (m := run.config.model.name) in order else len(order)):
+    for run in sorted(runs, key=lambda run: place.get(run.config.model.name, len(place))):
         settings = {key: value for key, value in run.identity.items() if key != "run.seed"}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     methods, names = [], Counter()

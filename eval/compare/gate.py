@@ -21,9 +21,12 @@ def metrics_of(run: Run) -> dict[str, float]:
     found = {key: run.at(key) for line in run.lines for key in line if key not in ("step", "tokens")}
     for suite, record in run.results.items():
         for key, value in record["results"].items():
-            name = f"eval/{key}" if key.count("/") == 1 else f"eval/{suite}/{key}"
-            found.setdefault(name, value)
-    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+            found.setdefault(f"eval/{key}" if key.count("/") == 1 else f"eval/{suite}/{key}", value)
+    return numbers(found)
+
+
+def numbers(metrics: dict) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float) and "/" in key}
 
 
 def read_reference(path: str) -> dict:
@@ -34,40 +37,30 @@ def read_reference(path: str) -> dict:
         raise ConfigError(f"reference={path}: there is no such file; update=true writes it from the run") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"reference={path}: cannot be read as JSON ({error})") from None
-    metrics = content.get("metrics", content) if isinstance(content, dict) else {}
-    metrics = {key: value for key, value in metrics.items() if isinstance(value, int | float) and "/" in key}
+    metrics = numbers(content.get("metrics", content)) if isinstance(content, dict) else {}
     if not metrics:
         raise ConfigError(f"reference={path}: holds no metrics; it must be a summary.json, or written by update=true")
     return {"metrics": metrics, "data": content.get("data"), "tokens": content.get("tokens")}
 
 
-def update(run: Run, path: str) -> None:
-    """Write the reference from a run. ConfigError if it has no metrics."""
-    content = {
-        "run": run.config.run.name,
-        "data": run.fingerprints["data"],
-        "tokens": run.tokens,
-        "metrics": metrics_of(run),
-    }
-    if not content["metrics"]:
+def update(run: Run, path: str) -> int:
+    """Write the reference from a run; return exit code 0. ConfigError if the run has no metrics."""
+    name, metrics = run.config.run.name, metrics_of(run)
+    if not metrics:
         raise ConfigError(f"{run.dir}: has no metrics to make a reference of")
+    content = {"run": name, "data": run.fingerprints["data"], "tokens": run.tokens, "metrics": metrics}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(path), json.dumps(content, indent=2, sort_keys=True) + "\n")
+    print(f"{path}: written from {name}")
+    return 0
 
 
-def direction(metric: str) -> int:
-    """Return 1 if more is better, -1 if less is, 0 if it is not known."""
-    last = metric.rpartition("/")[2]
-    if last in HIGHER:
-        return 1
-    return -1 if last in LOWER else 0
-
-
-def judge(run: Run, reference: dict, tolerance: float, chosen: list[str]) -> tuple[Table, list[str]]:
-    """Return the table of differences, and the metrics that are missing or worse by more than `tolerance`.
+def judge(run: Run, path: str, tolerance: float, chosen: list[str]) -> int:
+    """Print how a run differs from the reference; return 1 if a metric is missing or worse by `tolerance`, else 0.
 
     `tolerance` is a share of the reference's value. ConfigError if the two cannot be compared.
     """
+    reference = read_reference(path)
     ours, theirs = metrics_of(run), reference["metrics"]
     if unknown := [key for key in chosen if key not in theirs]:
         raise ConfigError(*(f"metrics: {key} is not in the reference; it has {', '.join(theirs)}" for key in unknown))
@@ -79,9 +72,10 @@ def judge(run: Run, reference: dict, tolerance: float, chosen: list[str]) -> tup
         )
     rows, worse = [], []
     for key, expected in sorted(theirs.items()):
-        by_default = key.startswith(JUDGED) and direction(key) != 0 and not key.endswith("/perplexity")  # exp(loss)
-        found, judged = ours.get(key), key in chosen if chosen else by_default
-        state = judgement(found, expected, direction(key) or 1, tolerance)
+        found, name = ours.get(key), key.rpartition("/")[2]
+        by_default = key.startswith(JUDGED) and name in LOWER + HIGHER and name != "perplexity"  # which is exp(loss)
+        judged = key in chosen if chosen else by_default
+        state = judgement(found, expected, -1 if name in LOWER else 1, tolerance)
         if judged and state in ("missing", "worse"):
             worse.append(key)
         cells = [DASH, DASH]
@@ -89,7 +83,14 @@ def judge(run: Run, reference: dict, tolerance: float, chosen: list[str]) -> tup
             share = f"{(found - expected) / abs(expected):+.2%}" if expected else DASH
             cells = [f"{found - expected:+.4f}", share]
         rows.append([key, number(expected), number(found), *cells, state if judged or found is None else ""])
-    return Table(["metric", "reference", "run", "difference", "relative", ""], rows), worse
+    print(Table(["metric", "reference", "run", "difference", "relative", ""], rows))
+    if reference["tokens"] not in (None, run.tokens):
+        print(f"The reference is of {reference['tokens']:,} tokens, the run of {run.tokens:,}.")
+    if worse:
+        print(f"Worse than {path} by more than {tolerance:.2%}, or missing: {', '.join(worse)}")
+        return 1
+    print(f"Not worse than {path} by more than {tolerance:.2%}.")
+    return 0
 
 
 def judgement(found: float | None, expected: float, sign: int, tolerance: float) -> str:

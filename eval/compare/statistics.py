@@ -5,16 +5,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from scipy import stats
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of `n` values, give or take `half` at some confidence (None: one value tells nothing about its spread)."""
+    """A mean, give or take `half` at some confidence (None: one value tells nothing about its spread)."""
 
     mean: float
     half: float | None
-    n: int
     paired: bool = True  # of a difference: whether it was taken seed by seed
 
     @property
@@ -37,8 +36,8 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate | None:
         return None
     n, half = len(values), None
     if n > 1:
-        half = float(student.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(statistics.variance(values) / n)
-    return Estimate(sum(values) / n, half, n)
+        half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(statistics.variance(values) / n)
+    return Estimate(sum(values) / n, half)
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float) -> Estimate | None:
@@ -53,14 +52,9 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float], confidenc
         return estimate([ours[seed] - theirs[seed] for seed in sorted(ours)], confidence)
     sides, half = [list(ours.values()), list(theirs.values())], None
     if min(map(len, sides)) > 1:
-        squares = [statistics.variance(side) / len(side) for side in sides]
-        half = 0.0
-        if sum(squares) > 0:
-            spread = sum(square**2 / (len(side) - 1) for square, side in zip(squares, sides, strict=True))
-            freedom = sum(squares) ** 2 / spread
-            half = float(student.ppf((1 + confidence) / 2, freedom)) * math.sqrt(sum(squares))
-    means = [sum(side) / len(side) for side in sides]
-    return Estimate(means[0] - means[1], half, min(map(len, sides)), paired=False)
+        interval = stats.ttest_ind(*sides, equal_var=False).confidence_interval(confidence)
+        half = float(interval.high - interval.low) / 2
+    return Estimate(statistics.fmean(sides[0]) - statistics.fmean(sides[1]), half, paired=False)
 
 
 def reaches(points: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -76,11 +70,8 @@ def reaches(points: Sequence[tuple[float, float]], target: float) -> float | Non
 def smooth(values: Sequence[float], share: float) -> list[float]:
     """Return a centred moving average over `share` of the values; near an end over as many as both sides have."""
     reach = round(len(values) * share / 2)
-    averages = []
-    for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        averages.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
-    return averages
+    nearest = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - near : i + near + 1]) for i, near in enumerate(nearest)]
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -89,4 +80,4 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     def is_beaten(x: float, y: float) -> bool:
         return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
 
-    return sorted((name for name, point in points.items() if not is_beaten(*point)), key=lambda name: points[name])
+    return sorted((name for name, point in points.items() if not is_beaten(*point)), key=points.get)

@@ -2,16 +2,29 @@
 
 import math
 import re
-from collections.abc import Callable
+import statistics
 from dataclasses import dataclass
-
-import numpy as np
+from functools import partial
 
 from eval.compare.collect import Method, Run
 from eval.compare.statistics import Estimate, difference, estimate, reaches
 from eval.tables import Table
 
 DASH = "-"
+# Columns of the cost table: what is counted, or logged, and how it is shown.
+COUNTED = {
+    "heads": ("n_heads", ".0f"),
+    "parameters": ("params", ".0f"),
+    "attention parameters / MHA's": ("attention_params_over_mha", ".3f"),
+    "training FLOPs per token": ("training_flops_per_token", ".3e"),
+    "KV bytes per token": ("kv_bytes_per_token", ".0f"),
+    "/ MHA's": ("attention_kv_bytes_over_mha", ".3f"),
+}
+LOGGED = {
+    "training tokens/s": ("perf/tokens_per_second", ".0f"),
+    "MFU": ("perf/mfu", ".1%"),
+    "peak memory (GB)": ("perf/memory_gb", ".2f"),
+}
 
 
 @dataclass
@@ -23,7 +36,6 @@ class Question:
     baseline: Method
     confidence: float
     target: float | None
-    time: bool  # whether times are compared too
     comparable: bool  # whether the metric means the same in all runs
 
     @property
@@ -53,12 +65,6 @@ def count(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None or seconds < 120:
-        return DASH if seconds is None else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def with_interval(found: Estimate | None, digits: int = 4, sign: str = "") -> str:
     if found is None or not math.isfinite(found.mean):
         return DASH
@@ -71,9 +77,10 @@ def final(methods: list[Method], question: Question) -> Table:
     base, level = question.baseline, f"{question.confidence:.0%}"
     rows, gaps = [], {}
     for method in methods:
-        if question.comparable and method is not base:
-            gaps[method.name] = difference(question.values(method), question.values(base), question.confidence)
-        gap = gaps.get(method.name)
+        against = question.values(base) if question.comparable and method is not base else {}
+        gap = difference(question.values(method), against, question.confidence)
+        if gap:
+            gaps[method.name] = gap
         lately = method.by_seed(lambda run: run.lately("train/loss", question.tokens))
         rows.append([
             method.name,
@@ -88,73 +95,45 @@ def final(methods: list[Method], question: Question) -> Table:
     notes = [
         f"At {where}. n: runs (seeds). ±: half of the {level} t interval over seeds; none if n = 1. "
         "Train loss: the mean over the last tenth of the tokens.",
-        "Δ: below zero is better; seed by seed if the seeds are the same. No correction for the number of methods."
+        "Δ: below zero is better; seed by seed if the seeds are the same, else Welch's (unpaired). No correction for "
+        "the number of methods."
         if question.comparable
         else "Δ: not given, since the runs' losses are not of the same text.",
     ]
-    found = {name: gap for name, gap in gaps.items() if gap}
-    if any(gap.half is not None for gap in found.values()):
-        clear = [f"{name} ({'better' if gap.mean < 0 else 'worse'})" for name, gap in found.items() if gap.is_clear]
+    if any(gap.half is not None for gap in gaps.values()):
+        clear = [f"{name} ({'better' if gap.mean < 0 else 'worse'})" for name, gap in gaps.items() if gap.is_clear]
         notes.append(f"The {level} interval of Δ excludes zero for: {', '.join(clear) or 'none'}.")
-    if unpaired := [name for name, gap in found.items() if not gap.paired]:
-        notes.append(f"Unpaired (other seeds than {base.name}; Welch's interval): {', '.join(unpaired)}.")
     columns = ["method", "n", "train loss", "validation loss", "perplexity", "bits per byte"]
     return Table([*columns, f"Δ {question.label} to {base.name}"], rows, notes)
 
 
 def reach(methods: list[Method], question: Question) -> Table:
-    """Return the tokens, FLOPs and (if times are compared) seconds that it takes to reach the target."""
-    measures: list[tuple[str, Callable[[Run, float], float], Callable]] = [
-        (f"tokens to {question.label} {number(question.target, '.3f')}", lambda run, tokens: tokens, count),
-        ("FLOPs", lambda run, tokens: tokens * run.counts["training_flops_per_token"], count),
-    ]
-    if question.time:
-        measures.append(("training time", seconds_at, duration))
-    columns, rows = ["method"], [[method.name] for method in methods]
-    for name, of, show in measures:
-        columns += [name, "/ baseline's"]
-        found = {}
-        for method in methods:
-            reached = {run.dir: reaches(run.points(question.metric), question.target) for run in method.runs}
-            everyone = None not in reached.values()
-            found[method.name] = method.mean(lambda run, at=reached, of=of: of(run, at[run.dir])) if everyone else None
-        base = found[question.baseline.name]
-        for row, ours in zip(rows, found.values(), strict=True):
-            row += [show(ours), number(ours / base if ours and base else None, ".3f")]
+    """Return the tokens and FLOPs that it takes to reach the target."""
+
+    def takes(method: Method) -> tuple[float, float]:
+        reached = [reaches(run.points(question.metric), question.target) for run in method.runs]
+        tokens = math.nan if None in reached else statistics.fmean(reached)
+        return tokens, tokens * method.first.counts["training_flops_per_token"]
+
+    base, rows = takes(question.baseline), []
+    for method in methods:
+        cells = []
+        for ours, theirs in zip(takes(method), base, strict=True):
+            cells += [count(ours), number(ours / theirs if theirs else None, ".3f")]
+        rows.append([method.name, *cells])
+    tokens = f"tokens to {question.label} {number(question.target, '.3f')}"
     note = "Means over runs, on straight lines between evaluations; a dash if a run of the method has not got there."
-    return Table(columns, rows, [note])
-
-
-def seconds_at(run: Run, tokens: float) -> float | None:
-    """Return the seconds of training until a number of tokens, on straight lines between the logged ones."""
-    seconds = np.interp(tokens, [0, *run.seconds], [0.0, *run.seconds.values()], right=math.nan)
-    return float(seconds) if math.isfinite(seconds) else None
+    return Table(["method", tokens, "/ baseline's", "FLOPs", "/ baseline's"], rows, [note])
 
 
 def cost(methods: list[Method]) -> Table:
     """Return what each method takes: parameters, operations, cache, and the speeds that were seen."""
-    columns = ["method", "heads", "parameters", "attention parameters / MHA's", "training FLOPs per token"]
-    columns += ["KV bytes per token", "/ MHA's", "training tokens/s", "MFU", "peak memory (GB)", "decode tokens/s"]
     rows, decoding = [], []
     for method in methods:
         counts, point = method.first.counts, decoding_point(method)
-        speed, mfu, memory = (
-            method.mean(lambda run, key=key: run.typical(f"perf/{key}"))
-            for key in ("tokens_per_second", "mfu", "memory_gb")
-        )
-        rows.append([
-            method.name,
-            str(counts["n_heads"]),
-            number(counts["params"], ".0f"),
-            number(counts["attention_params_over_mha"], ".3f"),
-            f"{counts['training_flops_per_token']:.3e}",
-            number(counts["kv_bytes_per_token"], ".0f"),
-            number(counts["attention_kv_bytes_over_mha"], ".3f"),
-            number(speed, ".0f"),
-            number(mfu, ".1%"),
-            number(memory, ".2f"),
-            number(point.get("tokens_per_second"), ".0f"),
-        ])  # fmt: skip
+        counted = [number(counts[key], spec) for key, spec in COUNTED.values()]
+        logged = [number(method.mean(partial(Run.typical, key=key)), spec) for key, spec in LOGGED.values()]
+        rows.append([method.name, *counted, *logged, number(point.get("tokens_per_second"), ".0f")])
         if point:
             decoding.append("{scope}, batch {batch} at {length} tokens on {device}".format(**point))
     notes = [
@@ -163,7 +142,7 @@ def cost(methods: list[Method]) -> Table:
     ]
     if decoding:
         notes.append(f"Decoding: {'; '.join(dict.fromkeys(decoding))}.")
-    return Table(columns, rows, notes)
+    return Table(["method", *COUNTED, *LOGGED, "decode tokens/s"], rows, notes)
 
 
 def decoding_point(method: Method) -> dict:
@@ -176,29 +155,27 @@ def decoding_point(method: Method) -> dict:
 def health(methods: list[Method]) -> Table:
     columns = ["run", "method", "seed", "state", "skipped steps", "restarts", "rollbacks", "failed saves"]
     columns += ["median gradient norm", "largest"]
-    rows = [[run.dir.name, method.name, *health_of(run)] for method in methods for run in method.runs]
+    rows = []
+    for method in methods:
+        for run in method.runs:
+            starts, norms = run.count("start"), [value for _, value in run.points("optim/grad_norm")]
+            state = "finished" if run.finished else f"step {run.step:,} of {run.config.trainer.horizon:,}"
+            counts = [run.at("optim/skipped_steps"), starts and starts - 1]
+            counts += [run.count("rollback"), run.count("save_failed")]
+            sizes = [run.typical("optim/grad_norm"), max(norms, default=None)]
+            cells = [number(count, ".0f") for count in counts] + [number(size, ".3f") for size in sizes]
+            rows.append([run.dir.name, method.name, str(run.seed), state, *cells])
     return Table(columns, rows, ["Gradient norms before clipping, of the steps that were logged."])
 
 
-def health_of(run: Run) -> list[str]:
-    starts, norms = run.count("start"), [value for _, value in run.points("optim/grad_norm")]
-    return [
-        str(run.seed),
-        "finished" if run.finished else f"step {run.step:,} of {run.config.trainer.horizon:,}",
-        number(run.at("optim/skipped_steps"), ".0f"),
-        number(starts and starts - 1, ".0f"),
-        number(run.count("rollback"), ".0f"),
-        number(run.count("save_failed"), ".0f"),
-        number(run.typical("optim/grad_norm"), ".3f"),
-        number(max(norms, default=None), ".3f"),
-    ]
-
-
-def differences(differing: dict[str, list], methods: list[Method]) -> Table:
+def differences(methods: list[Method]) -> Table:
     """Return the configuration keys in which the methods differ; a dash if a mechanism has no such key."""
 
     def show(value) -> str:  # a class without its module
         return DASH if value is None else re.sub(r"^[a-z_]+(\.[a-z_]+)+\.", "", str(value))
 
-    rows = [[f"`{key}`", *map(show, values)] for key, values in differing.items()]
+    identities = [method.first.identity for method in methods]
+    keys = sorted(set().union(*identities) - {"run.seed"})
+    found = {key: [identity.get(key) for identity in identities] for key in keys}
+    rows = [[f"`{key}`", *map(show, values)] for key, values in found.items() if values != values[:1] * len(values)]
     return Table(["key", *(method.name for method in methods)], rows)

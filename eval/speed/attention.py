@@ -1,29 +1,27 @@
 """How the cost of training grows with the length, core by core: `python -m eval.speed.attention [lengths=[4096,...]]`.
 
 Attention alone, forward and backward, on random queries, keys and values: time, memory and operations of each core at
-each length, the ratio to the first core at that length, and the exponent of growth. JSON lines go to standard output, a
-table to standard error.
+each length, the ratio to the first core at that length, and the exponent of growth, as JSON lines.
 """
 
 import ctypes
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator
-from itertools import groupby
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from configs.app import app, configured
 from configs.errors import ConfigError, each
 from configs.load import Command
-from eval.speed.measure import Count, Some, milliseconds, versions
+from eval.speed.measure import Count, Some, in_turns, milliseconds, versions
 from model.attention.base import AttentionConfig, AttentionCore, Dense
 from model.mask import AttentionMask
 from training.config import Config
@@ -38,17 +36,16 @@ class AttentionSpeedConfig(Command):
 
     # Names in configs/core, each perhaps with overrides: "cores=[full,'sequence_tensor core.fold=[32,32,64]']".
     # The others are compared with the first.
-    cores: Annotated[list[str], Some] = Field(default_factory=lambda: ["full", "sliding_window", "sequence_tensor"])
+    cores: Annotated[list[str], Some] = Field(["full", "sliding_window", "sequence_tensor"])
     model: str = "mha"  # whose heads: the widths of queries, keys and values
     size: str = "small"
     n_heads: Count | None = 2  # null: the model's
-    lengths: list[Count] = Field(default_factory=list)  # default: LENGTHS
+    lengths: list[Count] = Field([])  # default: LENGTHS
     batch: Count = 1
     rounds: Count = 3  # every core is timed so many times, in turns; the median counts
     exponent_from: int = 4096  # the length from which the exponent of growth is fitted
     device: Device = "auto"
     dtype: Dtype = "auto"
-    overrides: list[str] = Field(default_factory=list)  # for every core, such as ['core.window=256']
 
 
 def contestant(config: AttentionSpeedConfig, core: str, length: int, runtime: Runtime) -> Rival:
@@ -59,7 +56,7 @@ def contestant(config: AttentionSpeedConfig, core: str, length: int, runtime: Ru
     chosen = [f"model={config.model}", f"size={config.size}", "tokenizer=gpt2", f"trainer.seq_len={length}"]
     if config.n_heads is not None:
         chosen.append(f"model.n_heads={config.n_heads}")
-    whole = configured(Config, [*chosen, *config.overrides, *f"core={core}".split()], world_size=1)
+    whole = configured(Config, [*chosen, *f"core={core}".split()], world_size=1)
     try:
         whole.core.check(whole.model, runtime.device.type, runtime.dtype)
     except ValueError as error:
@@ -92,20 +89,17 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
+    marks = []
+    with suppress(OSError, AttributeError, TypeError):  # only Linux has these
         ctypes.CDLL(None).malloc_trim(0)  # give back what was freed, so that it counts when it is taken again
-        Path("/proc/self/clear_refs").write_text("5")  # sets Linux's high-water mark to what is resident now
-    except (OSError, AttributeError):
-        step()
-        return None
-    before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+        marks.append(high_water_mark())
     step()
-    return max(0, resident("VmHWM") - before)
+    return high_water_mark() - marks[0] if marks else None
 
 
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+def high_water_mark() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def rows(config: AttentionSpeedConfig, length: int, rivals: list[Rival], runtime: Runtime) -> Iterator[dict]:
@@ -113,17 +107,15 @@ def rows(config: AttentionSpeedConfig, length: int, rivals: list[Rival], runtime
     device, tokens = runtime.device, config.batch * length
     steps = [training_step(rival, config.batch, length, runtime) for rival in rivals]
     memory = [peak_memory(step, device) for step in steps]  # this warms up too
-    times = [[milliseconds(step, device) for step in steps] for _ in range(config.rounds)]
-    medians = [[statistics.median(kind) for kind in zip(*column, strict=True)] for column in zip(*times, strict=True)]
+    medians = in_turns([partial(milliseconds, step, device) for step in steps], config.rounds)
     for name, (attention, core), used, (ms, compared) in zip(config.cores, rivals, memory, medians, strict=True):
         yield {
             "model": config.model, "size": config.size, "n_heads": attention.n_heads,
             "head_dim": attention.qk_head_dim, "core": name, "kernel": core.kernel, "fold": getattr(core, "fold", None),
             "device": device_name(device), "dtype": dtype_name(runtime.dtype), "batch": config.batch, "length": length,
-            "ms": ms, "processor_ms": None if device.type == "cuda" else compared,
+            "ms": ms, "compared_ms": compared, "times_as_fast": medians[0][1] / compared,
             "tokens_per_second": 1e3 * tokens / ms, "flops": 3 * core.flops_per_token(attention, length) * tokens,
-            "memory_bytes": used, "times_as_fast": medians[0][1] / compared, "compared_ms": compared,
-            "versions": versions(device),
+            "memory_bytes": used, "versions": versions(device),
         }  # fmt: skip
 
 
@@ -133,33 +125,19 @@ def exponent(rows: list[dict]) -> float | None:
     return statistics.linear_regression(x, y).slope if len(rows) > 1 else None
 
 
-def show(rows: list[dict], exponents: dict[str, float | None], exponent_from: int) -> None:
-    caption = f"times the speed of {next(iter(exponents))}; growth fitted from {exponent_from} tokens"
-    table = Table("length", *(f"{core}\nms, ratio, MiB" for core in exponents), box=box.SIMPLE_HEAD, caption=caption)
-    for length, group in groupby(rows, lambda row: row["length"]):
-        cells = []
-        for row in group:
-            memory = "" if row["memory_bytes"] is None else f", {row['memory_bytes'] / 2**20:,.0f}"
-            cells.append(f"{row['compared_ms']:,.1f}, {row['times_as_fast']:.2f}{memory}")
-        table.add_row(f"{length:,}", *cells)
-    table.add_row("growth", *("" if value is None else f"~ length^{value:.2f}" for value in exponents.values()))
-    Console(stderr=True, width=max(120, 30 * len(exponents))).print(table)
-
-
 def main(config: AttentionSpeedConfig) -> int:
     runtime = find_runtime(config.device, config.dtype)
     lengths = config.lengths or LENGTHS[runtime.device.type]
     by_length = each(lambda n: each(lambda core: contestant(config, core, n, runtime), config.cores), lengths)
     training_step(by_length[0][0], 1, lengths[0], runtime)()  # what the first use of anything costs
-    found = []
+    long: dict[str, list[dict]] = {core: [] for core in config.cores}
     for length, rivals in zip(lengths, by_length, strict=True):
         for row in rows(config, length, rivals, runtime):
-            found.append(row)
             print(json.dumps(row), flush=True)
-    long = [row for row in found if row["length"] >= config.exponent_from]
-    fitted = {core: exponent([row for row in long if row["core"] == core]) for core in config.cores}
-    print(json.dumps({"exponents": fitted, "from_length": config.exponent_from}), flush=True)
-    show(found, fitted, config.exponent_from)
+            if length >= config.exponent_from:
+                long[row["core"]].append(row)
+    exponents = {core: exponent(found) for core, found in long.items()}
+    print(json.dumps({"exponents": exponents, "from_length": config.exponent_from}), flush=True)
     return 0
 
 

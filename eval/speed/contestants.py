@@ -1,15 +1,15 @@
 """What competes in the decoding benchmark: mechanisms with a full cache, and the kernels that can attend for them."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configs.app import configured
-from eval.speed.kernels import installed_kernels
+from eval.speed.measure import timer
 from model.attention.base import Attention, AttentionCore, Dense
 from model.attention.latent import Absorbed
 from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
@@ -18,15 +18,11 @@ from model.cores.folded_cache import UnfinishedBlock
 from model.cores.full import Full
 from model.cores.sequence_tensor import SequenceTensor
 from model.mask import AttentionMask
-from model.transformer import SizeConfig, Transformer, TransformerConfig
-from training.config import Config
+from model.transformer import Transformer, TransformerConfig
 
-PAPER_SETTING = {  # Figures 5, 7 and 8: d_model / 64 heads each; MLA's size, not stated, is that which fits its curve
-    "gqa": ["model.n_kv_heads=4"],
-    "mla": ["model.kv_lora_rank=512", "model.qk_rope_head_dim=64"],
-    "t6": ["model.q_rank=16", "model.k_rank=1", "model.v_rank=1"],
-}
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of PyTorch's attention on a GPU
+PAGE = 64  # tokens in a page of FlashMLA's cache
+LATENT = 576  # numbers per token, the only size that FlashMLA has: DeepSeek's 512 + 64
 
 
 class MaterializedConfig(TensorProductConfig):
@@ -78,34 +74,6 @@ class Contestant:
         return f"{self.model} ({self.facts['cached']} cached{folded})"
 
 
-def contestants(
-    models: list[str], size: SizeConfig, d_models: list[int], overrides: list[str], materialized: bool,
-    folds: list[list[int]] = (),
-) -> Iterator[Contestant]:  # fmt: skip
-    """Yield every model at `size`, or at each of `d_models` in the paper's setting; and over each of `folds`."""
-    own = [f"size.{key}={value}" for key, value in size.model_dump(exclude={"name"}).items() if value is not None]
-    for d_model in d_models or [None]:
-        name = size.name if d_model is None else f"paper_{d_model}"
-        for model in models:
-            chosen = [f"size={size.name}", *own] if d_model is None else paper_setting(model, d_model)
-            run = configured(Config, [f"model={model}", "tokenizer=gpt2", *chosen, *overrides], world_size=1)
-            network, sdpa = run.network(), Full(kernel="sdpa")
-            if isinstance(network.attention, TensorProductConfig):
-                yield Contestant(model, name, replace(network, core=Full(kernel="factors")))
-                if materialized:
-                    explicit = MaterializedConfig(**dict(network.attention))
-                    yield Contestant(model, name, replace(network, core=sdpa, attention=explicit))
-            else:
-                yield Contestant(model, name, replace(network, core=sdpa))
-            for fold in folds:
-                yield Contestant(model, name, replace(network, core=SequenceTensor(fold=fold, kernel="sdpa")))
-
-
-def paper_setting(model: str, d_model: int) -> list[str]:
-    own = PAPER_SETTING.get("t6" if model.startswith("t6") else model, [])
-    return ["size=medium", f"size.d_model={d_model}", f"model.n_heads={d_model // 64}", *own]
-
-
 # --- the attention step alone
 
 
@@ -144,44 +112,56 @@ def attention_inputs(
 
 
 def kernels(call: tuple, core: AttentionCore, device: torch.device) -> dict[str, Callable]:
-    """Return by name the ways to attend with such arguments as `call` that are available here."""
+    """Return by name the ways to attend with such arguments as `call` that are available here.
 
-    def through(*backends) -> Callable:
-        def attend(*call) -> Tensor:
-            with sdpa_kernel(list(backends)):
-                return core.attend(*call)
-
-        return attend
-
+    On a GPU these are PyTorch's own, and those of FlashAttention and FlashMLA if they are installed.
+    """
     found = {core.kernel: core.attend}
     (qkv,) = call[0]
-    if device.type == "cuda" and isinstance(qkv, Dense | Absorbed):
-        found |= {f"sdpa.{name.lower()}": through(getattr(SDPBackend, name)) for name in BACKENDS}
-        found |= installed_kernels(qkv)
+    if device.type != "cuda" or not isinstance(qkv, Dense | Absorbed):
+        return found
+    found |= {f"sdpa.{name.lower()}": sdpa_kernel(getattr(SDPBackend, name))(core.attend) for name in BACKENDS}
+    with suppress(ImportError):
+        found |= flash_attention() if isinstance(qkv, Dense) else flash_mla(qkv)
     return found
+
+
+def flash_attention() -> dict[str, Callable]:
+    from flash_attn import flash_attn_with_kvcache
+
+    def attend(views: list[Dense], mask: AttentionMask, scale: float) -> Tensor:
+        return flash_attn_with_kvcache(views[0].q, views[0].k, views[0].v, softmax_scale=scale, causal=True)
+
+    return {"flash_attn": attend}
+
+
+def flash_mla(qkv: Absorbed) -> dict[str, Callable]:
+    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+    batch, length, width = qkv.latent.shape
+    if width != LATENT or length % PAGE:
+        return {}
+    pages = torch.arange(batch * length // PAGE, dtype=torch.int32, device=qkv.q.device).view(batch, -1)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=qkv.q.device)
+    schedule = get_mla_metadata(lengths, qkv.q.size(2), 1)
+
+    def attend(views: list[Absorbed], mask: AttentionMask, scale: float) -> tuple:
+        latent = views[0].latent.view(-1, PAGE, 1, width)
+        options = {"softmax_scale": scale, "causal": True}
+        return flash_mla_with_kvcache(views[0].q, latent, pages, lengths, 512, *schedule, **options)
+
+    return {"flash_mla": attend}
 
 
 # --- a whole step
 
 
-@dataclass
-class ModelStep:
-    """Decoding `tokens` tokens a row one after the other, the last of which attends to the whole length.
-
-    `reset` prepares the next one. `moved`: the bytes that a token must move.
-    """
-
-    run: Callable[[], None]
-    reset: Callable[[], None]
-    tokens: int
-    cache_bytes: int
-    moved: float
-
-
 def model_step(
     network: TransformerConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype
-) -> ModelStep:
-    """Return a step of a whole model whose cache is full of random numbers."""
+) -> tuple[Callable[[], tuple[float, float]], int, int, float]:
+    """Return what times a step of a whole model whose cache is full of random numbers, and numbers that belong to it:
+    the tokens a row that it decodes, the last of which attends to the whole length; the bytes of the cache; and the
+    bytes that a token must move."""
     with torch.device(device):
         model = Transformer(network).to(dtype).eval()
     cache = model.new_cache(batch, length, dtype)
@@ -206,4 +186,4 @@ def model_step(
 
     kept = sum(t.nbytes for part in cache.parts() if not isinstance(part, UnfinishedBlock) for t in part.tensors())
     share = network.core.keys_read(length) / length if is_folded else 1.0
-    return ModelStep(run, reset, steps, kept, weights + kept * share)
+    return timer(run, device, reset, captured=not is_folded), steps, kept, weights + kept * share

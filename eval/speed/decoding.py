@@ -12,39 +12,38 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
-from rich.console import Console
-from rich.progress import track
 
-from configs.app import app, choices
-from configs.errors import Mistakes, did_you_mean, writing
+from configs.app import app, configured
+from configs.errors import Mistakes, writing
 from configs.load import Command
 from data.files import write_atomic
-from eval.speed.contestants import Contestant, attention_inputs, contestants, kernels, model_step
+from eval.speed.contestants import Contestant, MaterializedConfig, attention_inputs, kernels, model_step
 from eval.speed.measure import Count, Some, copy_bandwidth, in_turns, timer, versions
 from eval.speed.plots import plot_decoding
 from model import counting
+from model.attention.tensor_product import TensorProductConfig
+from model.cores.full import Full
+from model.cores.sequence_tensor import SequenceTensor
 from model.transformer import SizeConfig
 from training import device as machine
-from training.device import Device, Dtype, format_bytes, parse_bytes
+from training.config import Config
+from training.device import Device, Dtype, format_bytes
 
+PAPER_SETTING = {  # Figures 5, 7 and 8: d_model / 64 heads each; MLA's size, not stated, is that which fits its curve
+    "gqa": ["model.n_kv_heads=4"],
+    "mla": ["model.kv_lora_rank=512", "model.qk_rope_head_dim=64"],
+    "t6": ["model.q_rank=16", "model.k_rank=1", "model.v_rank=1"],
+}
 LENGTHS = {"cpu": [2**12, 2**14], "cuda": [2**n for n in range(12, 20)]}
 ROTATED_BYTES = {"cpu": 2**29, "cuda": 2**30}  # of the caches of layers that take turns: many times an L2 cache
 MOST_LAYERS = 16
-
-
-def _models(names: list[str]) -> list[str]:
-    known = choices("model")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"there is no configs/model/{name}.yaml; {did_you_mean(name, known)}")
-    return names
 
 
 def _widths(widths: list[int]) -> list[int]:
@@ -53,15 +52,10 @@ def _widths(widths: list[int]) -> list[int]:
     return widths
 
 
-def _size(text: str) -> str:
-    parse_bytes(text)
-    return text
-
-
 class DecodingConfig(Command):
     yaml: ClassVar[str] = "decoding"
 
-    models: Annotated[list[str], Some, AfterValidator(_models)] = Field(["mha", "gqa", "mqa", "mla", "t6"])
+    models: Annotated[list[str], Some] = Field(["mha", "gqa", "mqa", "mla", "t6"])
     size: SizeConfig
     # Instead of a size, the paper's setting at these widths; its Figures 5, 7 and 8 are [1024,2048,3072].
     d_models: Annotated[list[int], AfterValidator(_widths)] = Field([])
@@ -71,10 +65,9 @@ class DecodingConfig(Command):
     device: Device = "auto"
     dtype: Dtype = "auto"  # of weights and cache
     rounds: Count = 9  # every contestant of a point is timed so many times, in turns; the median counts
-    memory: Annotated[str, AfterValidator(_size)] | None = None  # such as 60GiB; default: nine tenths of what is free
     materialized: bool = True  # next to t6 and its variants, the same model with its keys and values cached
     # Next to every model, the same one over each of these folds, such as [[128,128]]; whole steps only.
-    folds: list[list[Count]] = Field([])
+    folds: list[Annotated[list[Count], Some]] = Field([])
     overrides: list[str] = Field([])  # for every model, such as ['model.q_rank=16','model.k_rank=1']
     out: str | None = None  # a folder for decoding.jsonl and plots, with the paper's curves if it has them
 
@@ -83,14 +76,36 @@ class DecodingConfig(Command):
         lines = []
         if self.folds and "model" not in self.scopes:
             lines.append(f"folds={self.folds}: only whole steps can be timed, scopes=[model]")
-        for fold in self.folds:
-            if not fold:
-                lines.append(f"folds={self.folds}: must be lists of sizes, [n_1, ..., n_m]")
-            elif any(length < fold[0] for length in self.lengths):
-                lines.append(f"folds={self.folds}: lengths={self.lengths} must hold a block of {fold[0]} tokens")
+        blocks = {fold[0] for fold in self.folds if min(self.lengths, default=math.inf) < fold[0]}
+        lines += [f"folds={self.folds}: lengths={self.lengths} must hold a block of {block} tokens" for block in blocks]
         if lines:
             raise Mistakes(*lines)
         return self
+
+
+def contestants(config: DecodingConfig) -> list[Contestant]:
+    """Return the models at a size, or at each width of the paper's setting, with what else is compared with each."""
+    size, found = config.size, []
+    own = [f"size.{key}={value}" for key, value in size.model_dump(exclude={"name"}).items() if value is not None]
+    for d_model, model in product(config.d_models or [None], config.models):
+        name, chosen = size.name, [f"size={size.name}", *own]
+        if d_model is not None:
+            name, special = f"paper_{d_model}", PAPER_SETTING.get("t6" if model.startswith("t6") else model, [])
+            chosen = ["size=medium", f"size.d_model={d_model}", f"model.n_heads={d_model // 64}", *special]
+        overrides = [f"model={model}", "tokenizer=gpt2", *chosen, *config.overrides]
+        network = replace(configured(Config, overrides, world_size=1).network(), core=Full(kernel="sdpa"))
+        networks = [network]
+        if isinstance(network.attention, TensorProductConfig):
+            networks = [replace(network, core=Full(kernel="factors"))]
+            if config.materialized:
+                networks.append(replace(network, attention=MaterializedConfig(**dict(network.attention))))
+        networks += [replace(network, core=SequenceTensor(fold=fold, kernel="sdpa")) for fold in config.folds]
+        found += [Contestant(model, name, network) for network in networks]
+    return found
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 class Setting(NamedTuple):
@@ -102,14 +117,6 @@ class Setting(NamedTuple):
 
 
 @dataclass
-class Point:
-    """A contestant with its cache in memory: by kernel, the ways to time a pass; and the facts about it."""
-
-    ways: dict[str, Callable[[], float]]
-    facts: dict
-
-
-@dataclass
 class Bench:
     """The machine of a run."""
 
@@ -118,20 +125,18 @@ class Bench:
     bandwidth: float  # bytes a second, of a copy
     memory: float  # bytes to fill at most
     rounds: int
-    say: Callable[[str], None]
 
     def lines(self, rivals: list[Contestant], setting: Setting) -> Iterator[dict]:
         """Yield a line for every contestant that fits in memory, as many timed in turns as fit together."""
         group, used = [], 0.0
         for rival in rivals:
-            need = self.needed(rival, setting)
             if rival.is_folded and setting.scope == "attention":
                 continue
+            need = self.needed(rival, setting)
             if need > self.memory:
                 where = "{}, batch {}, {:,} tokens".format(*setting)
-                self.say(
-                    f"{rival}, {where}: skipped, it needs {format_bytes(need)} of {format_bytes(self.memory)}"
-                )  # fmt: skip
+                fits = f"it needs {format_bytes(need)} of {format_bytes(self.memory)}"
+                say(f"{rival}, {where}: skipped, {fits}")
                 continue
             if used + need > self.memory:
                 yield from self.run_in_turns(group, setting)
@@ -143,45 +148,41 @@ class Bench:
     def run_in_turns(self, rivals: list[Contestant], setting: Setting) -> Iterator[dict]:
         """Yield the line of each contestant, with the fastest of its kernels."""
         points = [self.prepare(rival, setting) for rival in rivals]
-        times = iter(in_turns([way for point in points for way in point.ways.values()], self.rounds))
-        for point in points:
-            if timed := [(next(times), kernel) for kernel in point.ways]:
-                yield self.line(point.facts, *min(timed))
+        times = iter(in_turns([way for ways, _ in points for way in ways.values()], self.rounds))
+        for ways, facts in points:
+            if timed := [(next(times), kernel) for kernel in ways]:
+                (passed, _), kernel = min(timed)
+                ms, floor = passed / (facts["layers"] * facts["tokens"]), facts["bytes"] / self.bandwidth * 1e3
+                yield facts | {
+                    "kernel": kernel, "ms": ms, "floor_ms": floor, "bandwidth_share": floor / ms,
+                    "tokens_per_second": setting.batch / ms * 1e3, "copy_bytes_per_second": self.bandwidth,
+                    "versions": versions(self.device),
+                }  # fmt: skip
 
-    def prepare(self, rival: Contestant, setting: Setting) -> Point:
-        """Return a contestant with a full cache, each of its ways to attend compiled and run once."""
+    def prepare(self, rival: Contestant, setting: Setting) -> tuple[dict[str, Callable], dict]:
+        """Return by kernel the ways to time a pass over a full cache, each compiled and run once; and the facts."""
         network, (scope, batch, length) = rival.network, setting
         counted = self.cache_bytes(rival, setting)
-        layers = tokens = 1
+        layers, tokens, ways = 1, 1, {}
         if scope == "model":
-            step = model_step(network, batch, length, self.device, self.dtype)
-            moved, cache_bytes, tokens = step.moved, step.cache_bytes, step.tokens
-            ways = {network.core.kernel: timer(step.run, self.device, step.reset, captured=not rival.is_folded)}
+            way, tokens, cache_bytes, moved = model_step(network, batch, length, self.device, self.dtype)
+            ways[network.core.kernel] = way
         else:
             wanted, room = math.ceil(ROTATED_BYTES[self.device.type] / counted), int(self.memory / (2 * counted))
             layers = max(1, min(MOST_LAYERS, wanted, room))
             calls, moved = attention_inputs(network, batch, length, layers, self.device, self.dtype)
-            cache_bytes, ways = moved, {}
+            cache_bytes = moved
             for name, kernel in kernels(calls[0], network.core, self.device).items():
                 try:
                     ways[name] = timer(lambda kernel=kernel: [kernel(*call) for call in calls], self.device)
                 except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                    self.say(f"{rival}: no {name}: {str(error).splitlines()[0][:120]}")
+                    say(f"{rival}: no {name}: {str(error).splitlines()[0][:120]}")
         if cache_bytes != counted:
             raise RuntimeError(f"{rival}: the cache has {cache_bytes} bytes, and {counted} are counted")
-        return Point(ways, rival.facts | {
+        return ways, rival.facts | {
             "scope": scope, "device": machine.device_name(self.device), "dtype": machine.dtype_name(self.dtype),
             "batch": batch, "length": length, "layers": layers, "tokens": tokens, "bytes": moved,
             "memory_bytes": cache_bytes,
-        })  # fmt: skip
-
-    def line(self, facts: dict, milliseconds: float, kernel: str) -> dict:
-        """Return the line of a point, given the time of a pass over its layers, or of its tokens."""
-        ms, floor = milliseconds / (facts["layers"] * facts["tokens"]), facts["bytes"] / self.bandwidth * 1e3
-        return facts | {
-            "kernel": kernel, "ms": ms, "floor_ms": floor, "bandwidth_share": floor / ms,
-            "tokens_per_second": facts["batch"] / ms * 1e3, "copy_bytes_per_second": self.bandwidth,
-            "versions": versions(self.device),
         }  # fmt: skip
 
     def cache_bytes(self, rival: Contestant, setting: Setting) -> int:
@@ -200,20 +201,16 @@ class Bench:
 @torch.no_grad()
 def main(config: DecodingConfig) -> int:
     runtime = machine.find_runtime(config.device, config.dtype)
-    device, say = runtime.device, Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    rivals = list(contestants(
-        config.models, config.size, config.d_models, config.overrides, config.materialized, config.folds
-    ))  # fmt: skip
+    device, rivals = runtime.device, contestants(config)
     if config.out:
         with writing("out", config.out):  # before it is measured what will lie there
             Path(config.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    memory = parse_bytes(config.memory) if config.memory else 0.9 * machine.available_memory(device)
-    bench = Bench(device, runtime.dtype, copy_bandwidth(device), memory, config.rounds, say.print)
-    say.print(f"{machine.device_name(device)}: a copy moves {bench.bandwidth / 1e9:,.0f} GB/s")
+    memory = 0.9 * machine.available_memory(device)
+    bench = Bench(device, runtime.dtype, copy_bandwidth(device), memory, config.rounds)
+    say(f"{machine.device_name(device)}: a copy moves {bench.bandwidth / 1e9:,.0f} GB/s")
     lines = []
-    settings = list(product(config.scopes, config.batches, config.lengths or LENGTHS[device.type]))
-    for setting in track(settings, "decoding", console=say, transient=True):
+    for setting in product(config.scopes, config.batches, config.lengths or LENGTHS[device.type]):
         for line in bench.lines(rivals, Setting(*setting)):
             lines.append(line)
             print(json.dumps(line), flush=True)
@@ -221,10 +218,9 @@ def main(config: DecodingConfig) -> int:
         path = Path(config.out) / "decoding.jsonl"
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
         for written in [path, *plot_decoding(lines, path.parent)]:
-            say.print(f"written to {written}")
+            say(f"written to {written}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     app(main, DecodingConfig)

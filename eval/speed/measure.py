@@ -20,7 +20,7 @@ def _some(values: list) -> list:
 
 Count = Annotated[int, Field(ge=1)]
 Some = AfterValidator(_some)  # of a list that must not be empty
-GPU_PACKAGES = ("triton", "flash-attn", "flashinfer-python", "flash-mla")
+GPU_PACKAGES = ("triton", "flash-attn", "flash-mla")
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -36,8 +36,8 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def timer(
     step: Callable[[], object], device: torch.device, reset: Callable[[], object] = lambda: None, captured: bool = True
-) -> Callable[[], float]:
-    """Return a function that runs `step` once and returns its milliseconds; `reset` runs before it, untimed.
+) -> Callable[[], tuple[float, float]]:
+    """Return a function that runs `step` once and returns its `milliseconds`; `reset` runs before it, untimed.
 
     On a GPU the step is captured in a CUDA graph, after a few runs that compile and tune it, and timed by events.
     `captured=False`: not captured, for a step whose host waits for the device.
@@ -58,9 +58,9 @@ def timer(
                 step()
             launch = graph.replay
 
-    def run() -> float:
+    def run() -> tuple[float, float]:
         reset()
-        return milliseconds(launch, device)[0]
+        return milliseconds(launch, device)
 
     run()
     return run
@@ -83,15 +83,15 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> tuple[floa
     return (began.elapsed_time(ended),) * 2
 
 
-def in_turns(runs: list[Callable[[], float]], rounds: int) -> list[float]:
-    """Return the median time of each run, over rounds in which each has its turn."""
+def in_turns(runs: list[Callable[[], tuple[float, float]]], rounds: int) -> list[tuple[float, float]]:
+    """Return the medians of what `milliseconds` returns, of each run, over rounds in which each has its turn."""
     times = [[run() for run in runs] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+    return [tuple(map(statistics.median, zip(*column, strict=True))) for column in zip(*times, strict=True)]
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Return the bytes a second that a large copy moves, those it reads and those it writes together."""
     source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    run = timer(lambda: target.copy_(source), device)
-    return 2 * source.nbytes / (statistics.median(run() for _ in range(7)) / 1e3)
+    ((ms, _),) = in_turns([timer(lambda: target.copy_(source), device)], rounds=7)
+    return 2 * source.nbytes / ms * 1e3

@@ -1,7 +1,7 @@
 """How fast training is: `python -m eval.speed.training model=t6 size=small trainer.micro_batch_size=8 [overrides]`.
 
 One JSON line for steps of forward, backward and optimizer on random tokens: train.py's model, optimizer and precision
-on one device, without data, DeepSpeed or logging. Keys are those of train.py, `steps`, and `document_tokens`.
+on one device, without data, DeepSpeed or logging. Keys are those of train.py, and `steps`.
 """
 
 import json
@@ -11,8 +11,6 @@ import time
 
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.progress import track
 
 from configs.app import app
 from eval.speed.measure import versions
@@ -25,11 +23,11 @@ from training.optim import build_optimizer
 
 WARM_UP = 2  # steps that compile, allocate and tune
 DOCUMENT_END = 0
+DOCUMENT_TOKENS = 500  # in a document, on average, with data.document_mask
 
 
 class SpeedConfig(Config):
     steps: int = Field(10, ge=1)  # timed ones
-    document_tokens: int = Field(500, ge=1)  # in a document, on average, with data.document_mask
 
 
 def main(config: SpeedConfig) -> int:
@@ -47,10 +45,9 @@ def main(config: SpeedConfig) -> int:
     shape = (trainer.micro_batch_size, trainer.seq_len)
     tokens, targets = torch.randint(DOCUMENT_END + 1, network.vocab_size, (2, *shape), device=device)
     if config.data.document_mask:
-        tokens[torch.rand(shape, device=device) < 1 / config.document_tokens] = DOCUMENT_END
+        tokens[torch.rand(shape, device=device) < 1 / DOCUMENT_TOKENS] = DOCUMENT_END
     times = []
-    console = Console(stderr=True)
-    for _ in track(range(WARM_UP + config.steps), description="training", console=console, transient=True):
+    for _ in range(WARM_UP + config.steps):
         began = time.perf_counter()
         loss = compute(tokens, targets) / targets.numel()
         loss.backward()
@@ -64,7 +61,7 @@ def main(config: SpeedConfig) -> int:
     line = {
         "model": config.model.name, "size": config.size.name, "core": config.core.name, "kernel": config.core.kernel,
         "device": device_name(device), "dtype": dtype_name(runtime.dtype), "batch": shape[0], "length": shape[1],
-        "document_tokens": config.document_tokens if config.data.document_mask else None,
+        "document_tokens": DOCUMENT_TOKENS if config.data.document_mask else None,
         "n_heads": config.model.n_heads, "params": counting.num_params(network),
         "tokens_per_second": targets.numel() / seconds, "ms": seconds * 1e3,
         "bytes": counting.activation_bytes_per_token(network, runtime.dtype.itemsize) * targets.numel(),

@@ -12,6 +12,12 @@ def budgets(*overrides: str) -> int:
     return main(configured(BudgetsConfig, list(overrides)))
 
 
+def test_unknown_names_get_a_suggestion():
+    for given, message in (("models=[t7]", "model=t7: .* did you mean t6"), ("sizes=[smal]", "size=smal: .* small")):
+        with pytest.raises(ConfigError, match=message):
+            budgets(given)
+
+
 def test_what_cannot_be_matched_is_reported(capsys):
     assert budgets("models=[mla]", "sizes=[tiny]", "overrides=['size.d_model=64']") == 0
     assert "mla tiny: no match within 5%: params are 1." in capsys.readouterr().out
@@ -48,7 +54,6 @@ def test_the_tables_vocabulary(capsys):
     ("override", "message"),
     [
         ("memory=lots", "memory=lots: must be a size such as 24GiB"),
-        ("models=[t7]", "models=.t7.: no such model: t7; did you mean t6"),
         ("match=heads", "match=heads: must be params, flops or kv_bytes"),
         ("seq_len=0", "seq_len=0: must be at least 1"),
     ],

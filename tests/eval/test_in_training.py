@@ -98,7 +98,7 @@ def test_what_cannot_be_benchmarked_is_refused_before_anything_is_made(small_run
     for suite, override, message in (
         ("perplexity", f"suite.files=[{tmp_path}/none/*.txt]", "suite.files: no file matches"),
         ("long_context", f"suite.data_dir={tmp_path}/none", "suite.data_dir=.*/none: not prepared"),
-        ("builtin_cloze", "rope_scaling=yarn,rope_factor=2", "rope_scaling=yarn, rope_factor=2.0: benchmarks take the"),
+        ("builtin_cloze", "step=3,core.kernel=sdpa", "step=3, core.kernel=sdpa: benchmarks take the model"),
         ("builtin_cloze", "core.kernel=sdpa", "core.kernel=sdpa: benchmarks take the model as it is trained"),
         ("builtin_cloze", "dtype=bf16", "trainer.benchmark_overrides: dtype=bf16: benchmarks take the model as it is"),
     ):

@@ -10,18 +10,13 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-import train
-from configs.app import configured
 from configs.errors import ConfigError
 from eval import run as eval_run
 from eval.loading import LoadedRun
-from eval.long_context import by_document
 from eval.passkey import prompt, retrieve
 from eval.texts import read_text
 from model.transformer import Transformer
-from tests.conftest import SMALL_RUN
 from tests.eval.helpers import evaluation, outcome
-from training.config import Config
 
 HUGGING_FACE = {"linear": ("linear", 4.0), "ntk": ("dynamic", 1.0), "yarn": ("yarn", 4.0)}  # NTK at 4 x the length
 
@@ -81,7 +76,7 @@ def test_every_length_is_scored_on_the_same_tokens(ours, book):
     arguments = [f"suite.files=[{book}/*.txt]", "suite.lengths=[32,128,256]", "suite.scored=20", "suite.trials=0"]
     config = evaluation("run=x", "suite=long_context", *arguments, "suite.scalings=[none,yarn]", "suite.windows=4")
     found = config.suite.run(ours, config)
-    document, _ = sorted(by_document(read_text(config.suite, ours)).streams, key=len, reverse=True)
+    document, _ = sorted(read_text(config.suite, ours).documents(), key=len, reverse=True)
     places = range(len(document) - 1, 255, -20)
     ends = [places[n] for n in np.linspace(0, len(places) - 1, 4).round().astype(int)]
     for length in (32, 128, 256):
@@ -137,37 +132,27 @@ def test_prompts_have_their_length_and_depth(ours):
         assert places == sorted(places) and places[0] < 0.35 and places[-1] > 0.6
 
 
-def test_two_runs_side_by_side(trained, book, small_data, tokenizer_file, tmp_path, capsys):
-    other = ["tokenizer=huggingface", f"tokenizer.path={tokenizer_file}", f"data.dir={trained.parent}/shards"]
-    other += [small_data[0], "model=t6", "run.name=the other one", "trainer.max_steps=2", f"run.dir={tmp_path}/run"]
-    assert train.main(configured(Config, [*SMALL_RUN, *other])) == 0
-    arguments = [
-        f"suite.files=[{book}/*.txt]",
-        "suite.lengths=[64,256]",
-        "suite.trials=1",
-        "suite.depths=[0,1]",
-        "limit=2",
-    ]
-    config = evaluation(f"run={trained}", "suite=long_context", *arguments, f"suite.beside=[{tmp_path}/run]")
+def test_the_command_leaves_a_table_and_plots(trained, book, capsys):
+    lengths = [f"suite.files=[{book}/*.txt]", "suite.lengths=[64,256]", "suite.scalings=[none,yarn]"]
+    config = evaluation(
+        f"run={trained}", "suite=long_context", *lengths, "suite.trials=1", "suite.depths=[0,1]", "limit=2"
+    )
     assert eval_run.main(config) == 0
     results = trained / "results"
-    for name in ("long_context.png", "long_context_passkey.png", "long_context_beside.png"):
+    for name in ("long_context.png", "long_context_passkey.png"):
         assert (results / name).read_bytes()[:4] == b"\x89PNG"
-    table = (results / "long_context_beside.md").read_text().splitlines()
-    runs = [line.split("|")[1].strip() for line in table if "| none |" in line]
-    name = json.loads((trained / "summary.json").read_text())["run"]
-    assert runs == [name, "the other one"] * 2  # at two lengths each
-    losses = [line.split("|", 2)[2] for line in table if "| none |" in line]
-    assert len(set(losses)) == 4  # and each its own numbers
+    table = (results / "long_context.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:] if line.startswith("|")]
+    assert [row[2:4] for row in rows] == [["none", "64"], ["yarn", "64"], ["none", "256"], ["yarn", "256"]]
     record = json.loads((results / "long_context.json").read_text())
-    assert record["results"]["none/256/loss"] > 0 and "none/64/passkey" not in record["results"]
-    assert capsys.readouterr().out.count("256") >= 2
+    assert [row[4] for row in rows] == [f"{record['results'][f'{row[2]}/{row[3]}/loss']:.4f}" for row in rows]
+    assert "none/256/passkey" in record["results"] and "none/64/passkey" not in record["results"]
+    assert record["sweep"]["points"]["yarn"]["256"]["passkey_nats"][0] < 0
+    assert table in capsys.readouterr().out
 
 
 def test_lengths_that_no_document_has_are_refused(ours, book):
     with pytest.raises(ConfigError, match=r"suite.lengths=\[64, 100000\]: the longest document"):
         outcome(ours, "suite=long_context", f"suite.files=[{book}/*.txt]", "suite.lengths=[64,100000]")
-    with pytest.raises(ConfigError, match="takes suite.scalings"):
-        evaluation("run=x", "suite=long_context", "rope_scaling=yarn", "rope_factor=2")
     with pytest.raises(ConfigError, match="must be none, linear, ntk or yarn"):
         evaluation("run=x", "suite=long_context", "suite.scalings=[alibi]")

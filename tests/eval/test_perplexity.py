@@ -103,7 +103,5 @@ def test_bad_requests_name_the_key(ours, trained, small_data, tmp_path):
             outcome(ours, *overrides)
     with pytest.raises(ConfigError, match="suite.files and path: give one source of text"):
         evaluation("run=x", "suite.files=[a.txt]", "suite.path=wikitext")
-    with pytest.raises(ConfigError, match="go together"):
-        evaluation("run=x", "rope_scaling=yarn")
     with pytest.raises(ConfigError, match="step=5: .* has no checkpoint of it; there are 4, 8, 12"):
         eval_run.main(evaluation(f"run={trained}", "step=5"))

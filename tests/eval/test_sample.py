@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -92,17 +93,13 @@ def test_a_broken_checkpoint_is_named_on_standard_error(command, finished, tmp_p
 
 
 def test_a_conversation(command, monkeypatch):
-    lines = ["The class", ":temperature=0 max_new_tokens=4", "The class", "The class", ":top_p=7", ":run=other", ":"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    text, notes = command("interactive=true", "max_new_tokens=12", "temperature=0")
+    monkeypatch.setattr("sys.stdin", io.StringIO("The class\nAnother\n"))
+    settings = ["max_new_tokens=12", "temperature=1.2"]
+    text, _ = command("interactive=true", *settings, "seed=3")
     monkeypatch.undo()
-    long, _ = command("prompt=The class", "max_new_tokens=12", "temperature=0")
-    short, _ = command("prompt=The class", "max_new_tokens=4", "temperature=0")
-    assert text == long + short + short
-    assert "top_p=7: must be at most 1" in notes and "run: cannot change any more" in notes
-    settings = [line for line in notes.splitlines() if line.startswith("count=1")]
-    assert len(settings) == 4 and all("temperature=0.0 top_k=50" in line for line in settings)
-    assert "seed=1" in settings[0] and "seed=3" in settings[-1]
+    assert (
+        text == command("prompt=The class", *settings, "seed=3")[0] + command("prompt=Another", *settings, "seed=4")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,9 +130,7 @@ def test_streamed_pieces_make_the_whole_text(small_data, tokenizer):
     )
     text = "Größe: ∑ of naïve 東京 and 🙂🙃, tabs\tand\n\n  spaces "
     ids = found.encode(text)
-    for split in (0, 1, len(ids) // 2, len(ids)):
-        growing = sample.GrowingText(found, ids[:split])
-        pieces = [growing.text, *(growing.add(token) for token in ids[split:]), growing.add(None)]
-        if not found.decode(ids[:split]).endswith("\ufffd"):  # a prompt is whole text
-            assert "".join(pieces) == growing.text == found.decode(ids)
-            assert not any("\ufffd" in piece for piece in pieces)
+    pieces = [sample.settled(found, ids[:count]) for count in range(len(ids) + 1)]
+    assert not any("\ufffd" in piece for piece in pieces) and pieces[-1] == found.decode(ids)
+    assert all(later.startswith(earlier) for earlier, later in pairwise(pieces))
+    assert sum(later == earlier for earlier, later in pairwise(pieces)) < len(ids) / 2

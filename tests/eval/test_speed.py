@@ -9,8 +9,8 @@ import torch
 from configs.app import configured
 from configs.errors import ConfigError
 from eval.speed import training
-from eval.speed.contestants import attention_inputs, contestants
-from eval.speed.decoding import Bench, DecodingConfig, Setting, main
+from eval.speed.contestants import attention_inputs
+from eval.speed.decoding import Bench, DecodingConfig, Setting, contestants, main
 from model import counting
 from model.transformer import Transformer
 from tests.model.helpers import SMALL, wake_up
@@ -73,18 +73,17 @@ def test_folds_are_timed_over_a_block_beside_the_whole_length(capsys):
 
 
 def test_the_papers_setting(capsys):
-    made = {
-        rival.model: rival.network
-        for rival in contestants(["mha", "gqa", "mla", "t6"], decoding().size, [2048], [], materialized=False)
-    }
+    config = decoding("models=[mha,gqa,mla,t6]", "d_models=[2048]", "materialized=false")
+    made = {rival.model: rival.network for rival in contestants(config)}
     assert {network.attention.n_heads for network in made.values()} == {32}
     assert {network.d_model for network in made.values()} == {2048}
     numbers = {model: counting.kv_numbers_per_token(network.attention) for model, network in made.items()}
     assert numbers == {"mha": 4096, "gqa": 512, "mla": 576, "t6": 192}
 
 
-def test_what_does_not_fit_is_said_and_skipped(capsys):
-    assert main(decoding("models=[mha,mqa]", "lengths=[4096]", "memory=6MB")) == 0
+def test_what_does_not_fit_is_said_and_skipped(capsys, monkeypatch):
+    monkeypatch.setattr("training.device.available_memory", lambda device: 6e6)
+    assert main(decoding("models=[mha,mqa]", "lengths=[4096]")) == 0
     out = capsys.readouterr()
     assert [json.loads(line)["model"] for line in out.out.splitlines()] == []
     assert "mha (k, v cached), attention, batch 1, 4,096 tokens: skipped, it needs" in out.err
@@ -92,7 +91,7 @@ def test_what_does_not_fit_is_said_and_skipped(capsys):
 
 def test_as_many_are_timed_together_as_fit(monkeypatch):
     groups, needs = [], {"a": 3, "b": 2, "c": 4, "d": 1}
-    bench = Bench(torch.device("cpu"), torch.float32, 1.0, 5, 1, print)
+    bench = Bench(torch.device("cpu"), torch.float32, 1.0, 5, 1)
     monkeypatch.setattr(Bench, "needed", lambda self, rival, setting: needs[rival.model])
     monkeypatch.setattr(Bench, "run_in_turns", lambda self, rivals, _: groups.append([r.model for r in rivals]) or [])
     list(bench.lines([SimpleNamespace(model=name, is_folded=False) for name in needs], Setting("model", 1, 8)))
@@ -102,7 +101,7 @@ def test_as_many_are_timed_together_as_fit(monkeypatch):
 def test_the_materialized_side_is_the_same_model():
     """Same logits from the same weights, and attention that is asked for what a full pass would ask."""
     torch.manual_seed(0)
-    rivals = list(contestants(["t6"], decoding().size, [], ["tokenizer.vocab_size=300"], materialized=True))
+    rivals = contestants(decoding("models=[t6]", "overrides=['tokenizer.vocab_size=300']"))
     factored, explicit = (wake_up(Transformer(rival.network)) for rival in rivals)
     explicit.load_state_dict(factored.state_dict())
     tokens = torch.randint(0, 300, (2, 9))
@@ -117,7 +116,7 @@ def test_the_materialized_side_is_the_same_model():
 
 @pytest.mark.parametrize("model", ["mha", "mla", "t6", "t6_shared_b"])
 def test_the_attention_step_is_over_the_whole_cache(model):
-    rival = next(contestants([model], decoding().size, [], [], materialized=False))
+    rival = contestants(decoding(f"models=[{model}]", "materialized=false"))[0]
     calls, cache_bytes = attention_inputs(rival.network, 2, 11, 3, torch.device("cpu"), torch.float32)
     assert len(calls) == 3
     assert cache_bytes == counting.kv_numbers_per_token(rival.network.attention) * 2 * 11 * 4
@@ -134,12 +133,12 @@ def test_the_attention_step_is_over_the_whole_cache(model):
         ("scopes=[layer]", "must be attention or model"),
         ("lengths=[0]", "lengths.0=0: must be at least 1"),
         ("d_models=[100]", "multiples of 64"),
-        ("memory=much", "must be a size such as 24GiB"),
+        ("folds=[[]]", "name at least one"),
     ],
 )
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
-        decoding(override)
+        main(decoding(override))
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path, capsys):
@@ -152,7 +151,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(tm
 @pytest.mark.parametrize(
     "options",
     [
-        ["data.document_mask=true", "document_tokens=5"],
+        ["data.document_mask=true"],
         ["core.kernel=factors"],
         ["model=mha", "trainer.activation_checkpointing=true"],
     ],
@@ -164,7 +163,7 @@ def test_training_prints_one_line(capsys, options):
     assert line.keys() >= CONTRACT | {"mfu"}
     assert line["tokens_per_second"] == pytest.approx(4 * 16 / line["ms"] * 1e3)
     assert 0 < line["mfu"] < 1
-    assert line["document_tokens"] == (5 if "document_tokens=5" in options else None)
+    assert line["document_tokens"] == (500 if "data.document_mask=true" in options else None)
 
 
 def test_training_refuses_what_the_core_cannot_do():

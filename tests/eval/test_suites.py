@@ -170,7 +170,7 @@ def test_missing_tasks_and_files_are_named_together(ours, benchmarks):
 
 SUITES = [
     ["suite=builtin_cloze", "suite.tasks=[cloze]", "limit=9"],
-    ["suite=perplexity", "suite.stride=48"],
+    ["suite=perplexity", "limit=7"],
     ["suite=long_context", "suite.lengths=[32,128]", "suite.trials=0", "limit=5"],
 ]
 SCRIPT = f"""

@@ -57,7 +57,7 @@ def test_what_is_wrong_with_those_that_stopped(stopped):
         found = status.read_status(stopped, {})
         return found.state, found.problem
 
-    assert status.read_status(stopped, {}).problem == "nothing written for 24 h"
+    assert status.read_status(stopped, {}).problem == "nothing written for 1 day, 0:00:00"
     crash = "Traceback (most recent call last):\n  ...\ntorch.OutOfMemoryError: CUDA out of memory\n"
     failed = "=== job 12: failed with exit code 1 [2026-11-22 10:01:00]\n"
     assert state(crash + failed) == ("failed", "failed with exit code 1; torch.OutOfMemoryError: CUDA out of memory")
@@ -76,7 +76,7 @@ def test_the_queue_knows_best(stopped):
     (stopped / "job.json").write_text(json.dumps({"jobs": {"train": "13_2"}}))
     assert status.read_status(stopped, {"13_2": ("PENDING", "Priority")}).problem == "waits: Priority"
     found = status.read_status(stopped, {"12": ("RUNNING", "None")})
-    assert (found.state, found.problem) == ("running", "nothing written for 24 h")
+    assert (found.state, found.problem) == ("running", "nothing written for 1 day, 0:00:00")
 
 
 def test_a_loss_that_is_not_finite_and_a_broken_checkpoint(stopped):

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.app import configured
+from configs.app import configured, verbatim
 from configs.errors import ConfigError
 from slurm import scheduler, snapshot, submit
 from slurm.estimate import GIB, estimate
-from slurm.jobs import quoted
 from slurm.options import Options
 from tests.conftest import SMALL_RUN
 from training.config import Config
@@ -48,7 +47,7 @@ def test_the_estimate_is_counted():
 
 def test_a_dry_run_prints_scripts_that_run_and_creates_nothing(small_data, alone, capsys):
     name = "it's $HOME 'x'"
-    given = words(small_data, f"run.name={quoted(name)}", "wandb.tags=[a, b c]")
+    given = words(small_data, verbatim(f"run.name={name}", ("run.name",)), "wandb.tags=[a, b c]")
     assert submit.main(["--dry-run", "--nodes=2", "--ntasks-per-node=1", "--partition=big", "--time=1:00", *given]) == 0
     out = capsys.readouterr().out
     assert list(alone.iterdir()) == [] and "GiB for each GPU" in out and "assumed" in out
@@ -56,7 +55,8 @@ def test_a_dry_run_prints_scripts_that_run_and_creates_nothing(small_data, alone
     assert "--nodes=2 --ntasks-per-node=1 --partition=big --time=1:00" in train
     assert "--partition=big" in evaluation and "--nodes=2" not in evaluation and "--time=1:00" not in evaluation
     # The script, with the file that it sources replaced by one that prints its arguments, gives them as typed.
-    for script, expected in ((train, given), (evaluation, [f"run={quoted(f'runs/{name}')}", "suite=perplexity"])):
+    of_run = verbatim(f"run=runs/{name}", ("run",))
+    for script, expected in ((train, given), (evaluation, [of_run, "suite=perplexity"])):
         lines = [line for line in script.splitlines()[1:] if not line.startswith(". ")]
         shell = "\n".join([*lines, 'printf "%s\\0" "$@"'])
         said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
