@@ -63,9 +63,8 @@ def main(config: Config) -> int:
                 release_memory()
             return code
     except Ended as ended:
-        message, code = ended.args
-        report.say(message)
-        return code
+        report.say(ended.args[0])
+        return ended.args[1]
 
 
 def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks, report: Report) -> int:

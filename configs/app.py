@@ -25,6 +25,7 @@ CONFIGS = Path(__file__).parent.resolve()
 INTERRUPTED = 130  # what shells make of Ctrl-C
 GROUPS = {path.name for path in CONFIGS.iterdir() if any(path.glob("**/*.yaml"))}
 OmegaConf.register_new_resolver("pick", lambda key, values: values.get(key, values["other"]), replace=True)
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def choices(group: str) -> list[str]:
@@ -50,21 +51,21 @@ def config_errors() -> Iterator[None]:
         raise ConfigError(text) from error
 
 
-def compose(schema: type[Command], overrides: list[str], texts: tuple[str, ...] = ()) -> DictConfig:
-    """Return the tree that Hydra makes of the YAML of `schema` and command-line overrides; `texts` as for `app`."""
+def compose(schema: type[Command], overrides: list[str]) -> DictConfig:
+    """Return the tree that Hydra makes of the YAML of `schema` and command-line overrides."""
     running = GlobalHydra.instance()
     around, running.hydra = running.hydra, None  # a Hydra app may compose further configurations
     try:
         with config_errors(), hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            ours, hydras = take_plain(overrides, schema, texts)
+            ours, hydras = take_plain(overrides, schema)
             return merged(hydra.compose(schema.yaml, [force(override, schema) for override in hydras]), ours)
     finally:
         running.hydra = around
 
 
-def configured(schema: type[Command], overrides: list[str], texts: tuple[str, ...] = (), **context):
+def configured(schema: type[Command], overrides: list[str], **context):
     """Return the configuration that a command with these overrides would get."""
-    return load(compose(schema, overrides, texts), schema, **context)
+    return load(compose(schema, overrides), schema, **context)
 
 
 def combinations(overrides: list[str]) -> list[list[str]]:
@@ -83,7 +84,8 @@ def app(
     """Run `main(configuration)` as a Hydra app; what it returns is the exit code (under `-m` of each job in turn)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print with its own exit code 1
     args = get_args_parser().parse_args()
-    ours, hydras = take_plain(args.overrides, schema, texts)
+    ours, hydras = take_plain(args.overrides, schema)
+    given = [verbatim(arg, texts) for arg in hydras]
 
     def job(tree: DictConfig) -> None:
         try:
@@ -94,12 +96,12 @@ def app(
             sys.exit(code)
 
     with ending_well(), config_errors():
-        forced = {arg: force(arg, schema) for arg in hydras}
+        forced = {arg: force(text, schema) for arg, text in zip(hydras, given, strict=True)}
         if args.cfg == "job" and not args.package:
-            print(as_yaml(to_dict(configured(schema, args.overrides, texts))), end="")
+            print(as_yaml(to_dict(configured(schema, [*given, *ours]))), end="")
         else:
-            if args.multirun and not any(arg.startswith("hydra/sweeper=") for arg in hydras):
-                check_sweep(each(lambda words: configured(schema, [*words, *ours], texts), combinations(hydras)))
+            if args.multirun and not any(arg.startswith("hydra/sweeper=") for arg in given):
+                check_sweep(each(lambda words: configured(schema, [*words, *ours]), combinations(given)))
             sys.argv[1:] = [forced.get(arg, arg) for arg in sys.argv[1:] if arg not in ours]
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=schema.yaml)(job)()
 
@@ -139,19 +141,16 @@ def known_keys(schema: type[Command]) -> tuple[set[str], set[str]]:
     return chosen, set(schema.model_fields) - chosen
 
 
-def take_plain(overrides: list[str], schema: type[Command], texts: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Split overrides into plain text and what Hydra reads, which takes any key with a group's name for the group."""
-    names = known_keys(schema)[1] & GROUPS | set(texts)
-    ours = [word for word in overrides if "=" in word and word.partition("=")[0].lstrip("+") in names]
+def take_plain(overrides: list[str], schema: type[Command]) -> tuple[list[str], list[str]]:
+    """Split off the overrides of plain keys that have a group's name, which Hydra would take for the group."""
+    names = known_keys(schema)[1] & GROUPS
+    ours = [override for override in overrides if override.partition("=")[0].lstrip("+") in names]
     return ours, [override for override in overrides if override not in ours]
 
 
-def merged(tree: DictConfig, ours: list[str]) -> DictConfig:
+def merged(tree: DictConfig, overrides: list[str]) -> DictConfig:
     OmegaConf.set_struct(tree, False)  # Hydra's: the keys of a class need not be in its YAML
-    for override in ours:
-        key, _, text = override.partition("=")
-        tree[key.lstrip("+")] = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation of OmegaConf's
-    return tree
+    return OmegaConf.merge(tree, OmegaConf.from_dotlist([override.lstrip("+") for override in overrides]))
 
 
 def force(override: str, schema: type[Command]) -> str:
@@ -165,6 +164,15 @@ def force(override: str, schema: type[Command]) -> str:
         raise ConfigError(f"{key}: unknown key; {did_you_mean(key, plain | chosen)}")
     is_plain = "=" in override and key[:1] not in "+~" and not key.startswith("hydra.") and "/" not in key
     return f"++{override}" if is_plain and group not in chosen else override
+
+
+def verbatim(override: str, texts: tuple[str, ...]) -> str:
+    """Quote the value of `key=value` for Hydra if the key is one of `texts` and the value is not quoted already."""
+    key, equals, text = override.partition("=")
+    if key.lstrip("+") not in texts or not equals or QUOTED.fullmatch(text):
+        return override
+    plain = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf's interpolation
+    return f"{key}='" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), plain) + "'"
 
 
 def fail(error: ConfigError) -> None:

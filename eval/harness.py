@@ -16,7 +16,7 @@ from eval.loading import LoadedRun
 from eval.scoring import log_likelihoods
 from model.generation import stream
 from model.sampling import Sampling
-from training.ranks import merge, rank, world_size
+from training.ranks import gather, rank, world_size
 
 STOP_CHECK_EVERY = 16  # generated tokens between two searches for a stop sequence
 
@@ -106,7 +106,8 @@ class HarnessModel(TemplateLM):
         order = Collator(asked, lambda one: -len(one[0]), lambda one: one[1], group_by="gen_kwargs")
         batches = list(order.get_batched(n=self.batch_size))
         mine = range(len(batches)) if self.run.lockstep else range(rank(), len(batches), world_size())
-        texts = merge({number: self.generate(batches[number]) for number in self.progress(mine, "generating")})
+        texts = {number: self.generate(batches[number]) for number in self.progress(mine, "generating")}
+        texts = {number: found for part in gather(texts) for number, found in part.items()}
         return order.get_original([text for number in range(len(batches)) for text in texts[number]])
 
     def generate(self, batch: list[tuple[list[int], dict]]) -> list[str]:

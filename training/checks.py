@@ -71,8 +71,7 @@ def check_data(config: Config) -> None:
 
 
 def check_init_from(config: Config) -> None:
-    resumes = any(Path(config.run.dir).glob("checkpoints/step_*"))  # then nothing is read from there any more
-    if config.trainer.init_from and not resumes:
+    if config.trainer.init_from and not any(Path(config.run.dir).glob("checkpoints/step_*")):  # else it resumes
         check_source(config.trainer.init_from)
 
 

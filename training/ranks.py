@@ -87,11 +87,6 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def merge(parts: dict) -> dict:
-    """Return the ranks' dicts as one, on every rank."""
-    return {key: value for part in gather(parts) for key, value in part.items()}
-
-
 def total(values: Tensor) -> Tensor:
     """Return the sum over all ranks, on every rank; `values` is changed in place."""
     if grouped():

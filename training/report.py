@@ -27,7 +27,6 @@ class Report:
 
     def __init__(self, enabled: bool):
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
-        self.first_step, self.started = 0, time.monotonic()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from configs.app import CONFIGS, GROUPS, as_yaml, configured
+from configs.app import CONFIGS, GROUPS, as_yaml, configured, verbatim
 from configs.errors import ConfigError, did_you_mean
 from configs.load import load, to_dict
 from eval.config import EvalConfig
@@ -167,7 +167,11 @@ PROMPTS = ["Once upon a time, there was", "def f(x): return {x: [1]}", "it's 'so
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_taken_as_it_stands(prompt):
-    assert configured(SampleConfig, ["run=x", f"prompt={prompt}"], texts=("prompt",)).prompt == prompt
+    assert configured(SampleConfig, ["run=x", verbatim(f"prompt={prompt}", ("prompt",))]).prompt == prompt
+
+
+def test_a_prompt_that_is_quoted_for_hydra_keeps_that_meaning():
+    assert verbatim("prompt='a, b'", ("prompt",)) == "prompt='a, b'" and verbatim("run=a,b", ("prompt",)) == "run=a,b"
 
 
 class Extended(Config):

@@ -1,10 +1,13 @@
 """What is printed while a run trains."""
 
+import time
+
 from training.report import Report
 
 
 def test_a_logged_step_is_one_line(capsys):
     report = Report(enabled=True)
+    report.first_step, report.started = 0, time.monotonic()
     speed = {"train/loss": 2.3456, "perf/tokens_per_second": 123_456.0}
     report.update(100_000, 100_000, speed | {"val/loss": 2.5, "val/perplexity": 12.2})
     assert capsys.readouterr().out == (
