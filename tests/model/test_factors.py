@@ -78,7 +78,7 @@ def test_the_reference_equals_attention_over_explicit_keys_and_values(shape):
 def test_the_blocked_path_equals_the_reference(monkeypatch, shape, ragged, few):
     """Over blocks smaller than the shapes, next to NaN beyond the rows' ends, and with a row of one key."""
     torch.manual_seed(0)
-    for name, value in (("DECODE_KEYS", 8), ("SPLIT_KEYS", 3), ("PREFILL_BLOCK", 8), ("FEW_COLUMNS", few)):
+    for name, value in (("DECODE_KEYS", 8), ("SPLIT_KEYS", 3), ("FEW_COLUMNS", few)):
         monkeypatch.setattr(factors, name, value)
     n_queries, n_keys, heads, ranks, *rest = SHAPES[shape]
     factored = random_factors(3, n_queries, n_keys, heads, ranks, *rest[:3], times=rest[3])
@@ -101,10 +101,10 @@ def test_half_precision_comes_close():
         assert (out - factor_attention(factored, 0.25)).norm() < 0.01 * out.norm()
 
 
-OPTIONS = [("model.qk_norm=true", "model.output_gate=true", "model.rope_fraction=0.5"), ()]
+OPTIONS = [("model.qk_norm=true", "model.output_gate=true", "model.rope_fraction=0.5"), ("model.rope_fraction=0",), ()]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["options", "plain"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["options", "no rope", "plain"])
 @pytest.mark.parametrize("model", FACTORED)
 def test_a_model_has_the_logits_that_it_has_through_explicit_keys(model, options):
     """And, where gradients go through explicit keys with either kernel, the same gradients to the bit."""
