@@ -14,23 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from model.attention.base import QKV, Dense
+from model.attention.base import QKV, AttentionCore, Dense
 from model.cache import LayerCache, Part
 from model.cores.folding import Axis, mix
 from model.cores.kernels import sdpa
 from model.cores.kernels.sdpa import share_heads
 from model.mask import AttentionMask
-
-
-def check_decoding(dtype: torch.dtype | None, compiled: bool) -> None:
-    """Raise a ValueError for a cache in int8, or for a step of fixed shapes."""
-    if dtype == torch.int8:
-        raise ValueError("core=sequence_tensor: closed values are not quantised; use a float dtype for the cache")
-    if compiled:
-        raise ValueError(
-            "core=sequence_tensor: folds blocks as they complete, which a compiled step of fixed shapes cannot; "
-            "decode without compiling"
-        )
 
 
 class UnfinishedBlock(Part):
@@ -48,16 +37,16 @@ class FoldedCache(LayerCache):
 
     attends: ClassVar[bool] = True
 
-    def __init__(self, fold: list[int], batch: int, capacity: int, dtype: torch.dtype, device):
-        check_decoding(dtype, compiled=False)
-        super().__init__({}, batch, capacity, dtype, device)
-        self.fold, self.batch, self.dtype, self.device = fold, batch, dtype, device
+    def __init__(self, core: AttentionCore, fold: list[int], batch: int, dtype: torch.dtype, device):
+        core.check_decoding(dtype, compiled=False)
+        super().__init__({}, batch, 0, dtype, device)
+        self.core, self.fold, self.batch, self.dtype, self.device = core, fold, batch, dtype, device
         self.spans = list(accumulate(fold[:-1], mul, initial=1))  # positions inside of a step: 1, n_1, n_1 n_2 ...
         self.last = len(fold) - 1
         self.ends = [0] * batch
 
     def fix_shapes(self) -> None:
-        check_decoding(self.dtype, compiled=True)
+        self.core.check_decoding(self.dtype, compiled=True)
 
     def attend(self, views: list[QKV], positions: Tensor, scale: float) -> Tensor:
         """Return the attended values [B, T, H, E] of tokens at `positions` [B or 1, T], which join the cache.

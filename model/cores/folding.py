@@ -66,11 +66,6 @@ class Axis:
         return x.reshape(self.batch, self.outer * self.size * self.inner, -1, x.size(-1))
 
 
-def pad_tokens(x: Tensor, padding: int) -> Tensor:
-    """Return x [B, T, N, D] with `padding` zero tokens at its end, which is the future."""
-    return F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
-
-
 def mix(axis: Axis, q: Tensor, k: Tensor, values: Tensor, scale: float, causal: bool = False) -> Tensor:
     """Return softmax(q k^T scale) values along one axis, [B, T, H, E]."""
     if axis.inner > 1 or k.size(2) != values.size(2):  # heads and offsets share a dimension

@@ -22,9 +22,9 @@ from pydantic import field_validator
 from torch import Tensor
 
 from model.attention.base import QKV, AttentionConfig, Dense
-from model.cache import Shapes
-from model.cores.folded_cache import FoldedCache, check_decoding
-from model.cores.folding import Axis, auto_fold, axis_sizes, coordinate, mix, open_hop, pad_tokens
+from model.cache import Shapes, pad_tokens
+from model.cores.folded_cache import FoldedCache
+from model.cores.folding import Axis, auto_fold, axis_sizes, coordinate, mix, open_hop
 from model.cores.kernels.available import load_triton, runs_triton
 from model.cores.kernels.sdpa import share_heads
 from model.cores.kernels.two_tracks import two_tracks
@@ -76,7 +76,13 @@ class SequenceTensor(PartialCore):
                 raise ValueError("core.kernel=triton: needs a GPU; use core.kernel=sdpa")
 
     def check_decoding(self, dtype: torch.dtype | None, compiled: bool) -> None:
-        check_decoding(dtype, compiled)
+        if dtype == torch.int8:
+            raise ValueError(f"core={self.name}: closed values are not quantised; use a float dtype for the cache")
+        if compiled:
+            raise ValueError(
+                f"core={self.name}: folds blocks as they complete, which a compiled step of fixed shapes cannot; "
+                "decode without compiling"
+            )
 
     def hops(self, positions: Tensor) -> list[Tensor]:
         if self.rope == "global":
@@ -116,7 +122,7 @@ class SequenceTensor(PartialCore):
         return share_heads(opened if mask.causal else closed, n_heads)[:, :seq_len]
 
     def cache(self, attention: AttentionConfig, batch: int, capacity: int, dtype: torch.dtype, device) -> FoldedCache:
-        return FoldedCache(self.axes, batch, capacity, dtype, device)
+        return FoldedCache(self, self.axes, batch, dtype, device)
 
     def cache_shapes(self, attention: AttentionConfig) -> Shapes:
         """Return a key in the mechanism's form and a value: closed, and so per query head, unless there is one axis.

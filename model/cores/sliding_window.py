@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from model.attention.base import QKV, AttentionConfig, Dense
+from model.cache import pad_tokens
 from model.cores.kernels import sdpa
 from model.cores.partial import PartialCore
 from model.mask import AttentionMask, mean_causal_keys
@@ -66,8 +66,7 @@ class SlidingWindow(PartialCore):
 
     def blocks(self, x: Tensor) -> Tensor:
         """Return x [B, T, ...] as [B, T / window, window, ...], padded at its end, which is the future."""
-        padding = -x.size(1) % self.window
-        return F.pad(x, [0, 0] * (x.ndim - 2) + [0, padding]).unflatten(1, (-1, self.window))
+        return pad_tokens(x, -x.size(1) % self.window).unflatten(1, (-1, self.window))
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
         """Return the operations of scores and weighted values, 2 a multiply-add, over the keys a query sees."""
