@@ -14,18 +14,10 @@ COMPILED: WeakKeyDictionary = WeakKeyDictionary()  # model -> its compiled step
 
 @torch.no_grad()
 def stream(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-    stop_tokens: Sequence[int] = (),
-    use_cache: bool = True,
-    cache_dtype: torch.dtype | None = None,
-    chunk: int = 512,
-    compiled: bool = False,
-    vocab_size: int | None = None,
-) -> Iterator[list[int | None]]:
+    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0,
+    stop_tokens: Sequence[int] = (), use_cache: bool = True, cache_dtype: torch.dtype | None = None, chunk: int = 512,
+    compiled: bool = False, vocab_size: int | None = None,
+) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield the next token of each of `prompts`, step by step; None in a row that has ended with a stop token.
 
     `model` is a Transformer. Row i is drawn by seed + i, whatever the other rows are. Prompts pass through the model in
@@ -49,9 +41,7 @@ def stream(
     model.eval()
     try:
         logits = prefill(model, rows, cache, chunk) if cache else whole_pass(model, rows)
-        step = decode_step
-        if compiled and cache:
-            step = compile_step(model, cache, max_new_tokens)
+        step = compile_step(model, cache, max_new_tokens) if compiled and cache else decode_step
         for i in range(max_new_tokens):
             chosen = sampling.choose(logits[:, :vocab_size], uniforms[i], seen)
             if seen is not None:
@@ -110,14 +100,13 @@ def compile_step(model: nn.Module, cache: KVCache, n_tokens: int) -> Callable:
     if model not in COMPILED:
         options = {"mode": "reduce-overhead" if graphs else None, "isolate_recompiles": True, "recompile_limit": 64}
         COMPILED[model] = torch.compile(decode_step, fullgraph=True, dynamic=False, **options)
-    compiled = COMPILED[model]
     if not graphs:
-        return compiled
+        return COMPILED[model]
     for tensor in cache.tensors():  # CUDA graphs refuse to write to inputs that might move
         torch._dynamo.mark_static_address(tensor)
 
     def step(*inputs):
         torch.compiler.cudagraph_mark_step_begin()
-        return compiled(*inputs).clone()  # the next run overwrites it
+        return COMPILED[model](*inputs).clone()  # the next run overwrites it
 
     return step

@@ -40,9 +40,8 @@ class AttentionMask:
 
     def packs(self, n_queries: int) -> bool:
         """Return whether rows of `documents` are all there is to mask: causal queries, each with its key."""
-        if self.documents is None or self.starts is not None or self.window is not None:
-            return False
-        return self.causal and self.documents.size(1) == n_queries
+        only_documents = self.documents is not None and self.starts is None and self.window is None
+        return only_documents and self.causal and self.documents.size(1) == n_queries
 
     @cached_property
     def document_bounds(self) -> Tensor:

@@ -38,16 +38,13 @@ class RopeScaling:
         plain = rope_frequencies(dim, base, device)
         if self.kind != "yarn":
             return plain / self.factor
-        kept = 1 - self._ramp(dim, base, device)
-        return plain * kept + plain / self.factor * (1 - kept)
-
-    def _ramp(self, dim: int, base: float, device) -> Tensor:
-        """Return 0 for pairs that stay, 1 for those divided by the factor, and linear values between them."""
         turns = (self.fast, self.slow)
         pairs = [dim * math.log(self.original_length / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns]
         first, last = max(math.floor(pairs[0]), 0), min(math.ceil(pairs[1]), dim - 1)
         numbers = torch.arange(dim // 2, dtype=torch.float32, device=device)
-        return ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)
+        # 1 for pairs that stay, 0 for those divided by the factor, and linear values between them.
+        kept = 1 - ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)
+        return plain * kept + plain / self.factor * (1 - kept)
 
 
 def rope_frequencies(dim: int, base: float, device=None) -> Tensor:

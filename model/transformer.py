@@ -53,6 +53,11 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     document_end: int | None = None  # the token that ends a document, if documents do not see each other
 
+    @property
+    def cores(self) -> list[AttentionCore]:
+        """The core of each layer."""
+        return [self.core.for_layer(layer) for layer in range(self.n_layers)]
+
     @classmethod
     def of(
         cls, attention: AttentionConfig, core: AttentionCore, size: SizeConfig, vocab_size: int,
@@ -104,8 +109,7 @@ class Transformer(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.recompute = recompute  # drop each block's activations and compute them again in the backward pass
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        cores = [config.core.for_layer(layer) for layer in range(config.n_layers)]
-        attentions = (config.attention.build(config.d_model, layer, core) for layer, core in enumerate(cores))
+        attentions = (config.attention.build(config.d_model, layer, core) for layer, core in enumerate(config.cores))
         self.blocks = nn.ModuleList(Block(a, config.d_model, config.d_ff, config.norm_eps) for a in attentions)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -121,13 +125,11 @@ class Transformer(nn.Module):
             positions, documents = torch.arange(tokens.size(1), device=tokens.device)[None], None
             if self.config.document_end is not None:
                 positions, documents = split_documents(tokens, self.config.document_end)
-            mask = AttentionMask(documents=documents)
+            rest = (positions, AttentionMask(documents=documents))
             x = self.embed(tokens)
             for block in self.blocks:
-                if self.recompute and self.training:
-                    x = checkpoint(block, x, positions, mask, use_reentrant=False)
-                else:
-                    x = block(x, positions, mask)
+                recompute = self.recompute and self.training
+                x = checkpoint(block, x, *rest, use_reentrant=False) if recompute else block(x, *rest)
             return x
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -138,11 +140,9 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         """Return the cross-entropy of `targets` [B, T] after tokens [B, T], in nats, in fp32.
 
-        It is a sum over tokens, since the caller knows how many tokens the global batch has, or with reduction="none"
-        each token's, [B, T].
-
-        Logits take more memory than anything else that is not kept for the backward pass: if that is recomputed, or
-        there is none, they are formed for LOSS_CHUNK tokens at a time.
+        It is a sum over tokens, since the caller knows how many the global batch has, or with reduction="none" each
+        token's, [B, T]. Logits take the most memory of what is not kept for the backward pass: if that is recomputed,
+        or there is none, they are formed for LOSS_CHUNK tokens at a time.
         """
 
         def losses(x: Tensor, targets: Tensor) -> Tensor:
@@ -188,9 +188,8 @@ class Transformer(nn.Module):
         return self.head(self.final_norm(x))
 
     def _autocast(self, device_type: str):
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device_type, self.autocast_dtype)
+        dtype = self.autocast_dtype
+        return contextlib.nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
     def store_weights_as_computed(self) -> None:
         """Keep the matrices in the precision that autocast would cast them to at every step: for inference."""
@@ -214,6 +213,6 @@ class Transformer(nn.Module):
         """
         device = self.embedding.weight.device
         dtype = dtype or self.autocast_dtype or self.embedding.weight.dtype
-        attentions = [block.attention for block in self.blocks]
+        attentions = (block.attention for block in self.blocks)
         layers = [a.core.cache(a.config, batch, capacity, dtype, device) for a in attentions]
         return KVCache(layers, batch, capacity, device, documents=self.config.document_end is not None)

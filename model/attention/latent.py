@@ -5,7 +5,7 @@ and one rotated key that all heads share. Cached: the normalised c_kv and the ro
 absorbs the up-projections into the query and the output (section 2.1.2): what is cached is one key for all heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -77,17 +77,14 @@ class LatentConfig(AttentionConfig):
         return self.qk_rope_head_dim
 
     def projection_params(self, d_model: int) -> int:
-        down = d_model * (self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim)
         norms = self.q_lora_rank + self.kv_lora_rank
-        up_q = self.q_lora_rank * self.n_heads * self.qk_head_dim
-        up_kv = self.kv_lora_rank * self.n_heads * 2 * self.head_dim
-        return down + norms + up_q + up_kv
+        up = self.n_heads * (self.q_lora_rank * self.qk_head_dim + self.kv_lora_rank * 2 * self.head_dim)
+        return d_model * (norms + self.qk_rope_head_dim) + norms + up
 
     def cache_shapes(self) -> Shapes:
-        shapes = {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,)}
-        if self.qk_norm:  # a key's norm differs from head to head, and absorbed decoding never sees the key
-            shapes["k_norm"] = (self.n_heads,)
-        return shapes
+        # A key's norm differs from head to head, and absorbed decoding never sees the key.
+        norm = {"k_norm": (self.n_heads,)} if self.qk_norm else {}
+        return {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,), **norm}
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "LatentAttention":
         return LatentAttention(self, d_model, core)
@@ -104,11 +101,10 @@ class UpProjection(nn.Linear):
         self.shapes = [(n_heads, width)] * 2
 
     def forward(self, x: Tensor, absorb: str = "") -> Tensor | list[Tensor]:
-        """Return k_nope and v; with `absorb="k"` of q_nope [B, T, H, D] what meets c_kv, [B, T, H, L]; with "v" of
-        attended c_kv the values."""
+        """Return k_nope and v of c_kv; of q_nope what meets c_kv (absorb="k"); of attended c_kv the values ("v")."""
         if not absorb:
             return split_heads(super().forward(x), *self.shapes)
-        up_k, up_v = (half.unflatten(0, shape) for half, shape in zip(self.weight.chunk(2), self.shapes, strict=True))
+        up_k, up_v = self.weight.unflatten(0, (2, *self.shapes[0]))
         if absorb == "k":
             return torch.einsum("bthd,hdl->bthl", x, up_k)
         return torch.einsum("bthl,hdl->bthd", x, up_v)
@@ -126,12 +122,10 @@ class LatentAttention(Attention):
         self.kv_up_proj = UpProjection(config.kv_lora_rank, heads, width)
 
     def project(self, x: Tensor) -> Latent:
-        q_nope, q_rope, c_kv, k_rope = self.compress(x)
-        return self.expanded(q_nope, q_rope, c_kv, k_rope)
+        return self.expanded(*self.compress(x))
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return q_nope [B, T, H, D], q_rope [B, T, H, P], the normalised c_kv [B, T, L] and the shared key
-        [B, T, 1, P]."""
+        """Return q_nope [B, T, H, D], q_rope [B, T, H, P], normalised c_kv [B, T, L] and the one key [B, T, 1, P]."""
         c_q, c_kv, k_rope = self.down_proj(x).split(self.down_widths, dim=-1)
         heads, width, rope = self.config.n_heads, self.config.head_dim, self.config.qk_rope_head_dim
         q_nope, q_rope = split_heads(self.q_up_proj(self.q_norm(c_q)), (heads, width), (heads, rope))
@@ -144,7 +138,7 @@ class LatentAttention(Attention):
 
     def rotate(self, qkv: Latent, positions: Tensor) -> Latent:
         q_rope, k_rope = self.turn(positions, qkv.q_rope, qkv.k_rope)
-        return Latent(qkv.q_nope, q_rope, qkv.k_nope, k_rope, qkv.v, qkv.normalize)
+        return replace(qkv, q_rope=q_rope, k_rope=k_rope)
 
     def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
         q_nope, q_rope, c_kv, k_rope = self.compress(x)

@@ -29,25 +29,6 @@ def auto_fold(seq_len: int) -> list[int]:
     return min(folds, key=lambda fold: (sum(fold), prod(fold), fold[0]))
 
 
-def axis_sizes(fold: list[int], seq_len: int) -> list[int]:
-    """Return the axes of a sequence of `seq_len`, the last as long as it must be.
-
-    Axes that a short sequence does not fill are cut: nothing reads what would lie there.
-    """
-    *inner_axes, _ = fold
-    sizes, inner = [], 1
-    for size in inner_axes:
-        sizes.append(min(size, -(-seq_len // inner)))
-        inner *= sizes[-1]
-    return [*sizes, -(-seq_len // inner)]
-
-
-def coordinate(fold: list[int], axis: int, positions: Tensor) -> Tensor:
-    """Return the coordinate along `axis` of each of `positions`."""
-    steps = positions // prod(fold[:axis])
-    return steps if axis == len(fold) - 1 else steps % fold[axis]
-
-
 @dataclass(frozen=True)
 class Axis:
     """One axis of a folded batch: `size` steps with `inner` positions inside of each and `outer` groups around them."""

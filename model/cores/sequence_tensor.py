@@ -14,6 +14,7 @@ mixes all of block j_2. The limit of the method: how a past block is mixed is de
 same offset, q(j_2, i_1), not by the query that reads it.
 """
 
+import os
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -24,11 +25,11 @@ from torch import Tensor
 from model.attention.base import QKV, AttentionConfig, Dense
 from model.cache import Shapes, pad_tokens
 from model.cores.folded_cache import FoldedCache
-from model.cores.folding import Axis, auto_fold, axis_sizes, coordinate, mix, open_hop
-from model.cores.kernels.available import load_triton, runs_triton
+from model.cores.folding import Axis, auto_fold, mix, open_hop
+from model.cores.full import PartialCore
+from model.cores.kernels import load_triton
 from model.cores.kernels.sdpa import share_heads
 from model.cores.kernels.two_tracks import two_tracks
-from model.cores.partial import PartialCore
 from model.mask import AttentionMask
 
 
@@ -50,10 +51,11 @@ class SequenceTensor(PartialCore):
     @field_validator("fold")
     @classmethod
     def _sizes(cls, fold: Any) -> Any:
-        listed = isinstance(fold, list | tuple) and fold
-        if fold != "auto" and not (listed and all(type(size) is int and size >= 1 for size in fold)):
+        if fold == "auto":
+            return fold
+        if not (isinstance(fold, list | tuple) and fold and all(type(size) is int and size >= 1 for size in fold)):
             raise ValueError("must be auto or a list of sizes of at least 1, [n_1, ..., n_m]")
-        return fold if fold == "auto" else list(fold)
+        return list(fold)
 
     @property
     def axes(self) -> list[int]:
@@ -66,13 +68,19 @@ class SequenceTensor(PartialCore):
         return self.replace(fold=auto_fold(seq_len)) if self.fold == "auto" else self
 
     def sizes(self, seq_len: int) -> list[int]:
-        """Return the axes of a sequence of `seq_len`: as folded, the last as long as it must be."""
-        return axis_sizes(self.axes, seq_len)
+        """Return the axes of a sequence of `seq_len`, the last as long as it must be.
+
+        Axes that a short sequence does not fill are cut: nothing reads what would lie there.
+        """
+        sizes = []
+        for size in self.axes[:-1]:
+            sizes.append(min(size, -(-seq_len // prod(sizes))))
+        return [*sizes, -(-seq_len // prod(sizes))]
 
     def check(self, attention: AttentionConfig, device: str, dtype: torch.dtype) -> None:
         if self.kernel == "triton":
-            load_triton("core.kernel=sdpa")
-            if not runs_triton(device):
+            load_triton()
+            if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter is for tests
                 raise ValueError("core.kernel=triton: needs a GPU; use core.kernel=sdpa")
 
     def check_decoding(self, dtype: torch.dtype | None, compiled: bool) -> None:
@@ -87,7 +95,8 @@ class SequenceTensor(PartialCore):
     def hops(self, positions: Tensor) -> list[Tensor]:
         if self.rope == "global":
             return [positions for _ in self.axes]
-        return [coordinate(self.axes, axis, positions) for axis in range(len(self.axes))]
+        steps = [positions // prod(self.axes[:axis]) for axis in range(len(self.axes))]
+        return [step % size for step, size in zip(steps[:-1], self.axes[:-1], strict=True)] + steps[-1:]
 
     def attend(self, views: list[QKV], mask: AttentionMask, scale: float) -> Tensor:
         views = [view.materialize() for view in views]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.attention.base import QKV, AttentionConfig, Dense
 from model.cache import pad_tokens
+from model.cores.full import PartialCore
 from model.cores.kernels import sdpa
-from model.cores.partial import PartialCore
 from model.mask import AttentionMask, mean_causal_keys
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention.tensor_product import Factored, Factors, each
-from model.cores.kernels import sdpa
-from model.cores.kernels.available import load_triton
+from model.cores.kernels import load_triton, sdpa
 from model.mask import AttentionMask
 
 FEW_COLUMNS = 512  # up to this number of (query, head) pairs of a row it is decoding, above it a prefill
@@ -47,7 +46,7 @@ def flash_tpa(
     with torch.autocast(b_q.device.type, enabled=False):
         if b_q.is_cpu:
             return attend_rows(factored, scale, starts)
-        kernels = load_triton("core.kernel=sdpa")
+        kernels = load_triton()
         return (kernels.decode if is_decoding(factored.q, factored.k) else kernels.prefill)(factored, scale, starts)
 
 
@@ -61,23 +60,20 @@ def attend_rows(factored: Factored, scale: float, starts: Tensor | None) -> Tens
 
     It never forms a tensor of S x H x D, nor one of T x S.
     """
-    q, k, v = factored.q, factored.k, factored.v
-    batch, n_queries, n_keys = q.b.size(0), q.b.size(1), k.b.size(1)
-    out = q.b.new_empty(batch, n_queries, k.a.size(2), v.width)
-    counts = [n_keys] * batch if starts is None else (starts + n_queries).tolist()
-    for row, count in enumerate(counts):
-        own = (each(part, lambda x: x[row]) for part in (q, k, v))  # noqa: B023
-        attend_few(*own, out[row], scale, count)
-    return out
+    parts, rows = (factored.q, factored.k, factored.v), []
+    batch, n_queries, n_keys = factored.q.b.size(0), factored.q.b.size(1), factored.k.b.size(1)
+    for row, count in enumerate([n_keys] * batch if starts is None else (starts + n_queries).tolist()):
+        rows.append(attend_few(*(each(part, lambda x: x[row]) for part in parts), scale, count))  # noqa: B023
+    return torch.stack(rows)
 
 
-def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, n_keys: int) -> None:
-    """Fill `out` [T, H, E] for a few queries of one sequence against many keys, as in decoding.
+def attend_few(q: Factors, k: Factors, v: Factors, scale: float, n_keys: int) -> Tensor:
+    """Return [T, H, E] for a few queries of one sequence against many keys, as in decoding.
 
     The queries are formed (T x H x D, small); keys and values never are: a_k scales each rank's products with b_k.
     """
-    n_queries, heads, width = out.shape
-    wide = torch.promote_types(out.dtype, torch.float32)
+    n_queries, heads, width = q.b.size(0), k.a.size(1), v.width
+    wide = torch.promote_types(q.b.dtype, torch.float32)
     rows = n_queries * heads
     queries = (each(q, lambda x: x.to(wide)).product() * (scale / k.a.size(-1))).reshape(rows, -1).T.contiguous()
     partial, tops, sums = [], [], []
@@ -106,7 +102,7 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, n_
     scales = (tops - tops.amax(0)).exp()
     total = (torch.stack(partial) * scales[..., None]).sum(0)
     norm = (torch.stack(sums) * scales).sum(0) * v.a.size(-1)
-    out.copy_((total / norm[:, None]).view_as(out))
+    return (total / norm[:, None]).view(n_queries, heads, width).to(q.b.dtype)
 
 
 def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:

@@ -43,11 +43,10 @@ def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: fl
         options["attn_mask"] = mask.allowed(n_queries, n_keys, q.device)
     if n_queries == 1:  # the heads of a group are queries of one key head: no key is copied for them
         q = q.reshape(q.size(0), n_groups, n_heads // n_groups, -1)
-    elif n_heads != n_groups:
-        if q.is_cpu or (has_flash(q, v) and "attn_mask" not in options):
-            options["enable_gqa"] = True
-        else:  # a GPU would fall back to the path that forms all scores
-            k, v = (x.repeat_interleave(n_heads // n_groups, dim=1) for x in (k, v))
+    elif q.is_cpu or (has_flash(q, v) and "attn_mask" not in options):
+        options["enable_gqa"] = n_heads != n_groups
+    elif n_heads != n_groups:  # a GPU would fall back to the path that forms all scores
+        k, v = (x.repeat_interleave(n_heads // n_groups, dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, **options)
     return out.reshape(out.size(0), n_heads, n_queries, -1)
 

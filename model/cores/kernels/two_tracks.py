@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from model.cores.kernels.available import load_triton
+from model.cores.kernels import load_triton
 
 
 def two_tracks(
@@ -27,7 +27,7 @@ def two_tracks(
 def hop(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, scale: float, axis: list[int], closing: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return load_triton("core.kernel=sdpa").two_tracks(q, k, values, own, scale, axis, closing)
+    return load_triton().two_tracks(q, k, values, own, scale, axis, closing)
 
 
 @hop.register_fake
@@ -42,8 +42,7 @@ def hop_backward(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, results: list[Tensor], d_opened: Tensor, d_closed: Tensor | None,
     scale: float, axis: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kernels = load_triton("core.kernel=sdpa")
-    return kernels.two_tracks_backward(q, k, values, own, results, d_opened, d_closed, scale, axis)
+    return load_triton().two_tracks_backward(q, k, values, own, results, d_opened, d_closed, scale, axis)
 
 
 @hop_backward.register_fake

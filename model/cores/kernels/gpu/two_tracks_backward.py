@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.cores.kernels.gpu.common import precision, strides
-from model.cores.kernels.gpu.two_tracks import find_line, grid, lines, load_pair, load_tile, stage_range, tuned, widths
+from model.cores.kernels.gpu.common import autotuned, precision, strides, widths
+from model.cores.kernels.gpu.two_tracks import KEY, find_line, grid, lines, load_pair, load_tile, stage_range
 
-# Rows of the block that stays, rows of those that go by, warps.
-SIZES = ((32, 16, 4), (16, 16, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 32, 8))
-QUERY_CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=2) for m, n, w in SIZES]
-KEY_CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=2) for n, m, w in SIZES]
+# Rows of the block that stays, rows of those that go by, warps, stages.
+SIZES = (
+    (32, 16, 4, 2), (16, 16, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 1)
+)  # fmt: skip
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def score_gradients(logits, lse, left, right, delta, seen, PRECISION: tl.constex
     return weights, weights * (tl.dot(left, tl.trans(right), input_precision=PRECISION) - delta)
 
 
-@tuned(QUERY_CONFIGS)
+@autotuned("BLOCK_M BLOCK_N", *SIZES, key=KEY)
 @triton.jit
 def queries_kernel(
     q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_q,
@@ -135,7 +135,7 @@ def queries_kernel(
     tl.store(d_q + places[:, None] * D + d[None, :], (gradient * score_scale).to(d_q.dtype.element_ty), mask=stored)
 
 
-@tuned(KEY_CONFIGS)
+@autotuned("BLOCK_N BLOCK_M", *SIZES, key=KEY)
 @triton.jit
 def keys_kernel(
     q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_k, d_values,
@@ -210,7 +210,7 @@ def two_tracks_backward(
     (d_q, d_k), (d_values, down) = ([x.new_empty(x.shape) for _ in range(2)] for x in (q, opened))
     delta_both, delta_closed, diagonal = (torch.empty_like(opened_lse) for _ in range(3))
     groups = {"GROUP_K": heads // k.size(2), "GROUP_V": heads // values.size(2)}
-    shape = widths(q, values) | {"CLOSED": closing}
+    shape = widths(q.size(-1), values.size(-1)) | {"CLOSED": closing}
     scores = scale * math.log2(math.e)
     rows, block = opened_lse.numel(), 32
     rows_kernel[(triton.cdiv(rows, block),)](
