@@ -85,10 +85,7 @@ class LayerCache:
         self.parts = {name: Part(batch, capacity, shape, dtype, device) for name, shape in shapes.items()}
 
     def append(self, new: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Store what new tokens leave behind, [B, T, *shape] a part, and return that of all tokens, [B, S, *shape].
-
-        The result is a copy only if the dtype of the cache is not that of `new`.
-        """
+        """Store what new tokens leave behind, [B, T, *shape] a part, and return that of all tokens, [B, S, *shape]."""
         for name, part in self.parts.items():
             part.write(new[name], positions)
         return {name: part.read(self.owner.n_keys, new[name].dtype) for name, part in self.parts.items()}
@@ -104,9 +101,9 @@ class LayerCache:
 class KVCache:
     """The cache of `batch` rows with room for `capacity` tokens each, which grows as needed.
 
-    `lengths` [B] are the tokens in each row. The host knows them too: what is attended to is cut to the longest row,
-    rows of one length need no mask, and a full cache grows. From `fix_shapes` on every shape is the same from one token
-    to the next, for a compiled step or a CUDA graph: attention is over the whole capacity, and there is no more room.
+    The host knows the `lengths` [B] of the rows too: what is attended to is cut to the longest, and rows of one length
+    need no mask. From `fix_shapes` on every shape is the same from one token to the next, for a compiled step or a
+    CUDA graph: attention is over the whole capacity, and there is no more room.
     """
 
     def __init__(self, layers: Sequence[LayerCache], batch: int, capacity: int, device, documents: bool = False):
@@ -174,13 +171,12 @@ class KVCache:
             raise ValueError(f"{batch} rows of tokens for a cache of {self.batch}")
         new = torch.arange(n_tokens, device=tokens.device)
         self.counts = None if counts is None or self.static else counts.tolist()
+        positions, starts = self.lengths[:, None] + new, self.lengths
         if not self.static:
             self.reserve(n_tokens)
             self.n_keys = max(self._ends) + n_tokens
-        if not self.static and min(self._ends) == max(self._ends):
-            positions, starts = (new + self._ends[0])[None], None
-        else:
-            positions, starts = self.lengths[:, None] + new, self.lengths
+            if min(self._ends) == max(self._ends):
+                positions, starts = (new + self._ends[0])[None], None
         if self.documents is None:
             return positions, AttentionMask(starts=starts)
         current = self.documents.gather(1, self.lengths[:, None])

@@ -22,30 +22,25 @@ def stream(
 
     `model` is a Transformer. Row i is drawn by seed + i, whatever the other rows are. Prompts pass through the model in
     pieces of `chunk` tokens. `compiled` compiles the step of one token (CUDA graphs on a GPU); without `use_cache` each
-    step passes over everything again, which gives the same tokens. There is no longest length: the cache grows. Tokens
-    from `vocab_size` on are padding of the model's vocabulary, and never drawn.
-
-    ValueError for an empty prompt.
+    step passes over everything again, which gives the same tokens. Tokens from `vocab_size` on are padding of the
+    model's vocabulary, and never drawn. ValueError for an empty prompt.
     """
     if min(map(len, prompts), default=0) == 0:
         raise ValueError("a prompt must have at least one token")
     training, device = model.training, model.embedding.weight.device
     rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
     uniforms = draws(range(seed, seed + len(rows)), max_new_tokens, device)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(rows), vocab_size or model.config.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in zip(seen, rows, strict=True):
-            row[torch.tensor(prompt, device=device)] = True
+    seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, rows, strict=True):
+        row[torch.tensor(prompt, device=device)] = True
     cache = model.new_cache(len(rows), dtype=cache_dtype) if use_cache else None
     model.eval()
     try:
         logits = prefill(model, rows, cache, chunk) if cache else whole_pass(model, rows)
         step = compile_step(model, cache, max_new_tokens) if compiled and cache else decode_step
         for i in range(max_new_tokens):
-            chosen = sampling.choose(logits[:, :vocab_size], uniforms[i], seen)
-            if seen is not None:
-                seen.scatter_(1, chosen[:, None], True)
+            chosen = sampling.choose(logits[:, :vocab_size], uniforms[i], seen[:, :vocab_size])
+            seen.scatter_(1, chosen[:, None], True)
             tokens = chosen.tolist()
             ended = [done or token in stop_tokens for done, token in zip(ended, tokens, strict=True)]
             yield [None if done else token for done, token in zip(ended, tokens, strict=True)]

@@ -64,16 +64,12 @@ class TransformerConfig:
         document_end: int | None = None,
     ) -> "TransformerConfig":  # fmt: skip
         """Return the network of a run's blocks, with an `attention` of its own."""
-        return cls(
-            attention.replace(), core, size.n_layers, size.d_model, size.d_ff, vocab_size, size.norm_eps, document_end
-        )
+        shape = {key: getattr(size, key) for key in ("n_layers", "d_model", "d_ff", "norm_eps")}
+        return cls(attention.replace(), core, vocab_size=vocab_size, document_end=document_end, **shape)
 
 
 def split_documents(tokens: Tensor, document_end: int) -> tuple[Tensor, Tensor]:
-    """Return (each token's position in its document, the number of its document), both [B, T], for tokens [B, T].
-
-    `document_end` is its document's last token; what a sequence starts with counts as a document's start.
-    """
+    """Return (each token's position in its document, the number of its document), both [B, T], for tokens [B, T]."""
     starts = F.pad(tokens[:, :-1] == document_end, (1, 0))
     places = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     first = torch.where(starts, places, 0).cummax(dim=1).values
@@ -163,8 +159,7 @@ class Transformer(nn.Module):
     def decode(self, tokens: Tensor, cache: KVCache, counts: Tensor | None = None, last: bool = True) -> Tensor:
         """Return the logits [B, V] of each row's last token, for tokens [B, T] that follow and join what `cache` holds.
 
-        `counts` [B] are how many of the T tokens are a row's own, the rest being padding at its end. With last=False
-        the logits are those of all tokens, [B, T, V].
+        `counts` [B]: how many of the T tokens are a row's own, the rest being padding. last=False: logits [B, T, V].
         """
         with self._autocast(tokens.device.type):
             positions, mask = cache.begin(tokens, self.config.document_end, counts)
@@ -199,18 +194,12 @@ class Transformer(nn.Module):
                     module.weight.data = module.weight.data.to(self.autocast_dtype)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
-        """Return what follows each of `prompts`, at most `max_new_tokens`, without the stop token that ends it.
-
-        `model.generation.stream` has the options, and yields the same token by token.
-        """
+        """Return what follows each of `prompts`, without the stop token; `options` are those of `generation.stream`."""
         steps = zip(*stream(self, prompts, max_new_tokens, **options), strict=True)
         return [[token for token in row if token is not None] for row in steps] or [[] for _ in prompts]
 
     def new_cache(self, batch: int, capacity: int = 0, dtype: torch.dtype | None = None) -> KVCache:
-        """Return a cache for `batch` rows with room for `capacity` tokens each, which grows as needed.
-
-        `dtype`: by default that of the forward pass; torch.int8 quantises each part of a token by a scale of its own.
-        """
+        """Return a cache for `batch` rows of `capacity` tokens, which grows; `dtype` None: that of the forward pass."""
         device = self.embedding.weight.device
         dtype = dtype or self.autocast_dtype or self.embedding.weight.dtype
         attentions = (block.attention for block in self.blocks)

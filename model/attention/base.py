@@ -217,21 +217,17 @@ class Attention(nn.Module, ABC):
 
     def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
         """Return [B, T, M] for x [B, T, M]; with a cache the T tokens join it and attend to all that it holds."""
-        if cache is None:
-            attended = self.core.attend(self.views(x, positions), mask, self.config.scale)
-        elif cache.attends:
-            attended = cache.attend(self.views(x, positions), positions, self.config.scale)
-        else:
+        if cache is not None and not cache.attends:
             attended = self.attend_cached(x, positions, mask, cache)
+        else:
+            qkv = self.project(x)
+            views = [self.rotate(qkv, places) for places in self.core.hops(positions)]
+            scale = self.config.scale
+            attended = cache.attend(views, positions, scale) if cache else self.core.attend(views, mask, scale)
         attended = attended.flatten(-2)
         if self.gate_proj is not None:
             attended = attended * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(attended)
-
-    def views(self, x: Tensor, positions: Tensor) -> list[QKV]:
-        """Return queries, keys and values of x as each hop of the core turns them."""
-        qkv = self.project(x)
-        return [self.rotate(qkv, places) for places in self.core.hops(positions)]
 
     def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
         """Return the attended values [B, T, H, E] of x, whose tokens join the cache at `positions`."""

@@ -20,17 +20,14 @@ from model.mask import AttentionMask
 
 @dataclass
 class Latent(QKV):
-    """q_nope [B, T, H, D], q_rope [B, T, H, P], k_nope [B, S, H, D], k_rope [B, S, 1, P] and v [B, S, H, E].
-
-    `normalize` is QK-norm, over both parts of a head: turning the rotated part does not change it.
-    """
+    """q_nope [B, T, H, D], q_rope [B, T, H, P], k_nope [B, S, H, D], k_rope [B, S, 1, P] and v [B, S, H, E]."""
 
     q_nope: Tensor
     q_rope: Tensor
     k_nope: Tensor
     k_rope: Tensor
     v: Tensor
-    normalize: bool = False
+    normalize: bool = False  # QK-norm, over both parts of a head: turning the rotated part does not change it
 
     def materialize(self) -> Dense:
         q = torch.cat((self.q_nope, self.q_rope), dim=-1)
@@ -40,15 +37,11 @@ class Latent(QKV):
 
 @dataclass
 class Absorbed(QKV):
-    """q [B, T, H, L + P], its first L features through the keys' up-projection, and the cached `latent` [B, S, L + P].
+    """Queries through the keys' up-projection, and the latent: each head's key and, in L of its features, value."""
 
-    The latent is every head's key and, in its first L features, value. `k_norm` [B, S, H] is what QK-norm multiplies
-    each head's key by.
-    """
-
-    q: Tensor
-    latent: Tensor
-    k_norm: Tensor | None = None
+    q: Tensor  # [B, T, H, L + P]
+    latent: Tensor  # [B, S, L + P]
+    k_norm: Tensor | None = None  # [B, S, H]: what QK-norm multiplies each head's key by
 
     def materialize(self) -> Dense:
         shared = self.latent.unsqueeze(2)

@@ -23,15 +23,11 @@ from model.cache import Shapes
 
 @dataclass
 class Factors:
-    """The factors of queries, keys or values: a [B, T, H, R] and b [B, T, R, D].
+    """The factors of queries, keys or values; D = D_b D_c, and D_c is 1 except in third order."""
 
-    In third order c is [B, T, R, D_c] and b [B, T, R, D_b], D = D_b D_c. Without a (a dense query) b is the product
-    itself, [B, T, H, D].
-    """
-
-    a: Tensor | None
-    b: Tensor
-    c: Tensor | None = None
+    a: Tensor | None  # [B, T, H, R]; None for a dense query
+    b: Tensor  # [B, T, R, D_b]; of a dense query the product itself, [B, T, H, D]
+    c: Tensor | None = None  # [B, T, R, D_c], in third order
 
     @property
     def width(self) -> int:
@@ -140,10 +136,7 @@ class TensorProductConfig(AttentionConfig):
         return 2 * (d_model * projected + products + self.output_params(d_model))
 
     def cache_shapes(self) -> Shapes:
-        """Return the shapes of the contextual factors of keys and values: constants need no cache.
-
-        Head factors have their heads next to each other in memory, [R, H], since a core reads them rank by rank.
-        """
+        """Return the shapes of contextual factors of keys and values, head factors as [R, H], as a core reads them."""
         kept = {f: s for f, s in self.factor_shapes().items() if f[-1] != "q" and not self.is_constant(f)}
         return {f: shape[::-1] if f[0] == "a" else shape for f, shape in kept.items()}
 
@@ -165,10 +158,7 @@ class TensorProductAttention(Attention):
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Draw each factor's weight by Xavier's uniform rule.
-
-        A constant starts with the spread that its contextual counterpart has on a normalised token.
-        """
+        """Draw each weight by Xavier's uniform rule; a constant gets the spread of a contextual factor's values."""
         for (factor, shape), weight in zip(self.projected.items(), self.factor_weights(), strict=True):
             bound = self.xavier_bound(factor, *shape)
             weight.uniform_(-bound, bound)

@@ -1,6 +1,6 @@
 """Full attention: a query meets every key that the mask lets it see. Cores that see less can mix layers of it in."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,13 +18,11 @@ class Full(AttentionCore):
     name: str = "full"
     kernel: Literal["auto", "sdpa", "factors"] = "auto"  # auto: sdpa, PyTorch's scaled_dot_product_attention
 
+    why_no_documents: ClassVar[str] = "since core.kernel=factors has no mask for them (core.kernel=sdpa has)"
+
     @property
     def masks_documents(self) -> bool:
         return self.kernel != "factors"
-
-    @property
-    def why_no_documents(self) -> str:
-        return "" if self.masks_documents else "since core.kernel=factors has no mask for them (core.kernel=sdpa has)"
 
     def check(self, attention: AttentionConfig, device: str, dtype: torch.dtype) -> None:
         if self.kernel == "factors" and not isinstance(attention, TensorProductConfig):

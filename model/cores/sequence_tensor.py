@@ -24,8 +24,7 @@ from torch import Tensor
 
 from model.attention.base import QKV, AttentionConfig, Dense
 from model.cache import Shapes, pad_tokens
-from model.cores.folded_cache import FoldedCache
-from model.cores.folding import Axis, auto_fold, mix, open_hop
+from model.cores.folding import Axis, FoldedCache, auto_fold, mix, open_hop
 from model.cores.full import PartialCore
 from model.cores.kernels import load_triton
 from model.cores.kernels.sdpa import share_heads
@@ -134,10 +133,7 @@ class SequenceTensor(PartialCore):
         return FoldedCache(self, self.axes, batch, dtype, device)
 
     def cache_shapes(self, attention: AttentionConfig) -> Shapes:
-        """Return a key in the mechanism's form and a value: closed, and so per query head, unless there is one axis.
-
-        Next to these a fold keeps queries, keys and values of one unfinished block for each inner axis.
-        """
+        """Return a key in the mechanism's form and a value: closed, and so per query head, unless there is one axis."""
         with torch.device("meta"):
             qkv = attention.build(8, 0, self).project(torch.empty(1, 1, 8))
             shapes = {name: tuple(part.shape[2:]) for name, part in qkv.keys().items()}
@@ -152,9 +148,6 @@ class SequenceTensor(PartialCore):
         return 2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim) * (open_keys + closed_keys)
 
     def keys_read(self, seq_len: int) -> float:
-        """Return how many keys a token decoded after `seq_len` others reads on average: O(n_1 + ... + n_m).
-
-        It reads half of each unfinished block, its share of folding it once more, and the past blocks.
-        """
-        *inner, last = self.sizes(seq_len)
+        """Return how many keys a token decoded after `seq_len` others reads on average: O(n_1 + ... + n_m)."""
+        *inner, last = self.sizes(seq_len)  # half of each unfinished block, once more when it is folded; past blocks
         return sum((size + 1) / 2 + 1 for size in inner) + last

@@ -49,13 +49,11 @@ class SlidingWindow(PartialCore):
     def attend_blocks(self, dense: Dense, documents: Tensor | None, scale: float) -> Tensor:
         """Return [B, T, H, E] in time and memory that grow linearly with the length.
 
-        The first `window` queries see all that is before them; each further block of queries sees its own keys and
-        those of the block before, under a mask of window x 2 window.
+        The first `window` queries see all before them; each further block its own keys and those of the block before.
         """
         window, seq_len, n_heads = self.window, dense.q.size(1), dense.q.size(2)
         first = Dense(*(x[:, :window] for x in (dense.q, dense.k, dense.v)))
-        first_mask = AttentionMask(documents=None if documents is None else documents[:, :window])
-        start = sdpa.attend(first, first_mask, scale)
+        start = sdpa.attend(first, AttentionMask(documents=None if documents is None else documents[:, :window]), scale)
         q, k, v = (self.blocks(sdpa.share_heads(x, n_heads)) for x in (dense.q, dense.k, dense.v))
         if documents is not None:
             documents = with_block_before(self.blocks(documents)).flatten(0, 1)

@@ -62,8 +62,7 @@ def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype = torch.bfl
 def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int = 2) -> int:
     """Estimate what the backward pass needs kept for a token, in bytes, with nothing recomputed.
 
-    The residual stream, its norms and the logits are fp32 (4 bytes); what matrix products read is `bytes_per_number`
-    (2 under bf16 autocast). With `trainer.activation_checkpointing`: `activation_bytes`.
+    The residual stream, its norms and the logits are fp32; what matrix products read has `bytes_per_number`.
     """
     attention, d_model = config.attention, config.d_model
     core = attention.n_heads * (2 * attention.v_head_dim + 1)  # attended values, as made and laid out to project; lse

@@ -1,7 +1,6 @@
 """Budgets: the head count (or rank) with which a mechanism costs what MHA costs at the same width.
 
-params     n_heads, so that a layer's attention has MHA's parameters, 4 d_model^2 (the paper's way; its own counts
-           hold at its sizes)
+params     n_heads, so that a layer's attention has MHA's parameters, 4 d_model^2 (the paper's way)
 flops      n_heads, so that a layer's attention takes MHA's operations a token at the training length
 kv_bytes   the mechanism's `cache_knobs` (TPA's key and value ranks, GQA's groups, MLA's latent), so that the cache is
            MHA's, with n_heads matched by parameters at each candidate: equal in both

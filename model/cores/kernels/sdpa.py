@@ -11,8 +11,7 @@ from model.mask import AttentionMask
 
 def attend(dense: Dense, mask: AttentionMask, scale: float) -> Tensor:
     """Return softmax(q k^T scale) v [B, T, H, E] of what the mask lets each query see."""
-    packs = dense.q.is_cpu or has_flash(dense.q, dense.v)
-    if packs and mask.packs(dense.q.size(1)):
+    if mask.packs(dense.q.size(1)) and (dense.q.is_cpu or has_flash(dense.q, dense.v)):
         return attend_documents(dense, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (dense.q, dense.k, dense.v))
     by_row = mask.starts is not None and q.is_cpu and not torch.compiler.is_compiling()
@@ -22,13 +21,8 @@ def attend(dense: Dense, mask: AttentionMask, scale: float) -> Tensor:
 
 def has_flash(q: Tensor, v: Tensor) -> bool:
     """Return whether a GPU's flash kernels take these widths and dtypes; no others share heads or pack."""
-    return (
-        q.is_cuda
-        and q.dtype == v.dtype
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and v.size(-1) <= q.size(-1) <= 256
-        and torch.cuda.get_device_properties(q.device).major >= 8
-    )
+    fits = q.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16) and v.size(-1) <= q.size(-1) <= 256
+    return q.is_cuda and fits and torch.cuda.get_device_properties(q.device).major >= 8
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
@@ -80,8 +74,8 @@ def attend_documents(dense: Dense, mask: AttentionMask, scale: float, window: in
 def attend_packed(dense: Dense, lengths: list[int], bounds: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Return [B, T, H, E] of sequences of `lengths`, one after the other in the rows of `dense`, each by itself.
 
-    No mask is formed, nor a score that it would hide. On a GPU the variable-length flash kernel does it, the only
-    one that takes a `window`; it reads the `bounds` of the sequences ([N + 1], int32) from its own memory.
+    No mask is formed. A GPU's variable-length flash kernel, the only one that takes a `window`, reads the `bounds` of
+    the sequences ([N + 1], int32) from its own memory.
     """
     q, k, v = (x.flatten(0, 1) for x in (dense.q, dense.k, dense.v))
     if q.is_cpu:

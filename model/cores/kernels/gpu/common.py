@@ -1,6 +1,5 @@
 """What the kernels share: how they read factors and sum a softmax, and how they are launched."""
 
-import functools
 import math
 
 import torch
@@ -31,7 +30,7 @@ def load_rows(base, stride, s, held, c_base, c_stride, D: tl.constexpr, D_B: tl.
 
 @triton.jit
 def online_softmax(logits, top, norm, AXIS: tl.constexpr):
-    """Return (weights of one more tile, the factor for earlier sums, the new top and norm), to base 2, along an axis."""
+    """Return (weights of one more tile, the factor of earlier sums, the new top and norm), to base 2, along an axis."""
     higher = tl.maximum(top, tl.max(logits, AXIS))
     finite = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(logits - tl.expand_dims(finite, AXIS))
@@ -73,11 +72,6 @@ def operands(factored: Factored, scale: float, starts: Tensor | None) -> tuple[l
     constants |= {"RAGGED": starts is not None, "PRECISION": precision(k.b.dtype)}
     ranks = k.a.size(-1) * (1 if q.a is None else q.a.size(-1))
     return tensors, scale * math.log2(math.e) / ranks, all_strides, constants
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def precision(dtype: torch.dtype) -> str:

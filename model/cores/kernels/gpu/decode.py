@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.attention.tensor_product import Factored
-from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, multiprocessors, online_softmax, operands
+from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, online_softmax, operands
 
 MAX_SPLITS = 128
 SPLIT_KEYS = 256  # the least number of keys of a split
@@ -120,12 +120,6 @@ def merge_kernel(partial, lse, out, n_splits, n_columns, R_V: tl.constexpr, E: t
     tl.store(out + (row * n_columns + column) * E + e, merged.to(out.dtype.element_ty), mask=e < E)
 
 
-def count_splits(device: torch.device, batch: int, column_blocks: int, n_keys: int) -> int:
-    """Return enough ranges of keys for two programs a multiprocessor: only shapes decide, so a CUDA graph keeps it."""
-    wanted = -(-2 * multiprocessors(device) // (batch * column_blocks))
-    return max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
-
-
 def decode(factored: Factored, scale: float, starts: Tensor | None, n_splits: int | None = None) -> Tensor:
     """Return the attended values [B, T, H, E] of few queries and S keys in a cache."""
     q, k = factored.q, factored.k
@@ -134,7 +128,10 @@ def decode(factored: Factored, scale: float, starts: Tensor | None, n_splits: in
     columns = n_queries * heads
     block = min(64, max(16, triton.next_power_of_2(columns)))
     column_blocks = triton.cdiv(columns, block)
-    n_splits = n_splits or count_splits(q.b.device, batch, column_blocks, n_keys)
+    if n_splits is None:  # enough for two programs a multiprocessor: only shapes decide, so a CUDA graph keeps it
+        processors = torch.cuda.get_device_properties(q.b.device).multi_processor_count if q.b.is_cuda else 2
+        wanted = -(-2 * processors // (batch * column_blocks))
+        n_splits = max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
     partial = q.b.new_empty(batch, n_splits, columns, width, dtype=torch.float32)
     lse = q.b.new_empty(batch, n_splits, columns, dtype=torch.float32)
     out = q.b.new_empty(batch, n_queries, heads, width)

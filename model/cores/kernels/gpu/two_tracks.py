@@ -39,6 +39,14 @@ def load_tile(base, step, i, there, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_tile(base, step, i, there, tile, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Store what `load_tile` loads."""
+    n = tl.arange(0, BLOCK)
+    rows = base + i[:, None].to(tl.int64) * step
+    tl.store(rows + n[None, :], tile.to(base.dtype.element_ty), mask=there[:, None] & (n < N)[None, :])
+
+
+@triton.jit
 def load_pair(
     k, values, first, n, count, inner, k_t, v_t, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -114,16 +122,12 @@ def forward_kernel(
 
     own_base = own + row * own_b + at * own_t + head // GROUP_OWN * own_h
     own_tile = load_tile(own_base, inner * own_t, m, there, E, BLOCK_E).to(tl.float32)
-    e = tl.arange(0, BLOCK_E)
     places = (row * n_tokens + at + m * inner) * n_heads + head
-    stored = there[:, None] & (e < E)[None, :]
     mixed = (open_sums + own_weight[:, None] * own_tile) / open_norm[:, None]
-    tl.store(opened + places[:, None] * E + e[None, :], mixed.to(opened.dtype.element_ty), mask=stored)
+    store_tile(opened, E, places, there, mixed, E, BLOCK_E)
     tl.store(opened_lse + places, open_top + tl.log2(open_norm), mask=there)
-
     if CLOSED:
-        mixed = sums / norm[:, None]
-        tl.store(closed + places[:, None] * E + e[None, :], mixed.to(closed.dtype.element_ty), mask=stored)
+        store_tile(closed, E, places, there, sums / norm[:, None], E, BLOCK_E)
         tl.store(closed_lse + places, top + tl.log2(norm), mask=there)
 
 

@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from model.cores.kernels.gpu.common import autotuned, precision, strides, widths
-from model.cores.kernels.gpu.two_tracks import KEY, find_line, grid, lines, load_pair, load_tile, stage_range
+from model.cores.kernels.gpu.two_tracks import (
+    KEY,
+    find_line,
+    grid,
+    lines,
+    load_pair,
+    load_tile,
+    stage_range,
+    store_tile,
+)  # fmt: skip
 
 # Rows of the block that stays, rows of those that go by, warps, stages.
 SIZES = (
@@ -35,29 +44,25 @@ def rows_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = places < n_rows
     head, token, row = places % n_heads, places // n_heads % n_tokens, places // n_heads // n_tokens
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    held_d, held_e = there[:, None] & (d < D)[None, :], there[:, None] & (e < E)[None, :]
-    q_tile = tl.load(q + (row * q_b + token * q_t + head * q_h)[:, None] + d[None, :], mask=held_d, other=0.0)
-    k_rows = row * k_b + token * k_t + head // GROUP_K * k_h
-    k_tile = tl.load(k + k_rows[:, None] + d[None, :], mask=held_d, other=0.0)
+    q_tile = load_tile(q, 1, row * q_b + token * q_t + head * q_h, there, D, BLOCK_D)
+    k_tile = load_tile(k, 1, row * k_b + token * k_t + head // GROUP_K * k_h, there, D, BLOCK_D)
     own_rows = row * own_b + token * own_t + head // GROUP_OWN * own_h
-    own_tile = tl.load(own + own_rows[:, None] + e[None, :], mask=held_e, other=0.0).to(tl.float32)
-    dense = places[:, None] * E + e[None, :]
-    out = tl.load(opened + dense, mask=held_e, other=0.0).to(tl.float32)
-    d_out = tl.load(d_opened + dense, mask=held_e, other=0.0).to(tl.float32)
+    own_tile = load_tile(own, 1, own_rows, there, E, BLOCK_E).to(tl.float32)
+    out = load_tile(opened, E, places, there, E, BLOCK_E).to(tl.float32)
+    d_out = load_tile(d_opened, E, places, there, E, BLOCK_E).to(tl.float32)
     lse = tl.load(opened_lse + places, mask=there, other=0.0)
     weight = tl.exp2(tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1) * scale - lse)
     delta = tl.sum(d_out * out, 1)
     tl.store(diagonal + places, weight * (tl.sum(d_out * own_tile, 1) - delta), mask=there)
-    tl.store(down + dense, (weight[:, None] * d_out).to(down.dtype.element_ty), mask=held_e)
+    store_tile(down, E, places, there, weight[:, None] * d_out, E, BLOCK_E)
     if CLOSED:
-        out = tl.load(closed + dense, mask=held_e, other=0.0).to(tl.float32)
-        d_past = tl.load(d_closed + dense, mask=held_e, other=0.0).to(tl.float32)
+        out = load_tile(closed, E, places, there, E, BLOCK_E).to(tl.float32)
+        d_past = load_tile(d_closed, E, places, there, E, BLOCK_E).to(tl.float32)
         ratio = tl.exp2(lse - tl.load(closed_lse + places, mask=there, other=0.0))
         delta_past = tl.sum(d_past * out, 1)
         tl.store(delta_closed + places, delta_past, mask=there)
         delta += ratio * delta_past
-        tl.store(both + dense, (d_out + ratio[:, None] * d_past).to(both.dtype.element_ty), mask=held_e)
+        store_tile(both, E, places, there, d_out + ratio[:, None] * d_past, E, BLOCK_E)
     tl.store(delta_both + places, delta, mask=there)
 
 
@@ -95,7 +100,7 @@ def queries_kernel(
     first = block * BLOCK_M
     if first >= count:
         return
-    m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     i = first + m
     there = i < count
     token = start + tl.cast(first, tl.int64) * inner
@@ -130,9 +135,7 @@ def queries_kernel(
                 _, more = score_gradients(logits, lse_2, past, v_tile, delta_2, after, PRECISION)
                 d_scores += more
             gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
-    places = rows + m * step
-    stored = there[:, None] & (d < D)[None, :]
-    tl.store(d_q + places[:, None] * D + d[None, :], (gradient * score_scale).to(d_q.dtype.element_ty), mask=stored)
+    store_tile(d_q, D, rows + m * step, there, gradient * score_scale, D, BLOCK_D)
 
 
 @autotuned("BLOCK_N BLOCK_M", *SIZES, key=KEY)
@@ -151,7 +154,6 @@ def keys_kernel(
     if begin >= count:
         return
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     j = begin + n
     there = j < count
     token = start + tl.cast(begin, tl.int64) * inner
@@ -191,9 +193,8 @@ def keys_kernel(
                 d_scores += more
             for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
     places = (row * n_tokens + token + n * inner) * n_heads + head
-    held_d, held_e = there[:, None] & (d < D)[None, :], there[:, None] & (e < E)[None, :]
-    tl.store(d_k + places[:, None] * D + d[None, :], (for_k * score_scale).to(d_k.dtype.element_ty), mask=held_d)
-    tl.store(d_values + places[:, None] * E + e[None, :], for_v.to(d_values.dtype.element_ty), mask=held_e)
+    store_tile(d_k, D, places, there, for_k * score_scale, D, BLOCK_D)
+    store_tile(d_values, E, places, there, for_v, E, BLOCK_E)
 
 
 def two_tracks_backward(
