@@ -1,7 +1,6 @@
 """What decoding keeps of the tokens so far: one contract for every mechanism.
 
-A mechanism says what a token leaves behind (`AttentionConfig.cache_shapes`) and how its keys and values are stored and
-read (`Attention.keep`, `Attention.recall`). Here is the storage: preallocated, growing by blocks, with rows of
+A mechanism says what a token leaves behind. Here is the storage: preallocated, growing by blocks, with rows of
 different lengths, in any float dtype or as int8. A token of a row lies at the index that is its position in the row;
 what lies beyond a row's length is garbage, which `AttentionMask.starts` hides.
 """
@@ -117,10 +116,6 @@ class KVCache:
         self.counts: list[int] | None = None  # how many of the tokens of `begin` are each row's own; None: all
         self._ends = [0] * batch  # `lengths`, on the host
 
-    @property
-    def static(self) -> bool:
-        return self.n_keys is None
-
     def fix_shapes(self) -> None:
         """Never change a shape from here on. ValueError if a layer cannot do so."""
         for layer in self.layers:
@@ -162,17 +157,15 @@ class KVCache:
     def begin(
         self, tokens: Tensor, document_end: int | None = None, counts: Tensor | None = None
     ) -> tuple[Tensor, AttentionMask]:
-        """Return positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and their mask.
-
-        `counts`: as it will be given to `advance`.
-        """
+        """Return positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and their mask."""
         batch, n_tokens = tokens.shape
         if batch != self.batch:
             raise ValueError(f"{batch} rows of tokens for a cache of {self.batch}")
         new = torch.arange(n_tokens, device=tokens.device)
-        self.counts = None if counts is None or self.static else counts.tolist()
+        static = self.n_keys is None
+        self.counts = None if counts is None or static else counts.tolist()
         positions, starts = self.lengths[:, None] + new, self.lengths
-        if not self.static:
+        if not static:
             self.reserve(n_tokens)
             self.n_keys = max(self._ends) + n_tokens
             if min(self._ends) == max(self._ends):
@@ -186,6 +179,6 @@ class KVCache:
     def advance(self, n_tokens: int, counts: Tensor | None = None) -> None:
         """Count the tokens of `begin` as kept: all of them, or only the first `counts` [B] of each row."""
         self.lengths += n_tokens if counts is None else counts
-        if not self.static:
+        if self.n_keys is not None:
             added = [n_tokens] * self.batch if counts is None else counts.tolist()
             self._ends = [end + more for end, more in zip(self._ends, added, strict=True)]

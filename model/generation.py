@@ -85,10 +85,7 @@ def decode_step(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 def compile_step(model: nn.Module, cache: KVCache, n_tokens: int) -> Callable:
-    """Return `decode_step` compiled for `n_tokens` more tokens in `cache`, none of whose shapes changes from now on.
-
-    It is compiled once for a model, batch, capacity and dtype; with CUDA graphs on a GPU.
-    """
+    """Return `decode_step` compiled, with CUDA graphs on a GPU, for `n_tokens` more tokens in `cache`."""
     cache.reserve(n_tokens)
     cache.fix_shapes()
     graphs = cache.lengths.is_cuda

@@ -1,4 +1,4 @@
-"""The T6 transformer and its baselines: the LLaMA block with a choice of attention mechanism and core."""
+"""The T6 transformer and its baselines: the LLaMA block (arXiv 2302.13971) with a choice of attention and core."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from configs.load import Block as ConfigBlock
 from model.attention.base import Attention, AttentionConfig, AttentionCore
 from model.cache import KVCache, LayerCache
 from model.generation import stream
-from model.layers import RMSNorm, SwiGLU
 from model.mask import AttentionMask
 
 LOSS_CHUNK = 4096  # tokens whose logits are formed at a time while none are kept
@@ -76,14 +75,28 @@ def split_documents(tokens: Tensor, document_end: int) -> tuple[Tensor, Tensor]:
     return places - first, starts.cumsum(dim=1)
 
 
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202); gate and up are one product, down starts at zero."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        nn.init.zeros_(self.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
 class Block(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x))."""
+    """x += attention(norm(x)); x += mlp(norm(x)); norms have no learned weight, as in the TPA authors' code."""
 
     def __init__(self, attention: Attention, d_model: int, d_ff: int, norm_eps: float):
         super().__init__()
-        self.attention_norm = RMSNorm(d_model, norm_eps)
+        self.attention_norm = nn.RMSNorm(d_model, norm_eps, elementwise_affine=False)
         self.attention = attention
-        self.mlp_norm = RMSNorm(d_model, norm_eps)
+        self.mlp_norm = nn.RMSNorm(d_model, norm_eps, elementwise_affine=False)
         self.mlp = SwiGLU(d_model, d_ff)
 
     def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
@@ -92,22 +105,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token embedding, blocks, a final norm and a head tied to the embedding.
-
-    `autocast_dtype` runs the forward pass under torch.autocast with fp32 parameters, whatever wraps the model.
-    """
+    """Token embedding, blocks, a final norm and a head tied to the embedding."""
 
     def __init__(self, config: TransformerConfig, autocast_dtype: torch.dtype | None = None, recompute: bool = False):
         super().__init__()
         if config.document_end is not None and not config.core.masks_documents:
             raise ValueError(f"core={config.core.name}: cannot mask documents; use core=full core.kernel=sdpa")
         self.config = config
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype = autocast_dtype  # of the forward pass, with fp32 parameters, whatever wraps the model
         self.recompute = recompute  # drop each block's activations and compute them again in the backward pass
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         attentions = (config.attention.build(config.d_model, layer, core) for layer, core in enumerate(config.cores))
         self.blocks = nn.ModuleList(Block(a, config.d_model, config.d_ff, config.norm_eps) for a in attentions)
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.final_norm = nn.RMSNorm(config.d_model, config.norm_eps, elementwise_affine=False)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.embedding.weight = self.head.weight  # tied; so the embedding starts as Linear does, U(+-1/sqrt(d_model))
 

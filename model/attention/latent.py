@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from model.attention.base import QKV, Attention, AttentionConfig, AttentionCore, Dense, split_heads, unit_rms
 from model.cache import LayerCache, Shapes
-from model.layers import RMSNorm
 from model.mask import AttentionMask
 
 
@@ -84,10 +83,7 @@ class LatentConfig(AttentionConfig):
 
 
 class UpProjection(nn.Linear):
-    """Turn c_kv [B, S, L] into k_nope and v, each [B, S, H, D], or absorb that into queries and attended values.
-
-    All of these are calls of the module, so that whatever gathers its weight on a call (ZeRO) does.
-    """
+    """Turn c_kv [B, S, L] into k_nope and v [B, S, H, D], or absorb that; all by calls, for ZeRO to gather the weight."""
 
     def __init__(self, rank: int, n_heads: int, width: int):
         super().__init__(rank, n_heads * 2 * width, bias=False)
@@ -109,8 +105,8 @@ class LatentAttention(Attention):
         heads, width, rope = config.n_heads, config.head_dim, config.qk_rope_head_dim
         self.down_widths = [config.q_lora_rank, config.kv_lora_rank, rope]
         self.down_proj = nn.Linear(d_model, sum(self.down_widths), bias=False)  # c_q, c_kv and the shared rotated key
-        self.q_norm = RMSNorm(config.q_lora_rank, affine=True)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, affine=True)
+        self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=1e-6)
         self.q_up_proj = nn.Linear(config.q_lora_rank, heads * (width + rope), bias=False)
         self.kv_up_proj = UpProjection(config.kv_lora_rank, heads, width)
 
@@ -120,9 +116,11 @@ class LatentAttention(Attention):
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return q_nope [B, T, H, D], q_rope [B, T, H, P], normalised c_kv [B, T, L] and the one key [B, T, 1, P]."""
         c_q, c_kv, k_rope = self.down_proj(x).split(self.down_widths, dim=-1)
+        # Under autocast these are bf16, and the fused norm wants its weight's dtype.
+        c_q, c_kv = (norm(c.to(norm.weight.dtype)) for norm, c in ((self.q_norm, c_q), (self.kv_norm, c_kv)))
         heads, width, rope = self.config.n_heads, self.config.head_dim, self.config.qk_rope_head_dim
-        q_nope, q_rope = split_heads(self.q_up_proj(self.q_norm(c_q)), (heads, width), (heads, rope))
-        return q_nope, q_rope, self.kv_norm(c_kv), k_rope.unsqueeze(2)
+        q_nope, q_rope = split_heads(self.q_up_proj(c_q), (heads, width), (heads, rope))
+        return q_nope, q_rope, c_kv, k_rope.unsqueeze(2)
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Latent:
         """Return `compress`ed queries with the keys and values that c_kv is projected up to."""

@@ -2,9 +2,7 @@
 
 The cache has a level for each axis d. The last keeps, for every token, its key and its closed value C_{m-1}; the others
 keep queries, keys and values of their unfinished block of n_1 ... n_d tokens, and are written over when it completes:
-then the block is folded once, along axis d, into the closed values of the next level. Closed values are per query head:
-this core saves operations, not memory, and does away with the small cache of GQA, MLA and TPA (TPA's keys stay
-factors).
+then the block is folded once, along axis d, into the closed values (of each query head) of the next level.
 """
 
 from dataclasses import dataclass
@@ -93,10 +91,7 @@ class UnfinishedBlock(Part):
 
 
 class FoldedCache(LayerCache):
-    """One layer's levels: `parts` by name, allocated when the first tokens show their shapes.
-
-    ValueError for int8, for steps of fixed shapes, and if rows were shortened in between.
-    """
+    """One layer's levels: `parts` by name, allocated when the first tokens show their shapes."""
 
     attends: ClassVar[bool] = True
 
@@ -114,7 +109,7 @@ class FoldedCache(LayerCache):
     def attend(self, views: list[QKV], positions: Tensor, scale: float) -> Tensor:
         """Return the attended values [B, T, H, E] of tokens at `positions` [B or 1, T], which join the cache.
 
-        Rows that stand at different positions are attended one after the other.
+        Rows that stand at different positions attend one after the other. ValueError if they went back.
         """
         keys, dense = views[-1].keys(), [view.materialize() for view in views]
         values = dense[0].v

@@ -10,8 +10,7 @@ coordinates equal), C_0 = O_0 = v:
     open    O_d(i) = sum_{j < i} w(i, j) C_{d-1}(j) + w(i, i) O_{d-1}(i)             w = softmax over j <= i
 
 and the output is O_m. Every past token is reached within m hops: the query at (i_2, i_1) reads C_1(j_2, i_1), which
-mixes all of block j_2. The limit of the method: how a past block is mixed is decided by that block's own query at the
-same offset, q(j_2, i_1), not by the query that reads it.
+mixes all of block j_2, as that block's own query at the same offset decides.
 """
 
 import os
@@ -67,10 +66,7 @@ class SequenceTensor(PartialCore):
         return self.replace(fold=auto_fold(seq_len)) if self.fold == "auto" else self
 
     def sizes(self, seq_len: int) -> list[int]:
-        """Return the axes of a sequence of `seq_len`, the last as long as it must be.
-
-        Axes that a short sequence does not fill are cut: nothing reads what would lie there.
-        """
+        """Return the axes of a sequence of `seq_len`: those that it does not fill are cut, the last one grows."""
         sizes = []
         for size in self.axes[:-1]:
             sizes.append(min(size, -(-seq_len // prod(sizes))))
@@ -136,16 +132,15 @@ class SequenceTensor(PartialCore):
         """Return a key in the mechanism's form and a value: closed, and so per query head, unless there is one axis."""
         with torch.device("meta"):
             qkv = attention.build(8, 0, self).project(torch.empty(1, 1, 8))
-            shapes = {name: tuple(part.shape[2:]) for name, part in qkv.keys().items()}
-            value = tuple(qkv.materialize().v.shape[2:])
-        return shapes | {"values": value if len(self.axes) == 1 else (attention.n_heads, attention.v_head_dim)}
+            kept = qkv.keys() | {"values": qkv.materialize().v}
+        shapes = {name: tuple(part.shape[2:]) for name, part in kept.items()}
+        return shapes if len(self.axes) == 1 else shapes | {"values": (attention.n_heads, attention.v_head_dim)}
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
         """Return the operations of both tracks, 2 a multiply-add: O(n_1 + ... + n_m)."""
         sizes = [size for size in self.sizes(seq_len) if size > 1] or [1]
-        open_keys = sum((size + 1) / 2 for size in sizes)
-        closed_keys = sum(sizes[:-1])
-        return 2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim) * (open_keys + closed_keys)
+        keys = sum((size + 1) / 2 for size in sizes) + sum(sizes[:-1])  # of the open track and of the closed one
+        return 2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim) * keys
 
     def keys_read(self, seq_len: int) -> float:
         """Return how many keys a token decoded after `seq_len` others reads on average: O(n_1 + ... + n_m)."""

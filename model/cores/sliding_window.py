@@ -1,7 +1,4 @@
-"""Sliding-window attention: a query sees the last `window` tokens, its own included (Beltagy et al., arXiv 2004.05150).
-
-The baseline for cores that reach further.
-"""
+"""Sliding-window attention (Beltagy et al., arXiv 2004.05150), the baseline for cores that reach further."""
 
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -20,7 +17,7 @@ from model.mask import AttentionMask, mean_causal_keys
 class SlidingWindow(PartialCore):
     name: str = "sliding_window"
     kernel: Literal["auto", "sdpa"] = "auto"
-    window: int = Field(128, ge=1)
+    window: int = Field(128, ge=1)  # how many tokens a query sees, its own included
 
     masks_documents: ClassVar[bool] = True
 

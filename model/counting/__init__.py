@@ -40,10 +40,7 @@ def attention_flops_per_token(attention: AttentionConfig, core: AttentionCore, d
 
 
 def training_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
-    """Return forward and backward operations a token: three times the forward pass, nothing recomputed.
-
-    Causal attention counts the keys a query sees, (T + 1)/2 on average; PaLM's convention (6N + 12LHDT) counts all T.
-    """
+    """Return forward and backward operations a token: three times the forward pass, nothing recomputed."""
     d_model = config.d_model
     attentions = sum(attention_flops_per_token(config.attention, core, d_model, seq_len) for core in config.cores)
     return 3 * (attentions + config.n_layers * 2 * 3 * d_model * config.d_ff + 2 * config.vocab_size * d_model)
@@ -72,12 +69,10 @@ def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int 
 
 
 def activation_bytes(network: TransformerConfig, tokens: int, recompute: bool, bytes_per_number: int) -> float:
-    """Return what the backward pass of a micro-batch of this number of tokens needs kept, in bytes.
-
-    With `recompute` that is each layer's input, and at a time one layer's activations and a chunk of the logits.
-    """
+    """Return what the backward pass of a micro-batch of this number of tokens needs kept, in bytes."""
     if not recompute:
         return tokens * activation_bytes_per_token(network, bytes_per_number)
+    # Each layer's input, and at a time one layer's activations and a chunk of the logits.
     one = replace(network, n_layers=1, vocab_size=0)
     logits = activation_bytes_per_token(replace(network, n_layers=0), bytes_per_number)
     kept = network.n_layers * 4 * network.d_model + activation_bytes_per_token(one, bytes_per_number)
@@ -90,13 +85,10 @@ def training_bytes(
 ) -> dict[str, float]:  # fmt: skip
     """Return the bytes a device needs, by what needs them, for a micro-batch of this number of tokens.
 
-    recompute: `trainer.activation_checkpointing`. stage, zero: ZeRO's stage, and its configuration (DeepSpeed's
-    `zero_optimization`). stored_bytes: of a weight, 4, or 2 under DeepSpeed's bf16 engine. bytes_per_number: of what
-    matrix products read.
-
-    DeepSpeed's engine over fp32 parameters keeps 4 bytes a number for weights, gradients and each of AdamW's two
-    moments; from stage 1 on also an fp32 copy of the rank's share and a buffer for the reduction; sharded as the ZeRO
-    paper (arXiv 1910.02054, section 5) has it.
+    `zero` is DeepSpeed's `zero_optimization`; `stored_bytes` are of a weight, `bytes_per_number` of what matrix
+    products read. DeepSpeed's engine over fp32 parameters keeps 4 bytes a number for weights, gradients and each of
+    AdamW's two moments; from stage 1 on also an fp32 copy of the rank's share and a buffer for the reduction; sharded
+    as the ZeRO paper (arXiv 1910.02054, section 5) has it.
     """
     params = num_params(network)
 

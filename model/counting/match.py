@@ -18,11 +18,7 @@ PAPER_TOLERANCE = 0.05  # the paper's own head counts lie within 3% of MHA's att
 
 
 def decide(attention: AttentionConfig, core: AttentionCore, size: SizeConfig, seq_len: int) -> AttentionConfig:
-    """Return `attention` with every key that is null decided by its size, the training length and `size.match`.
-
-    Mistakes for what is then still missing or wrong, with keys of the whole configuration.
-    """
-    # Keys that are null, except `n_heads`, are the size's.
+    """Return `attention` with every null key decided by `size` and the training length; Mistakes if one stays null."""
     by_size = attention.by_size
     values = {"head_dim": size.head_dim} | by_size.get("default", {}) | by_size.get(size.name, {})
     empty = {key for key, value in attention if value is None} - {"n_heads"}
@@ -30,9 +26,7 @@ def decide(attention: AttentionConfig, core: AttentionCore, size: SizeConfig, se
     if attention.rope_scaling != "none" and attention.rope_original_length is None:
         attention = attention.replace(rope_original_length=round(seq_len / attention.rope_factor))
     if missing := [key for key in attention.needed if getattr(attention, key) is None]:
-        raise Mistakes(
-            *(f"model.{key} is null, and model.by_size has no value for this size: set it" for key in missing)
-        )
+        raise Mistakes(*(f"model.{k} is null, and model.by_size has no value for this size: set it" for k in missing))
     try:
         attention = load(dict(attention), type(attention))
     except ConfigError as error:

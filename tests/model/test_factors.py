@@ -136,7 +136,7 @@ def test_whatever_is_trained_gets_its_gradient():
 
 def test_the_operation_is_one_that_torch_compile_can_call():
     factored = random_factors(2, 1, 9, 3, (2, 2, 1), 8, 6)
-    torch.library.opcheck(factors.flash_tpa, (*factored.tensors(), 0.3, torch.tensor([8, 3])))
+    torch.library.opcheck(factors.flash_tpa, (*factored.tensors(), 0.3, torch.tensor([8, 3]), True))
 
 
 def test_what_it_cannot_do_is_refused_by_name(monkeypatch):

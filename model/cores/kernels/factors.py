@@ -27,19 +27,16 @@ def attend(factored: Factored, scale: float, starts: Tensor | None = None) -> Te
     `starts` is `AttentionMask.starts`; what lies beyond a row's last query may be anything, NaN included. On a GPU only
     shapes decide what runs, so a CUDA graph may hold it.
     """
-    if factored.q.b.is_cpu and not is_decoding(factored.q, factored.k):
+    few = factored.q.b.size(1) * factored.k.a.size(2) <= FEW_COLUMNS
+    if factored.q.b.is_cpu and not few:
         return sdpa.attend(factored.materialize(), AttentionMask(starts=starts), scale)
-    return flash_tpa(*factored.tensors(), float(scale), starts)
-
-
-def is_decoding(q: Factors, k: Factors) -> bool:
-    return q.b.size(1) * k.a.size(2) <= FEW_COLUMNS
+    return flash_tpa(*factored.tensors(), float(scale), starts, few)
 
 
 @torch.library.custom_op("t6::flash_tpa", mutates_args=())
 def flash_tpa(
     a_q: Tensor | None, b_q: Tensor, c_q: Tensor | None, a_k: Tensor, b_k: Tensor, c_k: Tensor | None,
-    a_v: Tensor, b_v: Tensor, c_v: Tensor | None, scale: float, starts: Tensor | None,
+    a_v: Tensor, b_v: Tensor, c_v: Tensor | None, scale: float, starts: Tensor | None, few: bool,
 ) -> Tensor:  # fmt: skip
     """`attend` as one operation, which torch.compile calls without tracing it."""
     factored = Factored(Factors(a_q, b_q, c_q), Factors(a_k, b_k, c_k), Factors(a_v, b_v, c_v))
@@ -47,19 +44,16 @@ def flash_tpa(
         if b_q.is_cpu:
             return attend_rows(factored, scale, starts)
         kernels = load_triton()
-        return (kernels.decode if is_decoding(factored.q, factored.k) else kernels.prefill)(factored, scale, starts)
+        return (kernels.decode if few else kernels.prefill)(factored, scale, starts)
 
 
 @flash_tpa.register_fake
-def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, starts):
+def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, starts, few):
     return b_q.new_empty(b_q.size(0), b_q.size(1), a_k.size(2), Factors(a_v, b_v, c_v).width)
 
 
 def attend_rows(factored: Factored, scale: float, starts: Tensor | None) -> Tensor:
-    """Return attention of a few queries of each row, by blocks of keys that merge by their log-sum-exp.
-
-    It never forms a tensor of S x H x D, nor one of T x S.
-    """
+    """Return attention of a few queries of each row, without a tensor of S x H x D or of T x S."""
     parts, rows = (factored.q, factored.k, factored.v), []
     batch, n_queries, n_keys = factored.q.b.size(0), factored.q.b.size(1), factored.k.b.size(1)
     for row, count in enumerate([n_keys] * batch if starts is None else (starts + n_queries).tolist()):
@@ -68,7 +62,7 @@ def attend_rows(factored: Factored, scale: float, starts: Tensor | None) -> Tens
 
 
 def attend_few(q: Factors, k: Factors, v: Factors, scale: float, n_keys: int) -> Tensor:
-    """Return [T, H, E] for a few queries of one sequence against many keys, as in decoding.
+    """Return [T, H, E] for a few queries of one sequence, by blocks of keys that merge by their log-sum-exp.
 
     The queries are formed (T x H x D, small); keys and values never are: a_k scales each rank's products with b_k.
     """

@@ -57,10 +57,7 @@ def attend_by_row(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: f
 
 
 def as_wide(*qkv: Tensor) -> list[Tensor]:
-    """Return queries, keys [..., D] and values [..., E] padded to one width, on a GPU to a multiple of 8.
-
-    Fused kernels want such a width, and padding costs less than doing without them.
-    """
+    """Return q, k [..., D] and v [..., E] padded to one width, on a GPU a multiple of 8, as fused kernels want it."""
     width = qkv[0].size(-1) if qkv[0].is_cpu else -(-qkv[0].size(-1) // 8) * 8
     return [F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in qkv]
 

@@ -1,7 +1,4 @@
-"""One hop of causal attention over a folded sequence as one operation, its open and closed track from the same scores.
-
-`model.cores.sequence_tensor` has the formulas, and runs this on a GPU with `core.kernel=triton`.
-"""
+"""One hop of `model.cores.sequence_tensor`, both tracks from the same scores, as one operation (core.kernel=triton)."""
 
 import torch
 from torch import Tensor

@@ -43,14 +43,10 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def padded(n: int) -> int:
-    """Return the width of a tile for `n` features: a power of two, and no less than tensor cores take."""
-    return max(16, triton.next_power_of_2(n))
-
-
 def widths(D: int, E: int) -> dict[str, int]:
-    """Return the compile-time constants of keys and values of these widths."""
-    return {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
+    """Return the widths of keys and values as compile-time constants, and of tiles, no less than tensor cores take."""
+    BLOCK_D, BLOCK_E = (max(16, triton.next_power_of_2(width)) for width in (D, E))
+    return {"D": D, "E": E, "BLOCK_D": BLOCK_D, "BLOCK_E": BLOCK_E}
 
 
 def operands(factored: Factored, scale: float, starts: Tensor | None) -> tuple[list, float, list[int], dict]:
@@ -80,10 +76,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def worth_trying(configs: list, arguments: dict, **constants) -> list:
-    """Return all configurations, but for high ranks only the last, small one.
-
-    Loops over ranks are unrolled, so that each would take up to minutes to compile, and few of them fit.
-    """
+    """Return all configurations, but for high ranks, whose unrolled loops compile slowly, only the last, small one."""
     return configs[-1:] if constants.get("R_K", 0) + constants.get("R_V", 0) > MANY_RANKS else configs
 
 

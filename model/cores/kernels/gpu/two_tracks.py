@@ -58,7 +58,7 @@ def load_pair(
 
 
 @triton.jit
-def stage_range(stage: tl.constexpr, first, BLOCK: tl.constexpr, count):
+def stage_span(stage: tl.constexpr, first, BLOCK: tl.constexpr, count):
     """Return the range of a line's tokens before a block that starts at `first` (stage 0), in it (1), after it (2)."""
     if stage == 0:
         return 0, first
@@ -101,7 +101,7 @@ def forward_kernel(
     for stage in tl.static_range(3 if CLOSED else 2):
         if stage == 1:
             open_top, open_norm, open_sums = top, norm, sums
-        low, high = stage_range(stage, first, BLOCK_M, count)
+        low, high = stage_span(stage, first, BLOCK_M, count)
         for begin in tl.range(low, high, BLOCK_N):
             j = begin + n
             k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
@@ -145,10 +145,7 @@ def grid(q: Tensor, axis: list[int], block: str):
 def two_tracks(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, scale: float, axis: list[int], closing: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return opened and closed values [B, T, H, E] and their log-sum-exp to base 2 [B, T, H].
-
-    Those of the closed track are empty unless `closing`.
-    """
+    """Return opened and closed values and their log-sum-exps to base 2 [B, T, H]; the closed are empty if not `closing`."""
     q, k, values, own = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values, own))
     heads = q.size(2)
     shape = (*q.shape[:3], values.size(-1))

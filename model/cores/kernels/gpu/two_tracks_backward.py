@@ -20,7 +20,7 @@ from model.cores.kernels.gpu.two_tracks import (
     lines,
     load_pair,
     load_tile,
-    stage_range,
+    stage_span,
     store_tile,
 )  # fmt: skip
 
@@ -117,7 +117,7 @@ def queries_kernel(
     extra = tl.load(diagonal + rows + m * step, mask=there, other=0.0)
     # The keys before the block are the open track's, its own are both tracks', those after it are the closed track's.
     for stage in tl.static_range(3 if CLOSED else 2):
-        low, high = stage_range(stage, first, BLOCK_M, count)
+        low, high = stage_span(stage, first, BLOCK_M, count)
         for begin in tl.range(low, high, BLOCK_N):
             j = begin + n
             k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
@@ -131,8 +131,7 @@ def queries_kernel(
                 d_scores += tl.where(j[None, :] == i[:, None], extra[:, None], 0.0)
             if CLOSED and stage > 0:
                 after = seen & (j[None, :] >= i[:, None]) if stage == 1 else seen
-                lse_2, delta_2 = past_lse[:, None], past_delta[:, None]
-                _, more = score_gradients(logits, lse_2, past, v_tile, delta_2, after, PRECISION)
+                _, more = score_gradients(logits, past_lse[:, None], past, v_tile, past_delta[:, None], after, PRECISION)
                 d_scores += more
             gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     store_tile(d_q, D, rows + m * step, there, gradient * score_scale, D, BLOCK_D)
@@ -168,7 +167,7 @@ def keys_kernel(
     # Scores are transposed here, [keys, queries], as both products want them.
     # Queries before the block are the closed track's, its own are both tracks', those after it are the open track's.
     for stage in tl.static_range(0 if CLOSED else 1, 3):
-        low, high = stage_range(stage, begin, BLOCK_N, count)
+        low, high = stage_span(stage, begin, BLOCK_N, count)
         for first in tl.range(low, high, BLOCK_M):
             i = first + m
             at = tl.cast(first, tl.int64) * inner
