@@ -145,7 +145,7 @@ def grid(q: Tensor, axis: list[int], block: str):
 def two_tracks(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, scale: float, axis: list[int], closing: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return opened and closed values and their log-sum-exps to base 2 [B, T, H]; the closed are empty if not `closing`."""
+    """Return opened and closed values and their log-sum-exps to base 2 [B, T, H]; the closed only if `closing`."""
     q, k, values, own = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values, own))
     heads = q.size(2)
     shape = (*q.shape[:3], values.size(-1))

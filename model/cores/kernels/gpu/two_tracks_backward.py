@@ -13,16 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.cores.kernels.gpu.common import autotuned, precision, strides, widths
-from model.cores.kernels.gpu.two_tracks import (
-    KEY,
-    find_line,
-    grid,
-    lines,
-    load_pair,
-    load_tile,
-    stage_span,
-    store_tile,
-)  # fmt: skip
+from model.cores.kernels.gpu.two_tracks import KEY, find_line, grid, lines, load_pair, load_tile, stage_span, store_tile
 
 # Rows of the block that stays, rows of those that go by, warps, stages.
 SIZES = (
@@ -131,7 +122,8 @@ def queries_kernel(
                 d_scores += tl.where(j[None, :] == i[:, None], extra[:, None], 0.0)
             if CLOSED and stage > 0:
                 after = seen & (j[None, :] >= i[:, None]) if stage == 1 else seen
-                _, more = score_gradients(logits, past_lse[:, None], past, v_tile, past_delta[:, None], after, PRECISION)
+                lse_2, delta_2 = past_lse[:, None], past_delta[:, None]
+                _, more = score_gradients(logits, lse_2, past, v_tile, delta_2, after, PRECISION)
                 d_scores += more
             gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     store_tile(d_q, D, rows + m * step, there, gradient * score_scale, D, BLOCK_D)
