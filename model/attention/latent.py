@@ -83,7 +83,7 @@ class LatentConfig(AttentionConfig):
 
 
 class UpProjection(nn.Linear):
-    """Turn c_kv [B, S, L] into k_nope and v [B, S, H, D], or absorb that; by calls, on which ZeRO gathers its weight."""
+    """Turn c_kv [B, S, L] into k_nope and v [B, S, H, D], or absorb that; by calls, on which ZeRO gathers weights."""
 
     def __init__(self, rank: int, n_heads: int, width: int):
         super().__init__(rank, n_heads * 2 * width, bias=False)
