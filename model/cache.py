@@ -1,7 +1,6 @@
 """What decoding keeps of the tokens so far: one contract for every mechanism.
 
-A mechanism says what a token leaves behind (`AttentionConfig.cache_shapes`) and how its keys and values are stored and
-read (`Attention.keep`, `Attention.recall`). Here is the storage: preallocated, growing by blocks, with rows of
+A mechanism says what a token leaves behind. Here is the storage: preallocated, growing by blocks, with rows of
 different lengths, in any float dtype or as int8. A token of a row lies at the index that is its position in the row;
 what lies beyond a row's length is garbage, which `AttentionMask.starts` hides.
 """
@@ -11,6 +10,7 @@ from math import prod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.mask import AttentionMask
@@ -29,38 +29,35 @@ def bytes_per_token(shapes: Shapes, dtype: torch.dtype) -> int:
 
 
 class Part:
-    """One named tensor of a layer, [B, capacity, *shape]; as int8 with a scale [B, capacity] for each token."""
+    """One named tensor of a layer, [B, capacity, *shape]; as int8 with a scale [B, capacity, 1, ...] for each token."""
 
     def __init__(self, batch: int, capacity: int, shape: tuple[int, ...], dtype: torch.dtype, device):
         self.values = torch.zeros(batch, capacity, *shape, dtype=dtype, device=device)
         self.scales = None
         if dtype == torch.int8:
-            self.scales = torch.zeros(batch, capacity, dtype=SCALE_DTYPE, device=device)
+            self.scales = torch.zeros(batch, capacity, *[1] * len(shape), dtype=SCALE_DTYPE, device=device)
 
     def write(self, new: Tensor, positions: Tensor) -> None:
         """Store `new` [B, T, *shape] at `positions` [B or 1, T]."""
         if self.scales is not None:
             # The scale is rounded before it divides, so its rounding costs no precision.
-            scales = (new.flatten(2).abs().amax(-1).float() / 127).to(SCALE_DTYPE)
+            scales = (new.abs().amax(tuple(range(2, new.ndim)), keepdim=True).float() / 127).to(SCALE_DTYPE)
             store(self.scales, scales, positions)
-            steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
-            new = (new / expand_to(steps, new)).round().clamp(-127, 127)
+            new = (new / scales.float().clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-127, 127)
         store(self.values, new, positions)
 
     def read(self, n_keys: int | None, dtype: torch.dtype) -> Tensor:
         """Return the first `n_keys` tokens, or the whole capacity if None: [B, S, *shape]."""
-        values = self.values[:, :n_keys]
-        if self.scales is None:
-            return values.to(dtype)
-        return values.to(dtype) * expand_to(self.scales[:, :n_keys].to(dtype), values)
+        values = self.values[:, :n_keys].to(dtype)
+        return values if self.scales is None else values * self.scales[:, :n_keys].to(dtype)
 
     def tensors(self) -> list[Tensor]:
         return [self.values] if self.scales is None else [self.values, self.scales]
 
     def grow(self, capacity: int) -> None:
-        self.values = longer(self.values, capacity)
-        if self.scales is not None:
-            self.scales = longer(self.scales, capacity)
+        added = capacity - self.values.size(1)
+        self.values = pad_tokens(self.values, added)
+        self.scales = None if self.scales is None else pad_tokens(self.scales, added)
 
 
 def store(buffer: Tensor, new: Tensor, positions: Tensor) -> None:
@@ -72,16 +69,9 @@ def store(buffer: Tensor, new: Tensor, positions: Tensor) -> None:
         buffer[torch.arange(buffer.size(0), device=buffer.device)[:, None], positions] = new
 
 
-def expand_to(scales: Tensor, values: Tensor) -> Tensor:
-    """Return `scales` with as many axes as `values`."""
-    return scales.reshape(*scales.shape, *[1] * (values.ndim - scales.ndim))
-
-
-def longer(buffer: Tensor, length: int) -> Tensor:
-    """Return `buffer` [B, S, ...] with zeros up to `length` tokens."""
-    grown = buffer.new_zeros(buffer.size(0), length, *buffer.shape[2:])
-    grown[:, : buffer.size(1)] = buffer
-    return grown
+def pad_tokens(x: Tensor, padding: int) -> Tensor:
+    """Return x [B, T, ...] with `padding` zero tokens at its end, which is the future."""
+    return F.pad(x, [0, 0] * (x.ndim - 2) + [0, padding]) if padding else x
 
 
 class LayerCache:
@@ -94,18 +84,14 @@ class LayerCache:
         self.parts = {name: Part(batch, capacity, shape, dtype, device) for name, shape in shapes.items()}
 
     def append(self, new: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Store what new tokens leave behind, [B, T, *shape] a part, and return that of all tokens, [B, S, *shape].
-
-        The result is a copy only if the dtype of the cache is not that of `new`.
-        """
+        """Store what new tokens leave behind, [B, T, *shape] a part, and return that of all tokens, [B, S, *shape]."""
         for name, part in self.parts.items():
             part.write(new[name], positions)
         return {name: part.read(self.owner.n_keys, new[name].dtype) for name, part in self.parts.items()}
 
     def places(self) -> Tensor:
         """Return the positions [1, S] of the tokens that `append` returns."""
-        n_keys = self.owner.capacity if self.owner.n_keys is None else self.owner.n_keys
-        return torch.arange(n_keys, device=self.owner.lengths.device)[None]
+        return torch.arange(self.owner.n_keys or self.owner.capacity, device=self.owner.lengths.device)[None]
 
     def fix_shapes(self) -> None:
         """Prepare for steps that never change a shape. ValueError if this layer cannot."""
@@ -114,9 +100,9 @@ class LayerCache:
 class KVCache:
     """The cache of `batch` rows with room for `capacity` tokens each, which grows as needed.
 
-    `lengths` [B] are the tokens in each row. The host knows them too: what is attended to is cut to the longest row,
-    rows of one length need no mask, and a full cache grows. From `fix_shapes` on every shape is the same from one token
-    to the next, for a compiled step or a CUDA graph: attention is over the whole capacity, and there is no more room.
+    The host knows the `lengths` [B] of the rows too: what is attended to is cut to the longest, and rows of one length
+    need no mask. From `fix_shapes` on every shape is the same from one token to the next, for a compiled step or a
+    CUDA graph: attention is over the whole capacity, and there is no more room.
     """
 
     def __init__(self, layers: Sequence[LayerCache], batch: int, capacity: int, device, documents: bool = False):
@@ -129,10 +115,6 @@ class KVCache:
         self.n_keys: int | None = 0  # how many keys a layer attends to; None: the whole capacity
         self.counts: list[int] | None = None  # how many of the tokens of `begin` are each row's own; None: all
         self._ends = [0] * batch  # `lengths`, on the host
-
-    @property
-    def static(self) -> bool:
-        return self.n_keys is None
 
     def fix_shapes(self) -> None:
         """Never change a shape from here on. ValueError if a layer cannot do so."""
@@ -170,38 +152,33 @@ class KVCache:
             for part in self.parts():
                 part.grow(self.capacity)
             if self.documents is not None:
-                self.documents = longer(self.documents, self.capacity + 1)
+                self.documents = pad_tokens(self.documents, self.capacity + 1 - self.documents.size(1))
 
     def begin(
         self, tokens: Tensor, document_end: int | None = None, counts: Tensor | None = None
     ) -> tuple[Tensor, AttentionMask]:
-        """Return positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and their mask.
-
-        `counts`: as it will be given to `advance`.
-        """
+        """Return positions [B or 1, T] for `tokens` [B, T], which follow what each row has, and their mask."""
         batch, n_tokens = tokens.shape
         if batch != self.batch:
             raise ValueError(f"{batch} rows of tokens for a cache of {self.batch}")
         new = torch.arange(n_tokens, device=tokens.device)
-        self.counts = None if counts is None or self.static else counts.tolist()
-        if not self.static:
+        static = self.n_keys is None
+        self.counts = None if counts is None or static else counts.tolist()
+        positions, starts = self.lengths[:, None] + new, self.lengths
+        if not static:
             self.reserve(n_tokens)
             self.n_keys = max(self._ends) + n_tokens
-        if not self.static and min(self._ends) == max(self._ends):
-            positions, starts = (new + self._ends[0])[None], None
-        else:
-            positions, starts = self.lengths[:, None] + new, self.lengths
+            if min(self._ends) == max(self._ends):
+                positions, starts = (new + self._ends[0])[None], None
         if self.documents is None:
             return positions, AttentionMask(starts=starts)
-        own = self.documents.gather(1, self.lengths[:, None])
-        following = own + (tokens == document_end).cumsum(dim=1)
-        store(self.documents, following, positions + 1)
-        documents = self.documents[:, :-1] if self.static else self.documents[:, : self.n_keys]
-        return positions, AttentionMask(documents=documents, starts=starts)
+        current = self.documents.gather(1, self.lengths[:, None])
+        store(self.documents, current + (tokens == document_end).cumsum(dim=1), positions + 1)
+        return positions, AttentionMask(documents=self.documents[:, :-1][:, : self.n_keys], starts=starts)
 
     def advance(self, n_tokens: int, counts: Tensor | None = None) -> None:
         """Count the tokens of `begin` as kept: all of them, or only the first `counts` [B] of each row."""
         self.lengths += n_tokens if counts is None else counts
-        if not self.static:
+        if self.n_keys is not None:
             added = [n_tokens] * self.batch if counts is None else counts.tolist()
             self._ends = [end + more for end, more in zip(self._ends, added, strict=True)]

@@ -14,48 +14,33 @@ COMPILED: WeakKeyDictionary = WeakKeyDictionary()  # model -> its compiled step
 
 @torch.no_grad()
 def stream(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-    stop_tokens: Sequence[int] = (),
-    use_cache: bool = True,
-    cache_dtype: torch.dtype | None = None,
-    chunk: int = 512,
-    compiled: bool = False,
-    vocab_size: int | None = None,
-) -> Iterator[list[int | None]]:
+    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0,
+    stop_tokens: Sequence[int] = (), use_cache: bool = True, cache_dtype: torch.dtype | None = None, chunk: int = 512,
+    compiled: bool = False, vocab_size: int | None = None,
+) -> Iterator[list[int | None]]:  # fmt: skip
     """Yield the next token of each of `prompts`, step by step; None in a row that has ended with a stop token.
 
     `model` is a Transformer. Row i is drawn by seed + i, whatever the other rows are. Prompts pass through the model in
     pieces of `chunk` tokens. `compiled` compiles the step of one token (CUDA graphs on a GPU); without `use_cache` each
-    step passes over everything again, which gives the same tokens. There is no longest length: the cache grows. Tokens
-    from `vocab_size` on are padding of the model's vocabulary, and never drawn.
-
-    ValueError for an empty prompt.
+    step passes over everything again, which gives the same tokens. Tokens from `vocab_size` on are padding of the
+    model's vocabulary, and never drawn. ValueError for an empty prompt.
     """
     if min(map(len, prompts), default=0) == 0:
         raise ValueError("a prompt must have at least one token")
     training, device = model.training, model.embedding.weight.device
     rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
     uniforms = draws(range(seed, seed + len(rows)), max_new_tokens, device)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(rows), vocab_size or model.config.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in zip(seen, rows, strict=True):
-            row[torch.tensor(prompt, device=device)] = True
+    seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, rows, strict=True):
+        row[torch.tensor(prompt, device=device)] = True
     cache = model.new_cache(len(rows), dtype=cache_dtype) if use_cache else None
     model.eval()
     try:
         logits = prefill(model, rows, cache, chunk) if cache else whole_pass(model, rows)
-        step = decode_step
-        if compiled and cache:
-            step = compile_step(model, cache, max_new_tokens)
+        step = compile_step(model, cache, max_new_tokens) if compiled and cache else decode_step
         for i in range(max_new_tokens):
-            chosen = sampling.choose(logits[:, :vocab_size], uniforms[i], seen)
-            if seen is not None:
-                seen.scatter_(1, chosen[:, None], True)
+            chosen = sampling.choose(logits[:, :vocab_size], uniforms[i], seen[:, :vocab_size])
+            seen.scatter_(1, chosen[:, None], True)
             tokens = chosen.tolist()
             ended = [done or token in stop_tokens for done, token in zip(ended, tokens, strict=True)]
             yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
@@ -100,24 +85,20 @@ def decode_step(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
 
 
 def compile_step(model: nn.Module, cache: KVCache, n_tokens: int) -> Callable:
-    """Return `decode_step` compiled for `n_tokens` more tokens in `cache`, none of whose shapes changes from now on.
-
-    It is compiled once for a model, batch, capacity and dtype; with CUDA graphs on a GPU.
-    """
+    """Return `decode_step` compiled, with CUDA graphs on a GPU, for `n_tokens` more tokens in `cache`."""
     cache.reserve(n_tokens)
     cache.fix_shapes()
     graphs = cache.lengths.is_cuda
     if model not in COMPILED:
         options = {"mode": "reduce-overhead" if graphs else None, "isolate_recompiles": True, "recompile_limit": 64}
         COMPILED[model] = torch.compile(decode_step, fullgraph=True, dynamic=False, **options)
-    compiled = COMPILED[model]
     if not graphs:
-        return compiled
+        return COMPILED[model]
     for tensor in cache.tensors():  # CUDA graphs refuse to write to inputs that might move
         torch._dynamo.mark_static_address(tensor)
 
     def step(*inputs):
         torch.compiler.cudagraph_mark_step_begin()
-        return compiled(*inputs).clone()  # the next run overwrites it
+        return COMPILED[model](*inputs).clone()  # the next run overwrites it
 
     return step

@@ -12,17 +12,14 @@ from torch import Tensor
 class AttentionMask:
     """Which of S keys each of T queries sees.
 
-    `starts` [B] is the key index of each row's first query, for the rows of a cache that differ in length: query t of
-    row b is at index starts[b] + t. What lies beyond a row's last query must not reach the result, but is finite, so
-    that a weight of 0 silences it. Without `starts` the queries are the last T of the S positions. `documents` [B, S]
-    numbers the document of each position: a query sees only keys of its own. `window` limits a query to this number of
-    most recent keys, its own included.
+    With `starts` query t of row b is at index starts[b] + t. What lies beyond a row's last query must not reach the
+    result, but is finite, so that a weight of 0 silences it. Without, the queries are the last T of the S positions.
     """
 
     causal: bool = True
-    documents: Tensor | None = None
-    starts: Tensor | None = None
-    window: int | None = None
+    documents: Tensor | None = None  # [B, S]: the number of each position's document; a query sees keys of its own
+    starts: Tensor | None = None  # [B]: the key index of each row's first query, if rows differ in length
+    window: int | None = None  # how many of the most recent keys a query sees, its own included
 
     def allowed(self, n_queries: int, n_keys: int, device=None) -> Tensor:
         """Return true if a query sees a key: [T, S], or [B, 1, T, S] with documents or starts."""
@@ -40,9 +37,8 @@ class AttentionMask:
 
     def packs(self, n_queries: int) -> bool:
         """Return whether rows of `documents` are all there is to mask: causal queries, each with its key."""
-        if self.documents is None or self.starts is not None or self.window is not None:
-            return False
-        return self.causal and self.documents.size(1) == n_queries
+        only_documents = self.documents is not None and self.starts is None and self.window is None
+        return only_documents and self.causal and self.documents.size(1) == n_queries
 
     @cached_property
     def document_bounds(self) -> Tensor:

@@ -15,16 +15,14 @@ class RopeScaling:
     """How a model trained at `original_length` reads texts `factor` times as long, without further training.
 
     linear: positions are divided by the factor (Chen et al., arXiv 2306.15595). ntk: the base grows, so that the
-    slowest pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn fewer than `slow` times
-    over the original length are divided by the factor, those that turn more than `fast` times stay, and the logits are
-    sharpened (Peng et al., arXiv 2309.00071).
+    slowest pair turns `factor` times as slowly and the fastest as before. yarn: pairs that turn less than once over the
+    original length are divided by the factor, those that turn more than 32 times stay, and the logits are sharpened
+    (Peng et al., arXiv 2309.00071).
     """
 
     kind: str
     factor: float
     original_length: int
-    fast: float = 32.0
-    slow: float = 1.0
 
     @property
     def logit_factor(self) -> float:
@@ -38,16 +36,12 @@ class RopeScaling:
         plain = rope_frequencies(dim, base, device)
         if self.kind != "yarn":
             return plain / self.factor
-        kept = 1 - self._ramp(dim, base, device)
-        return plain * kept + plain / self.factor * (1 - kept)
-
-    def _ramp(self, dim: int, base: float, device) -> Tensor:
-        """Return 0 for pairs that stay, 1 for those divided by the factor, and linear values between them."""
-        turns = (self.fast, self.slow)
-        pairs = [dim * math.log(self.original_length / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns]
+        pairs = [dim * math.log(self.original_length / (n * 2 * math.pi)) / (2 * math.log(base)) for n in (32, 1)]
         first, last = max(math.floor(pairs[0]), 0), min(math.ceil(pairs[1]), dim - 1)
         numbers = torch.arange(dim // 2, dtype=torch.float32, device=device)
-        return ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)
+        # 1 for pairs that stay, 0 for those divided by the factor, and linear values between them.
+        kept = 1 - ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)
+        return plain * kept + plain / self.factor * (1 - kept)
 
 
 def rope_frequencies(dim: int, base: float, device=None) -> Tensor:
@@ -63,10 +57,7 @@ def rope_tables(positions: Tensor, dim: int, base: float, scaling: RopeScaling |
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return each vector x [B, T, N, D] turned by its position's angles, cos and sin [B or 1, T, P/2], in fp32.
-
-    The first P features turn; those after them, under partial RoPE, stay.
-    """
+    """Return x [B, T, N, D], its first P features turned in fp32 by their position's cos and sin [B or 1, T, P/2]."""
     turned, rest = x.split((2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)), dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     first, second = turned.float().chunk(2, dim=-1)

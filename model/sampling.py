@@ -35,8 +35,8 @@ class Sampling:
             logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
         if self.min_p is not None:
             probabilities = logits.softmax(-1)
-            floor = self.min_p * probabilities.amax(-1, keepdim=True)
-            logits = logits.masked_fill(probabilities < floor, -torch.inf)
+            least = self.min_p * probabilities.amax(-1, keepdim=True)
+            logits = logits.masked_fill(probabilities < least, -torch.inf)
         return logits
 
     def choose(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> Tensor:

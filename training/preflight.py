@@ -12,7 +12,7 @@ import torch
 
 from data.files import sha256_of
 from data.shards import Shard, read_manifest
-from model.counting.memory import checkpoint_bytes, training_bytes
+from model.counting import checkpoint_bytes, training_bytes
 from model.transformer import TransformerConfig
 from training.config import Config
 from training.device import Runtime, available_memory, device_name, format_bytes, synchronize, time_matmul

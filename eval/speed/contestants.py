@@ -14,7 +14,7 @@ from model.attention.base import Attention, AttentionCore, Dense
 from model.attention.latent import Absorbed
 from model.attention.tensor_product import Factored, TensorProductAttention, TensorProductConfig
 from model.cache import KVCache
-from model.cores.folded_cache import UnfinishedBlock
+from model.cores.folding import UnfinishedBlock
 from model.cores.full import Full
 from model.cores.sequence_tensor import SequenceTensor
 from model.mask import AttentionMask

@@ -51,10 +51,7 @@ class Dense(QKV):
 
 
 class AttentionCore(Choice):
-    """What is attended to: a pattern of queries and keys. `kernel` is how that is computed.
-
-    A core says at which coordinates each of its hops looks; it gets q, k and v rotated by them.
-    """
+    """What is attended to: a pattern of queries and keys. `kernel` is how that is computed."""
 
     name: str
     kernel: Literal["auto"] = "auto"  # no part of a run's identity: it may change between starts
@@ -102,11 +99,7 @@ class AttentionCore(Choice):
 
 
 class AttentionConfig(Choice):
-    """The keys of every mechanism.
-
-    A key that is null takes its value in `by_size` for the size, or for `default`; an `n_heads` that is null is matched
-    to MHA's budget.
-    """
+    """The keys of every mechanism. A null `n_heads` is matched to MHA's budget, other null keys are `by_size`'s."""
 
     name: str
     head_dim: int | None = Field(None, ge=1)  # null: size.head_dim
@@ -118,12 +111,13 @@ class AttentionConfig(Choice):
     rope_original_length: int | None = Field(None, ge=1)  # null: trainer.seq_len / rope_factor
     qk_norm: bool = False  # RMS-normalise each query and key head, without a learned weight
     output_gate: bool = False  # multiply the attended values by sigmoid(W x), arXiv 2505.06708
-    by_size: dict[str, dict[str, Any]] = Field(default_factory=dict)  # size name -> values for the keys left null
+    by_size: dict[str, dict[str, Any]] = Field(default_factory=dict)  # size name, or `default` -> values of null keys
 
     needed: ClassVar[tuple[str, ...]] = ("head_dim",)  # keys that by_size or the size must have filled
     rope_key: ClassVar[str] = "head_dim"  # the key that sets `rope_width`
     # Keys that set the size of the cache next to `n_heads`: `size.match=kv_bytes` sets all of them alike.
     cache_knobs: ClassVar[tuple[str, ...]] = ()
+    head_multiple: ClassVar[int] = 1  # `n_heads` must be a multiple of this
 
     @property
     def qk_head_dim(self) -> int:
@@ -150,14 +144,8 @@ class AttentionConfig(Choice):
 
     @property
     def scaling(self) -> RopeScaling | None:
-        if self.rope_scaling == "none" or self.rope_factor == 1:
-            return None
-        return RopeScaling(self.rope_scaling, self.rope_factor, self.rope_original_length)
-
-    @property
-    def head_multiple(self) -> int:
-        """`n_heads` must be a multiple of this."""
-        return 1
+        plain = self.rope_scaling == "none" or self.rope_factor == 1
+        return None if plain else RopeScaling(self.rope_scaling, self.rope_factor, self.rope_original_length)
 
     @abstractmethod
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "Attention":
@@ -211,8 +199,7 @@ class Attention(nn.Module, ABC):
     """One layer's attention: project, rotate, attend through the core, project back.
 
     A mechanism defines `project` and `rotate`, and also `keep` and `recall` if it caches something else than rotated
-    keys and values. `out_proj` [d_model, H * E] starts at zero, as in the TPA authors' code, so that every block starts
-    as the identity.
+    keys and values. `out_proj` starts at zero, as in the TPA authors' code: every block starts as the identity.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, core: AttentionCore):
@@ -234,21 +221,17 @@ class Attention(nn.Module, ABC):
 
     def forward(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache | None = None) -> Tensor:
         """Return [B, T, M] for x [B, T, M]; with a cache the T tokens join it and attend to all that it holds."""
-        if cache is None:
-            attended = self.core.attend(self.views(x, positions), mask, self.config.scale)
-        elif cache.attends:
-            attended = cache.attend(self.views(x, positions), positions, self.config.scale)
-        else:
+        if cache is not None and not cache.attends:
             attended = self.attend_cached(x, positions, mask, cache)
+        else:
+            qkv = self.project(x)
+            views = [self.rotate(qkv, places) for places in self.core.hops(positions)]
+            scale = self.config.scale
+            attended = cache.attend(views, positions, scale) if cache else self.core.attend(views, mask, scale)
         attended = attended.flatten(-2)
         if self.gate_proj is not None:
             attended = attended * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(attended)
-
-    def views(self, x: Tensor, positions: Tensor) -> list[QKV]:
-        """Return queries, keys and values of x as each hop of the core turns them."""
-        qkv = self.project(x)
-        return [self.rotate(qkv, places) for places in self.core.hops(positions)]
 
     def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
         """Return the attended values [B, T, H, E] of x, whose tokens join the cache at `positions`."""
@@ -257,14 +240,11 @@ class Attention(nn.Module, ABC):
         return self.core.attend([self.recall(qkv, kept, cache.places())], mask, self.config.scale)
 
     def keep(self, qkv: QKV) -> dict[str, Tensor]:
-        """Return what the cache keeps of rotated `qkv`, [B, T, *shape] by the names of `cache_shapes`.
-
-        By default these are the fields of the same names, `k` and `v` of `Dense`.
-        """
+        """Return what the cache keeps of rotated `qkv`, [B, T, *shape] by the names of `cache_shapes`: its fields."""
         return {name: getattr(qkv, name) for name in self.config.cache_shapes()}
 
     def recall(self, qkv: QKV, kept: dict[str, Tensor], places: Tensor) -> QKV:
-        """Return the queries of rotated `qkv` with the rotated keys and the values of all S tokens that left `kept`.
+        """Return the queries of rotated `qkv` with the rotated keys and the values of all S tokens in the cache.
 
         `kept` has what `keep` gave, [B, S, *shape]; token s has position `places[0, s]`.
         """

@@ -5,7 +5,7 @@ and one rotated key that all heads share. Cached: the normalised c_kv and the ro
 absorbs the up-projections into the query and the output (section 2.1.2): what is cached is one key for all heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,23 +14,19 @@ from torch import Tensor, nn
 
 from model.attention.base import QKV, Attention, AttentionConfig, AttentionCore, Dense, split_heads, unit_rms
 from model.cache import LayerCache, Shapes
-from model.layers import RMSNorm
 from model.mask import AttentionMask
 
 
 @dataclass
 class Latent(QKV):
-    """q_nope [B, T, H, D], q_rope [B, T, H, P], k_nope [B, S, H, D], k_rope [B, S, 1, P] and v [B, S, H, E].
-
-    `normalize` is QK-norm, over both parts of a head: turning the rotated part does not change it.
-    """
+    """q_nope [B, T, H, D], q_rope [B, T, H, P], k_nope [B, S, H, D], k_rope [B, S, 1, P] and v [B, S, H, E]."""
 
     q_nope: Tensor
     q_rope: Tensor
     k_nope: Tensor
     k_rope: Tensor
     v: Tensor
-    normalize: bool = False
+    normalize: bool = False  # QK-norm, over both parts of a head: turning the rotated part does not change it
 
     def materialize(self) -> Dense:
         q = torch.cat((self.q_nope, self.q_rope), dim=-1)
@@ -40,15 +36,11 @@ class Latent(QKV):
 
 @dataclass
 class Absorbed(QKV):
-    """q [B, T, H, L + P], its first L features through the keys' up-projection, and the cached `latent` [B, S, L + P].
+    """Queries through the keys' up-projection, and the latent: each head's key and, in L of its features, value."""
 
-    The latent is every head's key and, in its first L features, value. `k_norm` [B, S, H] is what QK-norm multiplies
-    each head's key by.
-    """
-
-    q: Tensor
-    latent: Tensor
-    k_norm: Tensor | None = None
+    q: Tensor  # [B, T, H, L + P]
+    latent: Tensor  # [B, S, L + P]
+    k_norm: Tensor | None = None  # [B, S, H]: what QK-norm multiplies each head's key by
 
     def materialize(self) -> Dense:
         shared = self.latent.unsqueeze(2)
@@ -77,38 +69,31 @@ class LatentConfig(AttentionConfig):
         return self.qk_rope_head_dim
 
     def projection_params(self, d_model: int) -> int:
-        down = d_model * (self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim)
         norms = self.q_lora_rank + self.kv_lora_rank
-        up_q = self.q_lora_rank * self.n_heads * self.qk_head_dim
-        up_kv = self.kv_lora_rank * self.n_heads * 2 * self.head_dim
-        return down + norms + up_q + up_kv
+        up = self.n_heads * (self.q_lora_rank * self.qk_head_dim + self.kv_lora_rank * 2 * self.head_dim)
+        return d_model * (norms + self.qk_rope_head_dim) + norms + up
 
     def cache_shapes(self) -> Shapes:
-        shapes = {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,)}
-        if self.qk_norm:  # a key's norm differs from head to head, and absorbed decoding never sees the key
-            shapes["k_norm"] = (self.n_heads,)
-        return shapes
+        # A key's norm differs from head to head, and absorbed decoding never sees the key.
+        norm = {"k_norm": (self.n_heads,)} if self.qk_norm else {}
+        return {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,), **norm}
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "LatentAttention":
         return LatentAttention(self, d_model, core)
 
 
 class UpProjection(nn.Linear):
-    """Turn c_kv [B, S, L] into k_nope and v, each [B, S, H, D], or absorb that into queries and attended values.
-
-    All of these are calls of the module, so that whatever gathers its weight on a call (ZeRO) does.
-    """
+    """Turn c_kv [B, S, L] into k_nope and v [B, S, H, D], or absorb that; by calls, on which ZeRO gathers weights."""
 
     def __init__(self, rank: int, n_heads: int, width: int):
         super().__init__(rank, n_heads * 2 * width, bias=False)
         self.shapes = [(n_heads, width)] * 2
 
     def forward(self, x: Tensor, absorb: str = "") -> Tensor | list[Tensor]:
-        """Return k_nope and v; with `absorb="k"` of q_nope [B, T, H, D] what meets c_kv, [B, T, H, L]; with "v" of
-        attended c_kv the values."""
+        """Return k_nope and v of c_kv; of q_nope what meets c_kv (absorb="k"); of attended c_kv the values ("v")."""
         if not absorb:
             return split_heads(super().forward(x), *self.shapes)
-        up_k, up_v = (half.unflatten(0, shape) for half, shape in zip(self.weight.chunk(2), self.shapes, strict=True))
+        up_k, up_v = self.weight.unflatten(0, (2, *self.shapes[0]))
         if absorb == "k":
             return torch.einsum("bthd,hdl->bthl", x, up_k)
         return torch.einsum("bthl,hdl->bthd", x, up_v)
@@ -120,22 +105,22 @@ class LatentAttention(Attention):
         heads, width, rope = config.n_heads, config.head_dim, config.qk_rope_head_dim
         self.down_widths = [config.q_lora_rank, config.kv_lora_rank, rope]
         self.down_proj = nn.Linear(d_model, sum(self.down_widths), bias=False)  # c_q, c_kv and the shared rotated key
-        self.q_norm = RMSNorm(config.q_lora_rank, affine=True)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, affine=True)
+        self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=1e-6)
         self.q_up_proj = nn.Linear(config.q_lora_rank, heads * (width + rope), bias=False)
         self.kv_up_proj = UpProjection(config.kv_lora_rank, heads, width)
 
     def project(self, x: Tensor) -> Latent:
-        q_nope, q_rope, c_kv, k_rope = self.compress(x)
-        return self.expanded(q_nope, q_rope, c_kv, k_rope)
+        return self.expanded(*self.compress(x))
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return q_nope [B, T, H, D], q_rope [B, T, H, P], the normalised c_kv [B, T, L] and the shared key
-        [B, T, 1, P]."""
+        """Return q_nope [B, T, H, D], q_rope [B, T, H, P], normalised c_kv [B, T, L] and the one key [B, T, 1, P]."""
         c_q, c_kv, k_rope = self.down_proj(x).split(self.down_widths, dim=-1)
+        # Under autocast these are bf16, and the fused norm wants its weight's dtype.
+        c_q, c_kv = (norm(c.to(norm.weight.dtype)) for norm, c in ((self.q_norm, c_q), (self.kv_norm, c_kv)))
         heads, width, rope = self.config.n_heads, self.config.head_dim, self.config.qk_rope_head_dim
-        q_nope, q_rope = split_heads(self.q_up_proj(self.q_norm(c_q)), (heads, width), (heads, rope))
-        return q_nope, q_rope, self.kv_norm(c_kv), k_rope.unsqueeze(2)
+        q_nope, q_rope = split_heads(self.q_up_proj(c_q), (heads, width), (heads, rope))
+        return q_nope, q_rope, c_kv, k_rope.unsqueeze(2)
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Latent:
         """Return `compress`ed queries with the keys and values that c_kv is projected up to."""
@@ -144,7 +129,7 @@ class LatentAttention(Attention):
 
     def rotate(self, qkv: Latent, positions: Tensor) -> Latent:
         q_rope, k_rope = self.turn(positions, qkv.q_rope, qkv.k_rope)
-        return Latent(qkv.q_nope, q_rope, qkv.k_nope, k_rope, qkv.v, qkv.normalize)
+        return replace(qkv, q_rope=q_rope, k_rope=k_rope)
 
     def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
         q_nope, q_rope, c_kv, k_rope = self.compress(x)

@@ -23,15 +23,11 @@ from model.cache import Shapes
 
 @dataclass
 class Factors:
-    """The factors of queries, keys or values: a [B, T, H, R] and b [B, T, R, D].
+    """The factors of queries, keys or values; D = D_b D_c, and D_c is 1 except in third order."""
 
-    In third order c is [B, T, R, D_c] and b [B, T, R, D_b], D = D_b D_c. Without a (a dense query) b is the product
-    itself, [B, T, H, D].
-    """
-
-    a: Tensor | None
-    b: Tensor
-    c: Tensor | None = None
+    a: Tensor | None  # [B, T, H, R]; None for a dense query
+    b: Tensor  # [B, T, R, D_b]; of a dense query the product itself, [B, T, H, D]
+    c: Tensor | None = None  # [B, T, R, D_c], in third order
 
     @property
     def width(self) -> int:
@@ -108,7 +104,7 @@ class TensorProductConfig(AttentionConfig):
 
     @property
     def ranks(self) -> dict[str, int]:
-        return {"q": self.q_rank, "k": self.k_rank, "v": self.v_rank}
+        return ({} if self.dense_q else {"q": self.q_rank}) | {"k": self.k_rank, "v": self.v_rank}
 
     @property
     def rope_width(self) -> int:
@@ -116,11 +112,8 @@ class TensorProductConfig(AttentionConfig):
 
     def factor_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape of every factor of a token by name (a_q, b_q, ..., c_v), except those a variant lacks."""
-        shapes = {}
+        shapes = {"b_q": (self.n_heads, self.head_dim)} if self.dense_q else {}
         for part, rank in self.ranks.items():
-            if part == "q" and self.dense_q:
-                shapes["b_q"] = (self.n_heads, self.head_dim)
-                continue
             shapes[f"a_{part}"] = (self.n_heads, rank)
             if part == "v" and self.shared_b:
                 continue
@@ -130,9 +123,8 @@ class TensorProductConfig(AttentionConfig):
         return shapes
 
     def is_constant(self, factor: str) -> bool:
-        if factor == "b_q" and self.dense_q:
-            return False
-        return not (self.contextual_a if factor[0] == "a" else self.contextual_b)
+        contextual = self.contextual_a if factor[0] == "a" else self.contextual_b
+        return not (contextual or (factor == "b_q" and self.dense_q))
 
     def projection_params(self, d_model: int) -> int:
         return sum(m * n * (1 if self.is_constant(f) else d_model) for f, (m, n) in self.factor_shapes().items())
@@ -140,17 +132,12 @@ class TensorProductConfig(AttentionConfig):
     def flops_per_token(self, d_model: int) -> float:
         """Return the operations of the projections and of the products of factors, except third order's b x c."""
         projected = sum(m * n for f, (m, n) in self.factor_shapes().items() if not self.is_constant(f))
-        factored = [rank for part, rank in self.ranks.items() if not (part == "q" and self.dense_q)]
-        products = sum(factored) * self.n_heads * self.head_dim
+        products = sum(self.ranks.values()) * self.n_heads * self.head_dim
         return 2 * (d_model * projected + products + self.output_params(d_model))
 
     def cache_shapes(self) -> Shapes:
-        """Return the shapes of the contextual factors of keys and values: constants need no cache.
-
-        Head factors have their heads next to each other in memory, [R, H], since a core reads them rank by rank.
-        """
-        shapes = self.factor_shapes().items()
-        kept = {f: shape for f, shape in shapes if f[-1] != "q" and not self.is_constant(f)}
+        """Return the shapes of contextual factors of keys and values, head factors as [R, H], as a core reads them."""
+        kept = {f: s for f, s in self.factor_shapes().items() if f[-1] != "q" and not self.is_constant(f)}
         return {f: shape[::-1] if f[0] == "a" else shape for f, shape in kept.items()}
 
     def build(self, d_model: int, layer: int, core: AttentionCore) -> "TensorProductAttention":
@@ -171,25 +158,21 @@ class TensorProductAttention(Attention):
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Draw each factor's weight by Xavier's uniform rule.
-
-        A constant starts with the spread that its contextual counterpart has on a normalised token.
-        """
-        d_model = self.factor_proj.in_features
+        """Draw each weight by Xavier's uniform rule; a constant gets the spread of a contextual factor's values."""
         for (factor, shape), weight in zip(self.projected.items(), self.factor_weights(), strict=True):
-            bound = self.xavier_bound(factor, shape, d_model)
+            bound = self.xavier_bound(factor, *shape)
             weight.uniform_(-bound, bound)
         for factor, shape in self.constants.items():
-            bound = self.xavier_bound(factor, shape, d_model) * d_model**0.5
+            bound = self.xavier_bound(factor, *shape) * self.factor_proj.in_features**0.5
             getattr(self, factor).uniform_(-bound, bound)
 
-    def xavier_bound(self, factor: str, shape: tuple[int, int], d_model: int) -> float:
+    def xavier_bound(self, factor: str, m: int, n: int) -> float:
         """Return sqrt(6 / (fan_in + fan_out)), with fans d_model and m n for a factor of shape [m, n] (the paper).
 
         The authors' code applies Xavier to a weight viewed as [d_model, m, n], where PyTorch takes fan_in from the
         second axis and fan_out from the first, each times the last; a dense query is plain in both.
         """
-        m, n = shape
+        d_model = self.factor_proj.in_features
         plain = self.config.init == "xavier" or (factor == "b_q" and self.config.dense_q)
         return (6 / (d_model + m * n if plain else (d_model + m) * n)) ** 0.5
 
@@ -202,9 +185,7 @@ class TensorProductAttention(Attention):
         made = {f: piece.unflatten(-1, shape) for (f, shape), piece in zip(self.projected.items(), pieces, strict=True)}
         for factor, shape in self.constants.items():
             made[factor] = getattr(self, factor).to(x.dtype).expand(*x.shape[:-1], *shape)
-        for part in "qkv":
-            if f"a_{part}" in made:
-                made[f"a_{part}"] = self.activate(made[f"a_{part}"])
+        made |= {factor: self.activate(a) for factor, a in made.items() if factor[0] == "a"}
         q, k, v = self.assemble("qkv", made)
         return Factored(q.unit_rms(), k.unit_rms(), v) if self.config.qk_norm else Factored(q, k, v)
 

@@ -1,17 +1,22 @@
-"""What attention over a folded sequence and its cache share: the coordinates of a fold, and attention along one axis.
+"""What attention over a folded sequence is made of: attention along one axis, and what decoding keeps.
 
-A fold [n_1, ..., n_m] gives position t the coordinates i_1, ..., i_m with t = i_1 + n_1 (i_2 + n_2 (i_3 + ...)). The
-inner axes are as the fold says; the last one grows with the sequence.
+The cache has a level for each axis d. The last keeps, for every token, its key and its closed value C_{m-1}; the others
+keep queries, keys and values of their unfinished block of n_1 ... n_d tokens, and are written over when it completes:
+then the block is folded once, along axis d, into the closed values (of each query head) of the next level.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import isqrt, prod
+from operator import mul
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.base import Dense
+from model.attention.base import QKV, AttentionCore, Dense
+from model.cache import LayerCache, Part
 from model.cores.kernels import sdpa
 from model.cores.kernels.sdpa import share_heads
 from model.mask import AttentionMask
@@ -20,32 +25,10 @@ MULTIPLE = 16  # of the inner axis that `auto_fold` chooses: tensor cores like i
 
 
 def auto_fold(seq_len: int) -> list[int]:
-    """Return two near-equal axes [n_1, n_2] for `seq_len`: the least n_1 + n_2 with n_1 a multiple of 16.
-
-    Of equals it is the one that pads less, then the one with the shorter blocks, whose hop runs on both tracks.
-    """
+    """Return two near-equal axes [n_1, n_2] for `seq_len`: least n_1 + n_2, then least padding, then least n_1."""
     candidates = range(MULTIPLE, max(isqrt(seq_len) * 2, MULTIPLE) + 1, MULTIPLE)
     folds = [[size, -(-seq_len // size)] for size in candidates]
     return min(folds, key=lambda fold: (sum(fold), prod(fold), fold[0]))
-
-
-def axis_sizes(fold: list[int], seq_len: int) -> list[int]:
-    """Return the axes of a sequence of `seq_len`, the last as long as it must be.
-
-    Axes that a short sequence does not fill are cut: nothing reads what would lie there.
-    """
-    *inner_axes, _ = fold
-    sizes, inner = [], 1
-    for size in inner_axes:
-        sizes.append(min(size, -(-seq_len // inner)))
-        inner *= sizes[-1]
-    return [*sizes, -(-seq_len // inner)]
-
-
-def coordinate(fold: list[int], axis: int, positions: Tensor) -> Tensor:
-    """Return the coordinate along `axis` of each of `positions`."""
-    steps = positions // prod(fold[:axis])
-    return steps if axis == len(fold) - 1 else steps % fold[axis]
 
 
 @dataclass(frozen=True)
@@ -64,11 +47,6 @@ class Axis:
     def unfold(self, x: Tensor) -> Tensor:
         """Return what `fold` gave as [B, T, N, D] again."""
         return x.reshape(self.batch, self.outer * self.size * self.inner, -1, x.size(-1))
-
-
-def pad_tokens(x: Tensor, padding: int) -> Tensor:
-    """Return x [B, T, N, D] with `padding` zero tokens at its end, which is the future."""
-    return F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
 
 
 def mix(axis: Axis, q: Tensor, k: Tensor, values: Tensor, scale: float, causal: bool = False) -> Tensor:
@@ -103,3 +81,118 @@ def open_hop(axis: Axis, q: Tensor, k: Tensor, closed: Tensor, own: Tensor, scal
     mixed = sdpa.attend(Dense(q, k, values), AttentionMask(), scale)
     past, weight, _ = mixed.split((width, 1, total - width - 1), dim=-1)
     return axis.unfold(past + weight * own)
+
+
+class UnfinishedBlock(Part):
+    """A part that holds one unfinished block and never grows."""
+
+    def grow(self, capacity: int) -> None:
+        pass
+
+
+class FoldedCache(LayerCache):
+    """One layer's levels: `parts` by name, allocated when the first tokens show their shapes."""
+
+    attends: ClassVar[bool] = True
+
+    def __init__(self, core: AttentionCore, fold: list[int], batch: int, dtype: torch.dtype, device):
+        core.check_decoding(dtype, compiled=False)
+        super().__init__({}, batch, 0, dtype, device)
+        self.core, self.fold, self.batch, self.dtype, self.device = core, fold, batch, dtype, device
+        self.spans = list(accumulate(fold[:-1], mul, initial=1))  # positions inside of a step: 1, n_1, n_1 n_2 ...
+        self.last = len(fold) - 1
+        self.ends = [0] * batch
+
+    def fix_shapes(self) -> None:
+        self.core.check_decoding(self.dtype, compiled=True)
+
+    def attend(self, views: list[QKV], positions: Tensor, scale: float) -> Tensor:
+        """Return the attended values [B, T, H, E] of tokens at `positions` [B or 1, T], which join the cache.
+
+        Rows that stand at different positions attend one after the other. ValueError if they went back.
+        """
+        keys, dense = views[-1].keys(), [view.materialize() for view in views]
+        values = dense[0].v
+        batch, n_tokens, n_heads = dense[0].q.shape[:3]
+        starts = positions[:, 0].tolist() * (batch // positions.size(0))
+        counts = self.owner.counts or [n_tokens] * batch
+        if any(start not in (0, end) for start, end in zip(starts, self.ends, strict=True)):
+            raise ValueError(f"core=sequence_tensor: its cache cannot go back, from {self.ends} to {starts} tokens")
+        out = values.new_zeros(batch, n_tokens, n_heads, values.size(-1))
+        groups = list(zip(starts, counts, strict=True))
+        for start, count in sorted(set(groups)):
+            members = [row for row, group in enumerate(groups) if group == (start, count)]
+            rows = slice(None) if len(members) == batch else members
+            done = 0
+            while done < count:
+                room = count if self.last == 0 else self.fold[0] - (start + done) % self.fold[0]
+                piece = slice(done, min(done + room, count))
+                cut = [Dense(view.q[rows, piece], view.k[rows, piece], view.v[rows, piece]) for view in dense]
+                own = {name: part[rows, piece] for name, part in keys.items()}
+                out[rows, piece] = self.attend_piece(rows, start + done, cut, own, views[-1], scale)
+                done = piece.stop
+        self.ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        return out
+
+    def attend_piece(
+        self, rows, start: int, views: list[Dense], keys: dict[str, Tensor], form: QKV, scale: float
+    ) -> Tensor:
+        """Return the attended values of tokens from position `start` on, all of one innermost block.
+
+        `keys` are those of the last view in the mechanism's `form`, in which the last level keeps them.
+        """
+        opened = views[0].v
+        size, n_heads = opened.size(1), views[0].q.size(2)
+        for axis, span in enumerate(self.spans):
+            q, step, offset = views[axis].q, start // span, start % span
+            kept, make_keys = keys, form.make_keys
+            if axis != self.last:
+                step %= self.fold[axis]
+                kept, make_keys = {"k": views[axis].k}, Dense.make_keys
+                self.write(rows, axis, start, q=q)
+            self.write(rows, axis, start, **kept)
+            if axis == 0:
+                self.write(rows, axis, start, values=opened)
+                past = {name: self.read(rows, axis, name, slice(step + size), q) for name in (*kept, "values")}
+                values = past.pop("values")
+                opened = sdpa.attend(Dense(q, make_keys(past), values), AttentionMask(), scale)
+            elif step > 0:
+                # A query each for lines of `step` past blocks, at its own offset in them, and itself at the end.
+                line = {name: self.line(rows, axis, name, step, span, offset, new) for name, new in kept.items()}
+                opened = share_heads(opened, n_heads)
+                values = self.line(rows, axis, "values", step, span, offset, opened)
+                lines = Dense(q.flatten(0, 1)[:, None], share_heads(make_keys(line), n_heads), values)
+                opened = sdpa.attend(lines, AttentionMask(causal=False), scale).view_as(opened)
+        self.complete(rows, start + size, views[0].q, scale)
+        return share_heads(opened, n_heads)
+
+    def complete(self, rows, end: int, like: Tensor, scale: float) -> None:
+        """Fold the blocks that end at position `end` into closed values of the level above."""
+        for axis, (size, span) in enumerate(zip(self.fold[:-1], self.spans, strict=False)):
+            block = size * span
+            if end % block:
+                return
+            q, k, values = (self.read(rows, axis, name, slice(block), like) for name in ("q", "k", "values"))
+            closed = mix(Axis(q.size(0), 1, size, span), q, k, values, scale)
+            self.write(rows, axis + 1, end - block, values=closed)
+
+    def line(self, rows, axis: int, name: str, steps: int, span: int, offset: int, own: Tensor) -> Tensor:
+        """Return what `steps` past blocks have at `offset`, and `own` [b, T, ...] after it: [b T, steps + 1, ...]."""
+        blocks = self.parts[f"{name}_{axis + 1}"].values[:, : steps * span].unflatten(1, (steps, span))
+        past = blocks[:, :, offset : offset + own.size(1)][rows].to(own.dtype)
+        return torch.cat((past, own[:, None]), dim=1).transpose(1, 2).flatten(0, 1)
+
+    def read(self, rows, axis: int, name: str, where: slice, like: Tensor) -> Tensor:
+        return self.parts[f"{name}_{axis + 1}"].values[:, where][rows].to(like.dtype)
+
+    def write(self, rows, axis: int, start: int, **new: Tensor) -> None:
+        """Store tensors [b, T, ...] at the positions from `start` on in the level of `axis`."""
+        block = None if axis == self.last else self.fold[axis] * self.spans[axis]
+        for name, tensor in new.items():
+            key = f"{name}_{axis + 1}"
+            if key not in self.parts:
+                kind = UnfinishedBlock if block else Part
+                shape = tuple(tensor.shape[2:])
+                self.parts[key] = kind(self.batch, block or self.owner.capacity, shape, self.dtype, self.device)
+            place = start % block if block else start
+            self.parts[key].values[rows, place : place + tensor.size(1)] = tensor.to(self.dtype)

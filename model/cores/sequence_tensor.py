@@ -10,10 +10,10 @@ coordinates equal), C_0 = O_0 = v:
     open    O_d(i) = sum_{j < i} w(i, j) C_{d-1}(j) + w(i, i) O_{d-1}(i)             w = softmax over j <= i
 
 and the output is O_m. Every past token is reached within m hops: the query at (i_2, i_1) reads C_1(j_2, i_1), which
-mixes all of block j_2. The limit of the method: how a past block is mixed is decided by that block's own query at the
-same offset, q(j_2, i_1), not by the query that reads it.
+mixes all of block j_2, as that block's own query at the same offset decides.
 """
 
+import os
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -22,13 +22,12 @@ from pydantic import field_validator
 from torch import Tensor
 
 from model.attention.base import QKV, AttentionConfig, Dense
-from model.cache import Shapes
-from model.cores.folded_cache import FoldedCache, check_decoding
-from model.cores.folding import Axis, auto_fold, axis_sizes, coordinate, mix, open_hop, pad_tokens
-from model.cores.kernels.available import load_triton, runs_triton
+from model.cache import Shapes, pad_tokens
+from model.cores.folding import Axis, FoldedCache, auto_fold, mix, open_hop
+from model.cores.full import PartialCore
+from model.cores.kernels import load_triton
 from model.cores.kernels.sdpa import share_heads
 from model.cores.kernels.two_tracks import two_tracks
-from model.cores.partial import PartialCore
 from model.mask import AttentionMask
 
 
@@ -50,10 +49,11 @@ class SequenceTensor(PartialCore):
     @field_validator("fold")
     @classmethod
     def _sizes(cls, fold: Any) -> Any:
-        listed = isinstance(fold, list | tuple) and fold
-        if fold != "auto" and not (listed and all(type(size) is int and size >= 1 for size in fold)):
+        if fold == "auto":
+            return fold
+        if not (isinstance(fold, list | tuple) and fold and all(type(size) is int and size >= 1 for size in fold)):
             raise ValueError("must be auto or a list of sizes of at least 1, [n_1, ..., n_m]")
-        return fold if fold == "auto" else list(fold)
+        return list(fold)
 
     @property
     def axes(self) -> list[int]:
@@ -66,22 +66,32 @@ class SequenceTensor(PartialCore):
         return self.replace(fold=auto_fold(seq_len)) if self.fold == "auto" else self
 
     def sizes(self, seq_len: int) -> list[int]:
-        """Return the axes of a sequence of `seq_len`: as folded, the last as long as it must be."""
-        return axis_sizes(self.axes, seq_len)
+        """Return the axes of a sequence of `seq_len`: those that it does not fill are cut, the last one grows."""
+        sizes = []
+        for size in self.axes[:-1]:
+            sizes.append(min(size, -(-seq_len // prod(sizes))))
+        return [*sizes, -(-seq_len // prod(sizes))]
 
     def check(self, attention: AttentionConfig, device: str, dtype: torch.dtype) -> None:
         if self.kernel == "triton":
-            load_triton("core.kernel=sdpa")
-            if not runs_triton(device):
+            load_triton()
+            if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter is for tests
                 raise ValueError("core.kernel=triton: needs a GPU; use core.kernel=sdpa")
 
     def check_decoding(self, dtype: torch.dtype | None, compiled: bool) -> None:
-        check_decoding(dtype, compiled)
+        if dtype == torch.int8:
+            raise ValueError(f"core={self.name}: closed values are not quantised; use a float dtype for the cache")
+        if compiled:
+            raise ValueError(
+                f"core={self.name}: folds blocks as they complete, which a compiled step of fixed shapes cannot; "
+                "decode without compiling"
+            )
 
     def hops(self, positions: Tensor) -> list[Tensor]:
         if self.rope == "global":
             return [positions for _ in self.axes]
-        return [coordinate(self.axes, axis, positions) for axis in range(len(self.axes))]
+        steps = [positions // prod(self.axes[:axis]) for axis in range(len(self.axes))]
+        return [step % size for step, size in zip(steps[:-1], self.axes[:-1], strict=True)] + steps[-1:]
 
     def attend(self, views: list[QKV], mask: AttentionMask, scale: float) -> Tensor:
         views = [view.materialize() for view in views]
@@ -116,30 +126,23 @@ class SequenceTensor(PartialCore):
         return share_heads(opened if mask.causal else closed, n_heads)[:, :seq_len]
 
     def cache(self, attention: AttentionConfig, batch: int, capacity: int, dtype: torch.dtype, device) -> FoldedCache:
-        return FoldedCache(self.axes, batch, capacity, dtype, device)
+        return FoldedCache(self, self.axes, batch, dtype, device)
 
     def cache_shapes(self, attention: AttentionConfig) -> Shapes:
-        """Return a key in the mechanism's form and a value: closed, and so per query head, unless there is one axis.
-
-        Next to these a fold keeps queries, keys and values of one unfinished block for each inner axis.
-        """
+        """Return a key in the mechanism's form and a value: closed, and so per query head, unless there is one axis."""
         with torch.device("meta"):
             qkv = attention.build(8, 0, self).project(torch.empty(1, 1, 8))
-            shapes = {name: tuple(part.shape[2:]) for name, part in qkv.keys().items()}
-            value = tuple(qkv.materialize().v.shape[2:])
-        return shapes | {"values": value if len(self.axes) == 1 else (attention.n_heads, attention.v_head_dim)}
+            kept = qkv.keys() | {"values": qkv.materialize().v}
+        shapes = {name: tuple(part.shape[2:]) for name, part in kept.items()}
+        return shapes if len(self.axes) == 1 else shapes | {"values": (attention.n_heads, attention.v_head_dim)}
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
         """Return the operations of both tracks, 2 a multiply-add: O(n_1 + ... + n_m)."""
         sizes = [size for size in self.sizes(seq_len) if size > 1] or [1]
-        open_keys = sum((size + 1) / 2 for size in sizes)
-        closed_keys = sum(sizes[:-1])
-        return 2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim) * (open_keys + closed_keys)
+        keys = sum((size + 1) / 2 for size in sizes) + sum(sizes[:-1])  # of the open track and of the closed one
+        return 2 * attention.n_heads * (attention.qk_head_dim + attention.v_head_dim) * keys
 
     def keys_read(self, seq_len: int) -> float:
-        """Return how many keys a token decoded after `seq_len` others reads on average: O(n_1 + ... + n_m).
-
-        It reads half of each unfinished block, its share of folding it once more, and the past blocks.
-        """
-        *inner, last = self.sizes(seq_len)
+        """Return how many keys a token decoded after `seq_len` others reads on average: O(n_1 + ... + n_m)."""
+        *inner, last = self.sizes(seq_len)  # half of each unfinished block, once more when it is folded; past blocks
         return sum((size + 1) / 2 + 1 for size in inner) + last

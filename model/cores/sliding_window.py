@@ -1,26 +1,23 @@
-"""Sliding-window attention: a query sees the last `window` tokens, its own included (Beltagy et al., arXiv 2004.05150).
-
-The baseline for cores that reach further.
-"""
+"""Sliding-window attention (Beltagy et al., arXiv 2004.05150), the baseline for cores that reach further."""
 
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from model.attention.base import QKV, AttentionConfig, Dense
+from model.cache import pad_tokens
+from model.cores.full import PartialCore
 from model.cores.kernels import sdpa
-from model.cores.partial import PartialCore
 from model.mask import AttentionMask, mean_causal_keys
 
 
 class SlidingWindow(PartialCore):
     name: str = "sliding_window"
     kernel: Literal["auto", "sdpa"] = "auto"
-    window: int = Field(128, ge=1)
+    window: int = Field(128, ge=1)  # how many tokens a query sees, its own included
 
     masks_documents: ClassVar[bool] = True
 
@@ -49,13 +46,11 @@ class SlidingWindow(PartialCore):
     def attend_blocks(self, dense: Dense, documents: Tensor | None, scale: float) -> Tensor:
         """Return [B, T, H, E] in time and memory that grow linearly with the length.
 
-        The first `window` queries see all that is before them; each further block of queries sees its own keys and
-        those of the block before, under a mask of window x 2 window.
+        The first `window` queries see all before them; each further block its own keys and those of the block before.
         """
         window, seq_len, n_heads = self.window, dense.q.size(1), dense.q.size(2)
         first = Dense(*(x[:, :window] for x in (dense.q, dense.k, dense.v)))
-        first_mask = AttentionMask(documents=None if documents is None else documents[:, :window])
-        start = sdpa.attend(first, first_mask, scale)
+        start = sdpa.attend(first, AttentionMask(documents=None if documents is None else documents[:, :window]), scale)
         q, k, v = (self.blocks(sdpa.share_heads(x, n_heads)) for x in (dense.q, dense.k, dense.v))
         if documents is not None:
             documents = with_block_before(self.blocks(documents)).flatten(0, 1)
@@ -66,8 +61,7 @@ class SlidingWindow(PartialCore):
 
     def blocks(self, x: Tensor) -> Tensor:
         """Return x [B, T, ...] as [B, T / window, window, ...], padded at its end, which is the future."""
-        padding = -x.size(1) % self.window
-        return F.pad(x, [0, 0] * (x.ndim - 2) + [0, padding]).unflatten(1, (-1, self.window))
+        return pad_tokens(x, -x.size(1) % self.window).unflatten(1, (-1, self.window))
 
     def flops_per_token(self, attention: AttentionConfig, seq_len: int) -> float:
         """Return the operations of scores and weighted values, 2 a multiply-add, over the keys a query sees."""

@@ -1,15 +1,18 @@
-"""What a model costs: parameters, operations, cache bytes, activations, and the longest context that fits in a memory.
+"""What a model costs: parameters, operations, cache bytes, activations, and the memory that training it takes.
 
 `python -m eval.budgets` prints the table for every mechanism and size; `model.counting.match` picks head counts.
 """
 
+from dataclasses import replace
 from math import prod
 
 import torch
 
 from model.attention.base import AttentionConfig, AttentionCore
 from model.attention.multi_head import MultiHeadConfig
-from model.transformer import TransformerConfig
+from model.transformer import LOSS_CHUNK, TransformerConfig
+
+BUCKET_NUMBERS = 5e8  # DeepSpeed's default reduce_bucket_size
 
 
 def mha_of(d_model: int, head_dim: int) -> MultiHeadConfig:
@@ -19,10 +22,9 @@ def mha_of(d_model: int, head_dim: int) -> MultiHeadConfig:
 
 def params_by_part(config: TransformerConfig) -> dict[str, int]:
     """Return the parameters of the whole model; the embedding counts once, as it is tied to the head."""
-    projection = config.attention.projection_params(config.d_model)
     return {
         "embedding": config.vocab_size * config.d_model,
-        "attention projections": config.n_layers * projection,
+        "attention projections": config.n_layers * config.attention.projection_params(config.d_model),
         "attention output": config.n_layers * config.attention.output_params(config.d_model),
         "feed-forward": config.n_layers * 3 * config.d_model * config.d_ff,
     }
@@ -32,25 +34,16 @@ def num_params(config: TransformerConfig) -> int:
     return sum(params_by_part(config).values())
 
 
-def cores_of(config: TransformerConfig) -> list[AttentionCore]:
-    """Return the core of each layer."""
-    return [config.core.for_layer(layer) for layer in range(config.n_layers)]
-
-
 def attention_flops_per_token(attention: AttentionConfig, core: AttentionCore, d_model: int, seq_len: int) -> float:
     """Return the forward operations of one layer's attention for one token."""
     return attention.flops_per_token(d_model) + core.flops_per_token(attention, seq_len)
 
 
 def training_flops_per_token(config: TransformerConfig, seq_len: int) -> float:
-    """Return forward and backward operations a token: three times the forward pass, nothing recomputed.
-
-    Causal attention counts the keys a query sees, (T + 1)/2 on average; PaLM's convention (6N + 12LHDT) counts all T.
-    """
+    """Return forward and backward operations a token: three times the forward pass, nothing recomputed."""
     d_model = config.d_model
-    attentions = sum(attention_flops_per_token(config.attention, core, d_model, seq_len) for core in cores_of(config))
-    feed_forward = config.n_layers * 2 * 3 * d_model * config.d_ff
-    return 3 * (attentions + feed_forward + 2 * config.vocab_size * d_model)
+    attentions = sum(attention_flops_per_token(config.attention, core, d_model, seq_len) for core in config.cores)
+    return 3 * (attentions + config.n_layers * 2 * 3 * d_model * config.d_ff + 2 * config.vocab_size * d_model)
 
 
 def kv_numbers_per_token(attention: AttentionConfig) -> int:
@@ -60,20 +53,63 @@ def kv_numbers_per_token(attention: AttentionConfig) -> int:
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16) -> int:
     """Return the KV-cache bytes a token over all layers, int8's scales included, as `KVCache` allocates them."""
-    return sum(core.bytes_per_token(config.attention, dtype) for core in cores_of(config))
+    return sum(core.bytes_per_token(config.attention, dtype) for core in config.cores)
 
 
 def activation_bytes_per_token(config: TransformerConfig, bytes_per_number: int = 2) -> int:
     """Estimate what the backward pass needs kept for a token, in bytes, with nothing recomputed.
 
-    The residual stream, its norms and the logits are fp32 (4 bytes); what matrix products read is `bytes_per_number`
-    (2 under bf16 autocast). With `trainer.activation_checkpointing`: `model.counting.memory.activation_bytes`.
+    The residual stream, its norms and the logits are fp32; what matrix products read has `bytes_per_number`.
     """
     attention, d_model = config.attention, config.d_model
     core = attention.n_heads * (2 * attention.v_head_dim + 1)  # attended values, as made and laid out to project; lse
     layer_numbers = attention.activation_numbers(d_model) + core + 4 * config.d_ff + 2 * d_model
     layer = 4 * 2 * d_model + bytes_per_number * layer_numbers
     return config.n_layers * layer + 4 * 2 * d_model + 4 * config.vocab_size + bytes_per_number * config.vocab_size
+
+
+def activation_bytes(network: TransformerConfig, tokens: int, recompute: bool, bytes_per_number: int) -> float:
+    """Return what the backward pass of a micro-batch of this number of tokens needs kept, in bytes."""
+    if not recompute:
+        return tokens * activation_bytes_per_token(network, bytes_per_number)
+    # Each layer's input, and at a time one layer's activations and a chunk of the logits.
+    one = replace(network, n_layers=1, vocab_size=0)
+    logits = activation_bytes_per_token(replace(network, n_layers=0), bytes_per_number)
+    kept = network.n_layers * 4 * network.d_model + activation_bytes_per_token(one, bytes_per_number)
+    return tokens * kept + min(tokens, LOSS_CHUNK) * logits
+
+
+def training_bytes(
+    network: TransformerConfig, tokens: int, recompute: bool, stage: int, zero: dict, world_size: int,
+    stored_bytes: int, bytes_per_number: int,
+) -> dict[str, float]:  # fmt: skip
+    """Return the bytes a device needs, by what needs them, for a micro-batch of this number of tokens.
+
+    `zero` is DeepSpeed's `zero_optimization`; `stored_bytes` are of a weight, `bytes_per_number` of what matrix
+    products read. DeepSpeed's engine over fp32 parameters keeps 4 bytes a number for weights, gradients and each of
+    AdamW's two moments; from stage 1 on also an fp32 copy of the rank's share and a buffer for the reduction; sharded
+    as the ZeRO paper (arXiv 1910.02054, section 5) has it.
+    """
+    params = num_params(network)
+
+    def share(from_stage: int) -> float:
+        return 1 / world_size if stage >= from_stage else 1
+
+    optimizer = 8 * params * share(1) + (4 * params / world_size if stage else 0)
+    bucket = 4 * min(params, zero.get("reduce_bucket_size", BUCKET_NUMBERS)) if stage else 0
+    cast = 2 * params * share(3) if bytes_per_number == 2 and stored_bytes == 4 else 0  # autocast's copies of weights
+    return {
+        "weights": 0 if "offload_param" in zero else stored_bytes * params * share(3),
+        "gradients": stored_bytes * params * share(2),
+        "optimizer": 0 if "offload_optimizer" in zero else optimizer,
+        "buffers": bucket + cast,
+        "activations": activation_bytes(network, tokens, recompute, bytes_per_number),
+    }
+
+
+def checkpoint_bytes(network: TransformerConfig) -> int:
+    """Return a checkpoint's size in bytes: fp32 weights and two moments."""
+    return 12 * num_params(network)
 
 
 def longest_context(config: TransformerConfig, memory_bytes: float, dtype: torch.dtype = torch.bfloat16) -> int:

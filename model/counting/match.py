@@ -1,7 +1,6 @@
 """Budgets: the head count (or rank) with which a mechanism costs what MHA costs at the same width.
 
-params     n_heads, so that a layer's attention has MHA's parameters, 4 d_model^2 (the paper's way; its own counts
-           hold at its sizes)
+params     n_heads, so that a layer's attention has MHA's parameters, 4 d_model^2 (the paper's way)
 flops      n_heads, so that a layer's attention takes MHA's operations a token at the training length
 kv_bytes   the mechanism's `cache_knobs` (TPA's key and value ranks, GQA's groups, MLA's latent), so that the cache is
            MHA's, with n_heads matched by parameters at each candidate: equal in both
@@ -19,29 +18,20 @@ PAPER_TOLERANCE = 0.05  # the paper's own head counts lie within 3% of MHA's att
 
 
 def decide(attention: AttentionConfig, core: AttentionCore, size: SizeConfig, seq_len: int) -> AttentionConfig:
-    """Return `attention` with every key that is null decided by its size, the training length and `size.match`.
-
-    Mistakes for what is then still missing or wrong, with keys of the whole configuration.
-    """
-    attention = fill_by_size(attention, size)
+    """Return `attention` with every null key decided by `size` and the training length; Mistakes if one stays null."""
+    by_size = attention.by_size
+    values = {"head_dim": size.head_dim} | by_size.get("default", {}) | by_size.get(size.name, {})
+    empty = {key for key, value in attention if value is None} - {"n_heads"}
+    attention = attention.replace(**{key: values[key] for key in empty & values.keys()})
     if attention.rope_scaling != "none" and attention.rope_original_length is None:
         attention = attention.replace(rope_original_length=round(seq_len / attention.rope_factor))
     if missing := [key for key in attention.needed if getattr(attention, key) is None]:
-        reason = "is null, and model.by_size has no value for this size: set it"
-        raise Mistakes(*(f"model.{key} {reason}" for key in missing))
+        raise Mistakes(*(f"model.{k} is null, and model.by_size has no value for this size: set it" for k in missing))
     try:
         attention = load(dict(attention), type(attention))
     except ConfigError as error:
         raise Mistakes(*(f"model.{line}" for line in error.errors)) from None
     return fill_heads(attention, core, size, seq_len)
-
-
-def fill_by_size(attention: AttentionConfig, size: SizeConfig) -> AttentionConfig:
-    """Return `attention` with the keys that are null, except `n_heads`, taken from its `by_size` or from the size."""
-    by_size = attention.by_size
-    values = {"head_dim": size.head_dim} | by_size.get("default", {}) | by_size.get(size.name, {})
-    empty = {key for key, value in attention if value is None} - {"n_heads"}
-    return attention.replace(**{key: values[key] for key in empty & values.keys()})
 
 
 def fill_heads(attention: AttentionConfig, core: AttentionCore, size: SizeConfig, seq_len: int) -> AttentionConfig:
@@ -80,19 +70,10 @@ def match_heads(attention: AttentionConfig, target: float, cost: Callable[[Atten
 def match_cache(attention: AttentionConfig, d_model: int) -> AttentionConfig:
     """Return `attention` with the value of its cache knobs whose cache comes closest to MHA's."""
     target = kv_numbers_per_token(mha_of(d_model, attention.head_dim))
-
-    def with_knobs(value: int) -> AttentionConfig:
-        turned = attention.replace(**dict.fromkeys(attention.cache_knobs, value))
-        return turned if turned.n_heads is not None else match_params(turned, d_model)
-
-    if not attention.cache_knobs:
-        return with_knobs(0)
-    best = with_knobs(1)
-    for value in range(2, target + 1):
-        candidate = with_knobs(value)
-        numbers = kv_numbers_per_token(candidate)
-        if abs(numbers - target) < abs(kv_numbers_per_token(best) - target):
-            best = candidate
-        if numbers > target or candidate.num_params(d_model) > 2 * 4 * d_model**2:
+    candidates = []
+    for value in range(1, target + 1 if attention.cache_knobs else 2):
+        candidate = attention.replace(**dict.fromkeys(attention.cache_knobs, value))
+        candidates.append(candidate if candidate.n_heads is not None else match_params(candidate, d_model))
+        if kv_numbers_per_token(candidates[-1]) > target or candidates[-1].num_params(d_model) > 2 * 4 * d_model**2:
             break
-    return best
+    return min(candidates, key=lambda candidate: abs(kv_numbers_per_token(candidate) - target))

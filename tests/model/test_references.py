@@ -62,12 +62,9 @@ def slow_tensor_product(attention, x):
             return torch.einsum("btm,fm->btf", x, weights[name]).reshape(*x.shape[:2], m, n)
         return getattr(attention, name).expand(*x.shape[:2], m, n)
 
-    made = {}
+    made = {"q": factor("b_q")} if c.dense_q else {}
     for part, rank in c.ranks.items():
         source = "k" if part == "v" and c.shared_b else part
-        if part == "q" and c.dense_q:
-            made[part] = factor("b_q")
-            continue
         a, b = factor(f"a_{part}"), factor(f"b_{source}")
         if c.a_activation == "sigmoid":
             a = 1 / (1 + torch.exp(-a))

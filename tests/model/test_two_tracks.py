@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from configs.errors import ConfigError
 from model.attention.base import Dense
-from model.cores.folding import Axis, mix, open_hop, pad_tokens
+from model.cache import pad_tokens
+from model.cores.folding import Axis, mix, open_hop
 from model.cores.kernels.gpu.common import INTERPRETED
 from model.cores.kernels.two_tracks import hop, two_tracks
 from model.cores.sequence_tensor import SequenceTensor

@@ -5,21 +5,20 @@ With P[t,r,s,k] = <b_q[t,r], b_k[s,k]>, which all heads share, the logit of head
     sum_{r,k} a_q[t,h,r] a_k[s,h,k] P[t,r,s,k] * scale / (R_q R_k)
 
 and its output is the softmax-weighted sum of a_v[s,h,u] b_v[s,u] / R_v. Shapes as in `tensor_product.Factors`; B batch,
-T queries, S keys, H heads, R ranks, D and E widths of keys and values. Causal, and without a gradient: a CPU runs the
-blocked path below, a GPU the Triton kernels.
+T queries, S keys, H heads, R ranks, D and E widths of keys and values. Causal, and without a gradient: a CPU decodes by
+the blocked path below and forms keys and values for a prefill, a GPU runs the Triton kernels.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.tensor_product import Factored, Factors, each
-from model.cores.kernels.available import load_triton
+from model.cores.kernels import load_triton, sdpa
+from model.mask import AttentionMask
 
-FEW_COLUMNS = 512  # up to this number of (query, head) pairs of a row go through the decoding kernel
+FEW_COLUMNS = 512  # up to this number of (query, head) pairs of a row it is decoding, above it a prefill
 DECODE_KEYS = 4096  # keys of one block while decoding: what is made of them stays in the cache of the processor
 SPLIT_KEYS = 512  # keys of one product in such a block: the products of a block run on all cores
-PREFILL_BLOCK = 1024  # queries and keys of one block of a prefill
 
 
 def attend(factored: Factored, scale: float, starts: Tensor | None = None) -> Tensor:
@@ -28,59 +27,53 @@ def attend(factored: Factored, scale: float, starts: Tensor | None = None) -> Te
     `starts` is `AttentionMask.starts`; what lies beyond a row's last query may be anything, NaN included. On a GPU only
     shapes decide what runs, so a CUDA graph may hold it.
     """
-    return flash_tpa(*factored.tensors(), float(scale), starts)
+    few = factored.q.b.size(1) * factored.k.a.size(2) <= FEW_COLUMNS
+    if factored.q.b.is_cpu and not few:
+        return sdpa.attend(factored.materialize(), AttentionMask(starts=starts), scale)
+    return flash_tpa(*factored.tensors(), float(scale), starts, few)
 
 
 @torch.library.custom_op("t6::flash_tpa", mutates_args=())
 def flash_tpa(
     a_q: Tensor | None, b_q: Tensor, c_q: Tensor | None, a_k: Tensor, b_k: Tensor, c_k: Tensor | None,
-    a_v: Tensor, b_v: Tensor, c_v: Tensor | None, scale: float, starts: Tensor | None,
+    a_v: Tensor, b_v: Tensor, c_v: Tensor | None, scale: float, starts: Tensor | None, few: bool,
 ) -> Tensor:  # fmt: skip
     """`attend` as one operation, which torch.compile calls without tracing it."""
     factored = Factored(Factors(a_q, b_q, c_q), Factors(a_k, b_k, c_k), Factors(a_v, b_v, c_v))
     with torch.autocast(b_q.device.type, enabled=False):
-        if b_q.device.type == "cpu":
-            return attend_blocks(factored, scale, starts)
-        kernels = load_triton("core.kernel=sdpa")
-        few = b_q.size(1) * a_k.size(2) <= FEW_COLUMNS
+        if b_q.is_cpu:
+            return attend_rows(factored, scale, starts)
+        kernels = load_triton()
         return (kernels.decode if few else kernels.prefill)(factored, scale, starts)
 
 
 @flash_tpa.register_fake
-def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, starts):
+def _(a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, scale, starts, few):
     return b_q.new_empty(b_q.size(0), b_q.size(1), a_k.size(2), Factors(a_v, b_v, c_v).width)
 
 
-def attend_blocks(factored: Factored, scale: float, starts: Tensor | None) -> Tensor:
-    """Return attention over blocks of keys, merged by their log-sum-exp: never a tensor of S x H x D, nor of T x S."""
-    q, k, v = factored.q, factored.k, factored.v
-    batch, n_queries, n_keys, heads = q.b.size(0), q.b.size(1), k.b.size(1), k.a.size(2)
-    out = q.b.new_empty(batch, n_queries, heads, v.width)
-    counts = [n_keys] * batch if starts is None else (starts + n_queries).tolist()
-    few = n_queries * heads <= FEW_COLUMNS
-    if not few and len(set(counts)) == 1:
-        attend_many(q, k, v, out, scale, counts[0])
-        return out
-    for row, count in enumerate(counts):
-        here = slice(row, row + 1)
-        own = (each(part, lambda x: x[here]) for part in (q, k, v))  # noqa: B023
-        (attend_few if few else attend_many)(*own, out[here], scale, count)
-    return out
+def attend_rows(factored: Factored, scale: float, starts: Tensor | None) -> Tensor:
+    """Return attention of a few queries of each row, without a tensor of S x H x D or of T x S."""
+    parts, rows = (factored.q, factored.k, factored.v), []
+    batch, n_queries, n_keys = factored.q.b.size(0), factored.q.b.size(1), factored.k.b.size(1)
+    for row, count in enumerate([n_keys] * batch if starts is None else (starts + n_queries).tolist()):
+        rows.append(attend_few(*(each(part, lambda x: x[row]) for part in parts), scale, count))  # noqa: B023
+    return torch.stack(rows)
 
 
-def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, n_keys: int) -> None:
-    """Fill `out` [1, T, H, E] for a few queries of one sequence against many keys, as in decoding.
+def attend_few(q: Factors, k: Factors, v: Factors, scale: float, n_keys: int) -> Tensor:
+    """Return [T, H, E] for a few queries of one sequence, by blocks of keys that merge by their log-sum-exp.
 
     The queries are formed (T x H x D, small); keys and values never are: a_k scales each rank's products with b_k.
     """
-    n_queries, heads, width = out.shape[1:]
-    wide = torch.promote_types(out.dtype, torch.float32)
+    n_queries, heads, width = q.b.size(0), k.a.size(1), v.width
+    wide = torch.promote_types(q.b.dtype, torch.float32)
     rows = n_queries * heads
-    queries = each(q, lambda x: x[0].to(wide)).product().mul_(scale / k.a.size(-1)).view(rows, -1).T.contiguous()
+    queries = (each(q, lambda x: x.to(wide)).product() * (scale / k.a.size(-1))).reshape(rows, -1).T.contiguous()
     partial, tops, sums = [], [], []
     for first in range(0, n_keys, DECODE_KEYS):
         keys = slice(first, min(first + DECODE_KEYS, n_keys))
-        block_k, block_v = (each(part, lambda x: x[0, keys]) for part in (k, v))  # noqa: B023
+        block_k, block_v = (each(part, lambda x: x[keys]) for part in (k, v))  # noqa: B023
         block_k = each(block_k, lambda x: x.to(wide))
         a_k, a_v, b_v = block_k.a, block_v.a.to(wide), block_v.token_factor()
         products = block_k.token_factor().reshape(-1, queries.size(0)) @ queries
@@ -103,7 +96,7 @@ def attend_few(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, n_
     scales = (tops - tops.amax(0)).exp()
     total = (torch.stack(partial) * scales[..., None]).sum(0)
     norm = (torch.stack(sums) * scales).sum(0) * v.a.size(-1)
-    out.copy_((total / norm[:, None]).view_as(out))
+    return (total / norm[:, None]).view(n_queries, heads, width).to(q.b.dtype)
 
 
 def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:
@@ -115,42 +108,3 @@ def long_product(x: Tensor, y: Tensor, length: int) -> Tensor:
     out = torch.bmm(x[:whole].view(n, length, -1).mT, y[:whole].view(n, length, -1))
     out = out.sum(0, dtype=torch.promote_types(y.dtype, torch.float32))
     return out + x[whole:].T @ y[whole:] if whole < x.size(0) else out
-
-
-def attend_many(q: Factors, k: Factors, v: Factors, out: Tensor, scale: float, n_keys: int) -> None:
-    """Fill `out` [B, T, H, E] for many queries, as in a prefill, of rows with equally many keys.
-
-    Blocks of queries meet blocks of keys, each formed for as long as it is used.
-    """
-    n_queries = out.size(1)
-    past = n_keys - n_queries  # keys before the first query
-    for top in range(0, n_queries, PREFILL_BLOCK):
-        queries = slice(top, min(top + PREFILL_BLOCK, n_queries))
-        block_q = form(q, queries, out.dtype)
-        here = past + top
-        spans = [slice(first, min(first + PREFILL_BLOCK, here)) for first in range(0, here, PREFILL_BLOCK)]
-        merged = lse = None
-        for keys in (*spans, slice(here, past + queries.stop)):
-            block_k, block_v = form(k, keys, out.dtype), form(v, keys, out.dtype)
-            part, part_lse = attend_block(block_q, block_k, block_v, scale, causal=keys.start == here)
-            if merged is None:
-                merged, lse = part, part_lse
-                continue
-            both = torch.logaddexp(lse, part_lse)
-            merged = merged * (lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
-            lse = both
-        out[:, queries] = merged
-
-
-def form(factors: Factors, tokens: slice, dtype: torch.dtype) -> Tensor:
-    """Return queries, keys or values of some tokens of every row, [B, len(tokens), H, D]."""
-    return each(factors, lambda x: x[:, tokens].to(dtype)).product()
-
-
-def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return ([B, T, H, E], its log-sum-exp [B, T, H]) by PyTorch's flash attention on a CPU."""
-    width = v.size(-1)
-    wider = max(width, q.size(-1))  # it wants one width
-    q, k, v = (F.pad(x, (0, wider - x.size(-1))).transpose(1, 2) for x in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out[..., :width].transpose(1, 2), lse.transpose(1, 2)

@@ -11,8 +11,7 @@ from model.mask import AttentionMask
 
 def attend(dense: Dense, mask: AttentionMask, scale: float) -> Tensor:
     """Return softmax(q k^T scale) v [B, T, H, E] of what the mask lets each query see."""
-    packs = dense.q.is_cpu or has_flash(dense.q, dense.v)
-    if packs and mask.packs(dense.q.size(1)):
+    if mask.packs(dense.q.size(1)) and (dense.q.is_cpu or has_flash(dense.q, dense.v)):
         return attend_documents(dense, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (dense.q, dense.k, dense.v))
     by_row = mask.starts is not None and q.is_cpu and not torch.compiler.is_compiling()
@@ -22,13 +21,8 @@ def attend(dense: Dense, mask: AttentionMask, scale: float) -> Tensor:
 
 def has_flash(q: Tensor, v: Tensor) -> bool:
     """Return whether a GPU's flash kernels take these widths and dtypes; no others share heads or pack."""
-    return (
-        q.is_cuda
-        and q.dtype == v.dtype
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and v.size(-1) <= q.size(-1) <= 256
-        and torch.cuda.get_device_properties(q.device).major >= 8
-    )
+    fits = q.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16) and v.size(-1) <= q.size(-1) <= 256
+    return q.is_cuda and fits and torch.cuda.get_device_properties(q.device).major >= 8
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
@@ -43,11 +37,10 @@ def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: fl
         options["attn_mask"] = mask.allowed(n_queries, n_keys, q.device)
     if n_queries == 1:  # the heads of a group are queries of one key head: no key is copied for them
         q = q.reshape(q.size(0), n_groups, n_heads // n_groups, -1)
-    elif n_heads != n_groups:
-        if q.is_cpu or (has_flash(q, v) and "attn_mask" not in options):
-            options["enable_gqa"] = True
-        else:  # a GPU would fall back to the path that forms all scores
-            k, v = (x.repeat_interleave(n_heads // n_groups, dim=1) for x in (k, v))
+    elif q.is_cpu or (has_flash(q, v) and "attn_mask" not in options):
+        options["enable_gqa"] = n_heads != n_groups
+    elif n_heads != n_groups:  # a GPU would fall back to the path that forms all scores
+        k, v = (x.repeat_interleave(n_heads // n_groups, dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, **options)
     return out.reshape(out.size(0), n_heads, n_queries, -1)
 
@@ -64,10 +57,7 @@ def attend_by_row(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: f
 
 
 def as_wide(*qkv: Tensor) -> list[Tensor]:
-    """Return queries, keys [..., D] and values [..., E] padded to one width, on a GPU to a multiple of 8.
-
-    Fused kernels want such a width, and padding costs less than doing without them.
-    """
+    """Return q, k [..., D] and v [..., E] padded to one width, on a GPU a multiple of 8, as fused kernels want it."""
     width = qkv[0].size(-1) if qkv[0].is_cpu else -(-qkv[0].size(-1) // 8) * 8
     return [F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in qkv]
 
@@ -81,8 +71,8 @@ def attend_documents(dense: Dense, mask: AttentionMask, scale: float, window: in
 def attend_packed(dense: Dense, lengths: list[int], bounds: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Return [B, T, H, E] of sequences of `lengths`, one after the other in the rows of `dense`, each by itself.
 
-    No mask is formed, nor a score that it would hide. On a GPU the variable-length flash kernel does it, the only
-    one that takes a `window`; it reads the `bounds` of the sequences ([N + 1], int32) from its own memory.
+    No mask is formed. A GPU's variable-length flash kernel, the only one that takes a `window`, reads the `bounds` of
+    the sequences ([N + 1], int32) from its own memory.
     """
     q, k, v = (x.flatten(0, 1) for x in (dense.q, dense.k, dense.v))
     if q.is_cpu:

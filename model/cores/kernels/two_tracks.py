@@ -1,12 +1,9 @@
-"""One hop of causal attention over a folded sequence as one operation, its open and closed track from the same scores.
-
-`model.cores.sequence_tensor` has the formulas, and runs this on a GPU with `core.kernel=triton`.
-"""
+"""One hop of `model.cores.sequence_tensor`, both tracks from the same scores, as one operation (core.kernel=triton)."""
 
 import torch
 from torch import Tensor
 
-from model.cores.kernels.available import load_triton
+from model.cores.kernels import load_triton
 
 
 def two_tracks(
@@ -27,7 +24,7 @@ def two_tracks(
 def hop(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, scale: float, axis: list[int], closing: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return load_triton("core.kernel=sdpa").two_tracks(q, k, values, own, scale, axis, closing)
+    return load_triton().two_tracks(q, k, values, own, scale, axis, closing)
 
 
 @hop.register_fake
@@ -42,14 +39,12 @@ def hop_backward(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, results: list[Tensor], d_opened: Tensor, d_closed: Tensor | None,
     scale: float, axis: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kernels = load_triton("core.kernel=sdpa")
-    return kernels.two_tracks_backward(q, k, values, own, results, d_opened, d_closed, scale, axis)
+    return load_triton().two_tracks_backward(q, k, values, own, results, d_opened, d_closed, scale, axis)
 
 
 @hop_backward.register_fake
 def _(q, k, values, own, results, d_opened, d_closed, scale, axis):
-    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, q, results[0], results[0])]
-    return tuple(made)
+    return tuple(x.new_empty(x.shape) for x in (q, q, results[0], results[0]))
 
 
 def setup_context(ctx, inputs, output) -> None:

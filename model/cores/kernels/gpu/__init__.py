@@ -1,7 +1,6 @@
 """Triton kernels, for GPUs; with TRITON_INTERPRET=1 they run on a CPU, slowly.
 
-Only `model.cores.kernels.available.load_triton` imports this: unless one of these kernels is chosen, Triton need not be
-installed.
+Only `model.cores.kernels.load_triton` imports this: unless a kernel of these is chosen, Triton need not be installed.
 """
 
 from model.cores.kernels.gpu.decode import decode

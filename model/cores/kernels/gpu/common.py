@@ -1,6 +1,5 @@
-"""What the kernels share: how they read factors, and how they are launched."""
+"""What the kernels share: how they read factors and sum a softmax, and how they are launched."""
 
-import functools
 import math
 
 import torch
@@ -29,43 +28,46 @@ def load_rows(base, stride, s, held, c_base, c_stride, D: tl.constexpr, D_B: tl.
     return b * c
 
 
+@triton.jit
+def online_softmax(logits, top, norm, AXIS: tl.constexpr):
+    """Return (weights of one more tile, the factor of earlier sums, the new top and norm), to base 2, along an axis."""
+    higher = tl.maximum(top, tl.max(logits, AXIS))
+    finite = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(logits - tl.expand_dims(finite, AXIS))
+    correction = tl.exp2(top - finite)
+    return weights, correction, higher, norm * correction + tl.sum(weights, AXIS)
+
+
 def strides(*tensors: Tensor) -> list[int]:
     """Return the strides of the first three axes; features lie next to each other."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def padded(n: int) -> int:
-    """Return the width of a tile for `n` features: a power of two, and no less than tensor cores take."""
-    return max(16, triton.next_power_of_2(n))
+def widths(D: int, E: int) -> dict[str, int]:
+    """Return the widths of keys and values as compile-time constants, and of tiles, no less than tensor cores take."""
+    BLOCK_D, BLOCK_E = (max(16, triton.next_power_of_2(width)) for width in (D, E))
+    return {"D": D, "E": E, "BLOCK_D": BLOCK_D, "BLOCK_E": BLOCK_E}
 
 
-def operands(factored: Factored, scale: float) -> tuple[list, list[int], float]:
-    """Return a, b, c of q, k and v as the kernels take them, their strides, and the scale of logits to base 2.
+def operands(factored: Factored, scale: float, starts: Tensor | None) -> tuple[list, float, list[int], dict]:
+    """Return what the kernels take: tensors, the scale of logits to base 2, strides and compile-time constants.
 
-    Strides of a are over batch, tokens, heads and ranks; of b and c over batch, tokens and ranks, with features next to
-    each other. What a variant lacks is b again, and unused.
+    Tensors are a, b, c of q, k and v, and `starts`; what a variant lacks is b again, and unused. Strides of a are over
+    batch, tokens, heads and ranks; of b and c over batch, tokens and ranks, with features next to each other.
     """
+    q, k, v = factored.q, factored.k, factored.v
     tensors, all_strides = [], []
-    for part in (factored.q, factored.k, factored.v):
+    for part in (q, k, v):
         b, c = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (part.b, part.c))
         a, c = (b if x is None else x for x in (part.a, c))
         tensors += [a, b, c]
         all_strides += [*a.stride(), *strides(b, c)]
-    ranks = factored.k.a.size(-1) * (1 if factored.q.a is None else factored.q.a.size(-1))
-    return tensors, all_strides, scale * math.log2(math.e) / ranks
-
-
-def sizes(factored: Factored) -> dict[str, int | bool]:
-    """Return the compile-time constants of the factors' shapes."""
-    q, k, v = factored.q, factored.k, factored.v
-    shape = {"H": k.a.size(2), "R_Q": q.b.size(2), "R_K": k.b.size(2), "R_V": v.b.size(2), "DENSE_Q": q.a is None}
-    shape |= {"D": k.width, "D_B": k.b.size(-1), "E": v.width, "E_B": v.b.size(-1)}
-    return shape | {"BLOCK_D": padded(shape["D"]), "BLOCK_E": padded(shape["E"])}
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    tensors.append(q.b if starts is None else starts.contiguous())
+    constants = {"H": k.a.size(2), "R_Q": q.b.size(2), "R_K": k.b.size(2), "R_V": v.b.size(2), "DENSE_Q": q.a is None}
+    constants |= {"D_B": k.b.size(-1), "E_B": v.b.size(-1), **widths(k.width, v.width)}
+    constants |= {"RAGGED": starts is not None, "PRECISION": precision(k.b.dtype)}
+    ranks = k.a.size(-1) * (1 if q.a is None else q.a.size(-1))
+    return tensors, scale * math.log2(math.e) / ranks, all_strides, constants
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -74,14 +76,19 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def worth_trying(configs: list, arguments: dict, **constants) -> list:
-    """Return all configurations, but for high ranks only the last, small one.
-
-    Loops over ranks are unrolled, so that each would take up to minutes to compile, and few of them fit.
-    """
+    """Return all configurations, but for high ranks, whose unrolled loops compile slowly, only the last, small one."""
     return configs[-1:] if constants.get("R_K", 0) + constants.get("R_V", 0) > MANY_RANKS else configs
 
 
-def autotuned(configs: list[triton.Config], key: list[str]):
-    """Return `triton.autotune` over the configurations on a GPU, or over the first of them in the interpreter."""
+def autotuned(blocks: str, *rows: tuple[int, ...], key: list[str]):
+    """Return `triton.autotune` over rows of (sizes of the named blocks, warps, stages); the interpreter gets the first.
+
+    The last row is small, with one stage, which keeps no tiles waiting in shared memory: it fits where high ranks or
+    wide heads rule out the others.
+    """
+    configs = [
+        triton.Config(dict(zip(blocks.split(), sizes, strict=True)), num_warps=warps, num_stages=stages)
+        for *sizes, warps, stages in rows
+    ]
     prune = {"early_config_prune": worth_trying}
     return triton.autotune(configs[:1] if INTERPRETED else configs, key=key, prune_configs_by=prune)

@@ -13,19 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from model.attention.tensor_product import Factored
-from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, multiprocessors, operands, precision, sizes
+from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, online_softmax, operands
 
 MAX_SPLITS = 128
 SPLIT_KEYS = 256  # the least number of keys of a split
-CONFIGS = [
-    triton.Config({"BLOCK_S": s}, num_warps=w, num_stages=n)
-    for s, w, n in ((64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3), (64, 8, 3), (256, 8, 2))
-]
-# One stage keeps no tiles waiting in shared memory: what fits where high ranks or wide heads rule out the others.
-SMALL = triton.Config({"BLOCK_S": 32}, num_warps=4, num_stages=1)
 
 
-@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "BLOCK_C", "bucket", *LAYOUT])
+@autotuned(
+    "BLOCK_S",
+    *((64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3), (64, 8, 3), (256, 8, 2), (32, 4, 1)),
+    key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "BLOCK_C", "bucket", *LAYOUT],
+)
 @triton.jit(do_not_specialize=["n_keys", "n_splits", "bucket"])  # they change from token to token
 def split_kernel(
     a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, partial, lse,
@@ -87,11 +85,7 @@ def split_kernel(
             a = tl.load(a_rows, mask=both, other=0.0).to(tl.float32)
             logits += a * tl.dot(b, q, input_precision=PRECISION)
         logits = tl.where(held[:, None] & (begin + s[:, None] <= last[None, :]), logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 0))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - finite[None, :])
-        correction = tl.exp2(top - finite)
-        norm = norm * correction + tl.sum(weights, 0)
+        weights, correction, top, norm = online_softmax(logits, top, norm, 0)
         values *= correction[None, :]
         for r in tl.static_range(R_V):
             b = load_rows(
@@ -101,7 +95,6 @@ def split_kernel(
             a_rows = a_v + row * av_b + at * av_s + r * av_r + s[:, None] * av_s + h[None, :] * av_h
             a = tl.load(a_rows, mask=both, other=0.0).to(tl.float32)
             values += tl.dot(tl.trans(b), (weights * a).to(b.dtype), input_precision=PRECISION)
-        top = higher
 
     place = (row * n_splits + split) * n_queries * H + columns
     empty = norm == 0
@@ -127,35 +120,27 @@ def merge_kernel(partial, lse, out, n_splits, n_columns, R_V: tl.constexpr, E: t
     tl.store(out + (row * n_columns + column) * E + e, merged.to(out.dtype.element_ty), mask=e < E)
 
 
-def count_splits(device: torch.device, batch: int, column_blocks: int, n_keys: int) -> int:
-    """Return enough ranges of keys for two programs a multiprocessor: only shapes decide, so a CUDA graph keeps it."""
-    wanted = -(-2 * multiprocessors(device) // (batch * column_blocks))
-    return max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
-
-
 def decode(factored: Factored, scale: float, starts: Tensor | None, n_splits: int | None = None) -> Tensor:
     """Return the attended values [B, T, H, E] of few queries and S keys in a cache."""
     q, k = factored.q, factored.k
-    shape = sizes(factored)
-    batch, n_queries, n_keys = q.b.size(0), q.b.size(1), k.b.size(1)
-    heads, width = shape["H"], shape["E"]
+    tensors, logit_scale, strides, constants = operands(factored, scale, starts)
+    batch, n_queries, n_keys, heads, width = q.b.size(0), q.b.size(1), k.b.size(1), constants["H"], constants["E"]
     columns = n_queries * heads
     block = min(64, max(16, triton.next_power_of_2(columns)))
     column_blocks = triton.cdiv(columns, block)
-    n_splits = n_splits or count_splits(q.b.device, batch, column_blocks, n_keys)
+    if n_splits is None:  # enough for two programs a multiprocessor: only shapes decide, so a CUDA graph keeps it
+        processors = torch.cuda.get_device_properties(q.b.device).multi_processor_count if q.b.is_cuda else 2
+        wanted = -(-2 * processors // (batch * column_blocks))
+        n_splits = max(1, min(wanted, -(-n_keys // SPLIT_KEYS), MAX_SPLITS))
     partial = q.b.new_empty(batch, n_splits, columns, width, dtype=torch.float32)
     lse = q.b.new_empty(batch, n_splits, columns, dtype=torch.float32)
     out = q.b.new_empty(batch, n_queries, heads, width)
-    tensors, strides, logit_scale = operands(factored, scale)
     split_kernel[(n_splits, column_blocks, batch)](
-        *tensors, lse if starts is None else starts.contiguous(), partial, lse,
-        logit_scale, n_queries, n_keys, n_splits,
-        triton.next_power_of_2(max(1, batch * n_keys)).bit_length(),
-        *strides, **shape,
-        RAGGED=starts is not None, PRECISION=precision(k.b.dtype), BLOCK_C=block,
+        *tensors, partial, lse, logit_scale, n_queries, n_keys, n_splits,
+        triton.next_power_of_2(max(1, batch * n_keys)).bit_length(), *strides, **constants, BLOCK_C=block,
     )  # fmt: skip
     merge_kernel[(columns, batch)](
-        partial, lse, out, n_splits, columns, shape["R_V"], width, shape["BLOCK_E"],
+        partial, lse, out, n_splits, columns, constants["R_V"], width, constants["BLOCK_E"],
         BLOCK_SPLITS=triton.next_power_of_2(n_splits),
     )  # fmt: skip
     return out

@@ -9,15 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.attention.tensor_product import Factored
-from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, operands, precision, sizes
-
-CONFIGS = [
-    triton.Config({"BLOCK_T": t, "BLOCK_S": s}, num_warps=w, num_stages=n)
-    for t, s, w, n in (
-        (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)
-    )
-]  # fmt: skip
-SMALL = triton.Config({"BLOCK_T": 32, "BLOCK_S": 32}, num_warps=4, num_stages=1)  # what fits, as in decoding
+from model.cores.kernels.gpu.common import LAYOUT, autotuned, load_rows, online_softmax, operands
 
 
 @triton.jit
@@ -36,7 +28,11 @@ def form(
     return made
 
 
-@autotuned([*CONFIGS, SMALL], key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "bucket", *LAYOUT])
+@autotuned(
+    "BLOCK_T BLOCK_S",
+    (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (32, 32, 4, 1),
+    key=["H", "R_Q", "R_K", "R_V", "D", "D_B", "E", "bucket", *LAYOUT],
+)  # fmt: skip
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "bucket"])  # they change from chunk to chunk
 def prefill_kernel(
     a_q, b_q, c_q, a_k, b_k, c_k, a_v, b_v, c_v, starts, out,
@@ -79,17 +75,12 @@ def prefill_kernel(
         ).to(dtype)  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(held[None, :] & (begin + s[None, :] <= last[:, None]), logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - finite[:, None])
-        correction = tl.exp2(top - finite)
-        norm = norm * correction + tl.sum(weights, 1)
+        weights, correction, top, norm = online_softmax(logits, top, norm, 1)
         v = form(
             a_v + row * av_b + at * av_s, b_v + row * bv_b + at * bv_s, c_v + row * cv_b + at * cv_s,
             av_s, av_h, av_r, bv_s, bv_r, cv_s, cv_r, s, h, held, R_V, False, E, E_B, BLOCK_E,
         ).to(dtype)  # fmt: skip
         values = values * correction[:, None] + tl.dot(weights.to(dtype), v, input_precision=PRECISION)
-        top = higher
     e = tl.arange(0, BLOCK_E)
     values = values / (norm * R_V)[:, None]
     place = ((row * n_queries + t) * H + h)[:, None] * E + e[None, :]
@@ -99,15 +90,11 @@ def prefill_kernel(
 def prefill(factored: Factored, scale: float, starts: Tensor | None) -> Tensor:
     """Return the attended values [B, T, H, E] of many queries."""
     q, k = factored.q, factored.k
-    shape = sizes(factored)
-    batch, n_queries, n_keys = q.b.size(0), q.b.size(1), k.b.size(1)
-    out = q.b.new_empty(batch, n_queries, shape["H"], shape["E"])
-    tensors, strides, logit_scale = operands(factored, scale)
-    prefill_kernel[lambda meta: (triton.cdiv(n_queries, meta["BLOCK_T"]), shape["H"], batch)](
-        *tensors, out if starts is None else starts.contiguous(), out,
-        logit_scale, n_queries, n_keys,
-        triton.next_power_of_2(n_queries).bit_length(),
-        *strides, **shape,
-        RAGGED=starts is not None, PRECISION=precision(k.b.dtype),
+    tensors, logit_scale, strides, constants = operands(factored, scale, starts)
+    batch, n_queries, n_keys, heads = q.b.size(0), q.b.size(1), k.b.size(1), constants["H"]
+    out = q.b.new_empty(batch, n_queries, heads, constants["E"])
+    prefill_kernel[lambda meta: (triton.cdiv(n_queries, meta["BLOCK_T"]), heads, batch)](
+        *tensors, out, logit_scale, n_queries, n_keys, triton.next_power_of_2(n_queries).bit_length(), *strides,
+        **constants,
     )  # fmt: skip
     return out

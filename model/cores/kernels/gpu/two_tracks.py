@@ -12,17 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.cores.kernels.gpu.common import autotuned, padded, precision, strides
+from model.cores.kernels.gpu.common import autotuned, online_softmax, precision, strides, widths
 
-CONFIGS = [
-    triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s)
-    for m, n, w, s in ((32, 16, 4, 3), (16, 16, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3))
-]
-SMALL = triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)  # what fits with wide heads
-
-
-def tuned(configs: list[triton.Config]):
-    return autotuned([*configs, SMALL], key=["bucket", "D", "E", "CLOSED"])
+KEY = ["bucket", "D", "E", "CLOSED"]  # what the best configuration depends on
 
 
 @triton.jit
@@ -47,6 +39,14 @@ def load_tile(base, step, i, there, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_tile(base, step, i, there, tile, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Store what `load_tile` loads."""
+    n = tl.arange(0, BLOCK)
+    rows = base + i[:, None].to(tl.int64) * step
+    tl.store(rows + n[None, :], tile.to(base.dtype.element_ty), mask=there[:, None] & (n < N)[None, :])
+
+
+@triton.jit
 def load_pair(
     k, values, first, n, count, inner, k_t, v_t, D: tl.constexpr, E: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -58,7 +58,7 @@ def load_pair(
 
 
 @triton.jit
-def stage_range(stage: tl.constexpr, first, BLOCK: tl.constexpr, count):
+def stage_span(stage: tl.constexpr, first, BLOCK: tl.constexpr, count):
     """Return the range of a line's tokens before a block that starts at `first` (stage 0), in it (1), after it (2)."""
     if stage == 0:
         return 0, first
@@ -67,18 +67,11 @@ def stage_range(stage: tl.constexpr, first, BLOCK: tl.constexpr, count):
     return first + BLOCK, count
 
 
-@triton.jit
-def accumulate(top, norm, sums, logits, v, PRECISION: tl.constexpr):
-    """Return the online softmax, to base 2, after one more tile."""
-    higher = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.exp2(logits - higher[:, None])
-    correction = tl.exp2(top - higher)
-    norm = norm * correction + tl.sum(weights, 1)
-    sums = sums * correction[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    return higher, norm, sums
-
-
-@tuned(CONFIGS)
+@autotuned(
+    "BLOCK_M BLOCK_N",
+    *((32, 16, 4, 3), (16, 16, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (32, 32, 4, 1)),
+    key=KEY,
+)
 @triton.jit
 def forward_kernel(
     q, k, values, own, opened, closed, opened_lse, closed_lse,
@@ -108,7 +101,7 @@ def forward_kernel(
     for stage in tl.static_range(3 if CLOSED else 2):
         if stage == 1:
             open_top, open_norm, open_sums = top, norm, sums
-        low, high = stage_range(stage, first, BLOCK_M, count)
+        low, high = stage_span(stage, first, BLOCK_M, count)
         for begin in tl.range(low, high, BLOCK_N):
             j = begin + n
             k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
@@ -117,37 +110,25 @@ def forward_kernel(
                 logits = tl.where((j < count)[None, :], logits, float("-inf"))
             if stage == 1:
                 seen = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
-                higher = tl.maximum(open_top, tl.max(seen, 1))
-                weights = tl.exp2(seen - higher[:, None])
-                correction = tl.exp2(open_top - higher)
+                weights, correction, open_top, open_norm = online_softmax(seen, open_top, open_norm, 1)
                 own_weight = own_weight * correction + tl.sum(tl.where(j[None, :] == i[:, None], weights, 0.0), 1)
-                open_norm = open_norm * correction + tl.sum(weights, 1)
                 weights = tl.where(j[None, :] < i[:, None], weights, 0.0)
                 open_sums = open_sums * correction[:, None]
                 open_sums += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
-                open_top = higher
             if stage == 0 or CLOSED:
-                top, norm, sums = accumulate(top, norm, sums, logits, v_tile, PRECISION)
+                weights, correction, top, norm = online_softmax(logits, top, norm, 1)
+                sums = sums * correction[:, None]
+                sums += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
 
     own_base = own + row * own_b + at * own_t + head // GROUP_OWN * own_h
     own_tile = load_tile(own_base, inner * own_t, m, there, E, BLOCK_E).to(tl.float32)
-    e = tl.arange(0, BLOCK_E)
     places = (row * n_tokens + at + m * inner) * n_heads + head
-    stored = there[:, None] & (e < E)[None, :]
     mixed = (open_sums + own_weight[:, None] * own_tile) / open_norm[:, None]
-    tl.store(opened + places[:, None] * E + e[None, :], mixed.to(opened.dtype.element_ty), mask=stored)
+    store_tile(opened, E, places, there, mixed, E, BLOCK_E)
     tl.store(opened_lse + places, open_top + tl.log2(open_norm), mask=there)
-
     if CLOSED:
-        mixed = sums / norm[:, None]
-        tl.store(closed + places[:, None] * E + e[None, :], mixed.to(closed.dtype.element_ty), mask=stored)
+        store_tile(closed, E, places, there, sums / norm[:, None], E, BLOCK_E)
         tl.store(closed_lse + places, top + tl.log2(norm), mask=there)
-
-
-def widths(q: Tensor, values: Tensor) -> dict[str, int]:
-    """Return the compile-time constants of the shapes."""
-    D, E = q.size(-1), values.size(-1)
-    return {"D": D, "E": E, "BLOCK_D": padded(D), "BLOCK_E": padded(E)}
 
 
 def lines(q: Tensor, axis: list[int]) -> tuple[int, ...]:
@@ -164,10 +145,7 @@ def grid(q: Tensor, axis: list[int], block: str):
 def two_tracks(
     q: Tensor, k: Tensor, values: Tensor, own: Tensor, scale: float, axis: list[int], closing: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return opened and closed values [B, T, H, E] and their log-sum-exp to base 2 [B, T, H].
-
-    Those of the closed track are empty unless `closing`.
-    """
+    """Return opened and closed values and their log-sum-exps to base 2 [B, T, H]; the closed only if `closing`."""
     q, k, values, own = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values, own))
     heads = q.size(2)
     shape = (*q.shape[:3], values.size(-1))
@@ -177,6 +155,6 @@ def two_tracks(
         q, k, values, own, opened, closed, opened_lse, closed_lse,
         scale * math.log2(math.e), *lines(q, axis), axis[1].bit_length(), *strides(q, k, values, own),
         GROUP_K=heads // k.size(2), GROUP_V=heads // values.size(2), GROUP_OWN=heads // own.size(2),
-        **widths(q, values), CLOSED=closing, PRECISION=precision(q.dtype),
+        **widths(q.size(-1), values.size(-1)), CLOSED=closing, PRECISION=precision(q.dtype),
     )  # fmt: skip
     return opened, closed, opened_lse, closed_lse

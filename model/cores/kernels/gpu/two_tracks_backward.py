@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.cores.kernels.gpu.common import precision, strides
-from model.cores.kernels.gpu.two_tracks import find_line, grid, lines, load_pair, load_tile, stage_range, tuned, widths
+from model.cores.kernels.gpu.common import autotuned, precision, strides, widths
+from model.cores.kernels.gpu.two_tracks import KEY, find_line, grid, lines, load_pair, load_tile, stage_span, store_tile
 
-# Rows of the block that stays, rows of those that go by, warps.
-SIZES = ((32, 16, 4), (16, 16, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 32, 8))
-QUERY_CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=2) for m, n, w in SIZES]
-KEY_CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=2) for n, m, w in SIZES]
+# Rows of the block that stays, rows of those that go by, warps, stages.
+SIZES = (
+    (32, 16, 4, 2), (16, 16, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 1)
+)  # fmt: skip
 
 
 @triton.jit
@@ -35,29 +35,25 @@ def rows_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = places < n_rows
     head, token, row = places % n_heads, places // n_heads % n_tokens, places // n_heads // n_tokens
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    held_d, held_e = there[:, None] & (d < D)[None, :], there[:, None] & (e < E)[None, :]
-    q_tile = tl.load(q + (row * q_b + token * q_t + head * q_h)[:, None] + d[None, :], mask=held_d, other=0.0)
-    k_rows = row * k_b + token * k_t + head // GROUP_K * k_h
-    k_tile = tl.load(k + k_rows[:, None] + d[None, :], mask=held_d, other=0.0)
+    q_tile = load_tile(q, 1, row * q_b + token * q_t + head * q_h, there, D, BLOCK_D)
+    k_tile = load_tile(k, 1, row * k_b + token * k_t + head // GROUP_K * k_h, there, D, BLOCK_D)
     own_rows = row * own_b + token * own_t + head // GROUP_OWN * own_h
-    own_tile = tl.load(own + own_rows[:, None] + e[None, :], mask=held_e, other=0.0).to(tl.float32)
-    dense = places[:, None] * E + e[None, :]
-    out = tl.load(opened + dense, mask=held_e, other=0.0).to(tl.float32)
-    d_out = tl.load(d_opened + dense, mask=held_e, other=0.0).to(tl.float32)
+    own_tile = load_tile(own, 1, own_rows, there, E, BLOCK_E).to(tl.float32)
+    out = load_tile(opened, E, places, there, E, BLOCK_E).to(tl.float32)
+    d_out = load_tile(d_opened, E, places, there, E, BLOCK_E).to(tl.float32)
     lse = tl.load(opened_lse + places, mask=there, other=0.0)
     weight = tl.exp2(tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1) * scale - lse)
     delta = tl.sum(d_out * out, 1)
     tl.store(diagonal + places, weight * (tl.sum(d_out * own_tile, 1) - delta), mask=there)
-    tl.store(down + dense, (weight[:, None] * d_out).to(down.dtype.element_ty), mask=held_e)
+    store_tile(down, E, places, there, weight[:, None] * d_out, E, BLOCK_E)
     if CLOSED:
-        out = tl.load(closed + dense, mask=held_e, other=0.0).to(tl.float32)
-        d_past = tl.load(d_closed + dense, mask=held_e, other=0.0).to(tl.float32)
+        out = load_tile(closed, E, places, there, E, BLOCK_E).to(tl.float32)
+        d_past = load_tile(d_closed, E, places, there, E, BLOCK_E).to(tl.float32)
         ratio = tl.exp2(lse - tl.load(closed_lse + places, mask=there, other=0.0))
         delta_past = tl.sum(d_past * out, 1)
         tl.store(delta_closed + places, delta_past, mask=there)
         delta += ratio * delta_past
-        tl.store(both + dense, (d_out + ratio[:, None] * d_past).to(both.dtype.element_ty), mask=held_e)
+        store_tile(both, E, places, there, d_out + ratio[:, None] * d_past, E, BLOCK_E)
     tl.store(delta_both + places, delta, mask=there)
 
 
@@ -80,7 +76,7 @@ def score_gradients(logits, lse, left, right, delta, seen, PRECISION: tl.constex
     return weights, weights * (tl.dot(left, tl.trans(right), input_precision=PRECISION) - delta)
 
 
-@tuned(QUERY_CONFIGS)
+@autotuned("BLOCK_M BLOCK_N", *SIZES, key=KEY)
 @triton.jit
 def queries_kernel(
     q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_q,
@@ -95,7 +91,7 @@ def queries_kernel(
     first = block * BLOCK_M
     if first >= count:
         return
-    m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     i = first + m
     there = i < count
     token = start + tl.cast(first, tl.int64) * inner
@@ -112,7 +108,7 @@ def queries_kernel(
     extra = tl.load(diagonal + rows + m * step, mask=there, other=0.0)
     # The keys before the block are the open track's, its own are both tracks', those after it are the closed track's.
     for stage in tl.static_range(3 if CLOSED else 2):
-        low, high = stage_range(stage, first, BLOCK_M, count)
+        low, high = stage_span(stage, first, BLOCK_M, count)
         for begin in tl.range(low, high, BLOCK_N):
             j = begin + n
             k_tile, v_tile = load_pair(k, values, begin, n, count, inner, k_t, v_t, D, E, BLOCK_D, BLOCK_E)
@@ -130,12 +126,10 @@ def queries_kernel(
                 _, more = score_gradients(logits, lse_2, past, v_tile, delta_2, after, PRECISION)
                 d_scores += more
             gradient += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
-    places = rows + m * step
-    stored = there[:, None] & (d < D)[None, :]
-    tl.store(d_q + places[:, None] * D + d[None, :], (gradient * score_scale).to(d_q.dtype.element_ty), mask=stored)
+    store_tile(d_q, D, rows + m * step, there, gradient * score_scale, D, BLOCK_D)
 
 
-@tuned(KEY_CONFIGS)
+@autotuned("BLOCK_N BLOCK_M", *SIZES, key=KEY)
 @triton.jit
 def keys_kernel(
     q, k, values, both, d_closed, opened_lse, closed_lse, delta_both, delta_closed, diagonal, d_k, d_values,
@@ -151,7 +145,6 @@ def keys_kernel(
     if begin >= count:
         return
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     j = begin + n
     there = j < count
     token = start + tl.cast(begin, tl.int64) * inner
@@ -166,7 +159,7 @@ def keys_kernel(
     # Scores are transposed here, [keys, queries], as both products want them.
     # Queries before the block are the closed track's, its own are both tracks', those after it are the open track's.
     for stage in tl.static_range(0 if CLOSED else 1, 3):
-        low, high = stage_range(stage, begin, BLOCK_N, count)
+        low, high = stage_span(stage, begin, BLOCK_N, count)
         for first in tl.range(low, high, BLOCK_M):
             i = first + m
             at = tl.cast(first, tl.int64) * inner
@@ -191,9 +184,8 @@ def keys_kernel(
                 d_scores += more
             for_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision=PRECISION)
     places = (row * n_tokens + token + n * inner) * n_heads + head
-    held_d, held_e = there[:, None] & (d < D)[None, :], there[:, None] & (e < E)[None, :]
-    tl.store(d_k + places[:, None] * D + d[None, :], (for_k * score_scale).to(d_k.dtype.element_ty), mask=held_d)
-    tl.store(d_values + places[:, None] * E + e[None, :], for_v.to(d_values.dtype.element_ty), mask=held_e)
+    store_tile(d_k, D, places, there, for_k * score_scale, D, BLOCK_D)
+    store_tile(d_values, E, places, there, for_v, E, BLOCK_E)
 
 
 def two_tracks_backward(
@@ -210,7 +202,7 @@ def two_tracks_backward(
     (d_q, d_k), (d_values, down) = ([x.new_empty(x.shape) for _ in range(2)] for x in (q, opened))
     delta_both, delta_closed, diagonal = (torch.empty_like(opened_lse) for _ in range(3))
     groups = {"GROUP_K": heads // k.size(2), "GROUP_V": heads // values.size(2)}
-    shape = widths(q, values) | {"CLOSED": closing}
+    shape = widths(q.size(-1), values.size(-1)) | {"CLOSED": closing}
     scores = scale * math.log2(math.e)
     rows, block = opened_lse.numel(), 32
     rows_kernel[(triton.cdiv(rows, block),)](
