@@ -27,10 +27,10 @@ import numpy as np
 
 from configs.errors import ConfigError
 from data.config import DataConfig, TokenizerConfig
-from data.documents import SPLITS, NotText, Tokenised, Tokeniser, encoded, place_of
+from data.documents import SPLITS, Tokenised, Tokeniser, good_documents
 from data.files import remove_partial, write_atomic
-from data.parallel import Rates, ordered_map, report
-from data.shards import MANIFEST_FILE, Manifest, ShardWriter, Split, fingerprint_of, map_tokens, read_manifest
+from data.parallel import ordered_map, report, with_rates
+from data.shards import Manifest, ShardWriter, Split, fingerprint_of, map_tokens
 from data.sources.base import Source, Stream, batches, source_of
 from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer, train_sentencepiece
 
@@ -73,12 +73,9 @@ class Job:
     def part_dir(self, part: int) -> Path:
         return self.parts_dir / f"{part:05d}"
 
-    def part_identity(self, part: int) -> dict[str, Any]:
-        return self.identity | {"part": part}
-
     def finished_part(self, part: int) -> dict[str, Any] | None:
         """Return the journal of a finished part, None if it is not finished."""
-        journal = read_journal(self.part_dir(part), self.part_identity(part))
+        journal = read_journal(self.part_dir(part), self.identity | {"part": part})
         return journal if journal and journal["stream_state"] == END else None
 
 
@@ -110,18 +107,9 @@ class Preparation:
             self.count(*journal["counts"])
             for split, writer in self.writers.items():
                 writer.restore(journal["writers"][split])
-            report(f"{dir}: resuming after {self.tokens:,} tokens", job.progress)
+            tokens = sum(writer.tokens for writer in self.writers.values())
+            report(f"{dir}: resuming after {tokens:,} tokens", job.progress)
         self.save()
-
-    @property
-    def seen(self) -> int:
-        """The number of documents so far, skipped ones included."""
-        return self.documents.total() + self.skipped.total()
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens written so far."""
-        return sum(writer.tokens for writer in self.writers.values())
 
     def count(self, documents: dict, bytes: dict, skipped: dict, token_counts: np.ndarray | list[int]) -> None:
         self.documents.update(documents)
@@ -169,10 +157,7 @@ class Preparation:
         for split, writer in self.writers.items():
             size = self.bytes[split]
             splits[split] = Split(writer.shards, writer.tokens, self.documents[split], size, size / writer.tokens)
-        skipped = dict(sorted(self.skipped.items()))
-        manifest = write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, skipped, self.dtype)
-        (self.dir / JOURNAL_FILE).unlink()
-        return manifest
+        return write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, self.skipped, self.dtype)
 
 
 def write_manifest(
@@ -186,10 +171,11 @@ def write_manifest(
         splits=splits,
         tokenizer=job.identity["tokenizer"] | {"fingerprint": tokenizer.fingerprint},
         unigram_entropy=float(-(share * np.log(share)).sum()),
-        skipped=skipped,
+        skipped=dict(sorted(skipped.items())),
         fingerprint=fingerprint_of(splits, tokenizer.fingerprint),
         source=job.identity["source"],
         token_dtype=dtype,
+        version=2,
     )
     manifest.save(dir)
     return manifest
@@ -204,19 +190,9 @@ def read_journal(dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return journal if journal.get("job") == identity else None
 
 
-def read_finished(dir: Path, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a build that was killed when only the name of its folder was missing."""
-    if not (dir / MANIFEST_FILE).is_file() or (dir / JOURNAL_FILE).exists():
-        return None
-    manifest = read_manifest(dir)
-    return manifest if manifest.identity() == identity else None
-
-
 def build(job: Job, dir: Path) -> Manifest:
     """Make shards, tokenizer and manifest in `dir`, resuming from what an earlier start has left there."""
     stream = job.source.open()
-    if found := read_finished(dir, job.identity):
-        return found
     val_up_to = validation_up_to(stream, job.data)
     made = Preparation(dir, job, job.identity, lambda: make_tokenizer(job, stream, val_up_to))
     tokenise_all(stream, made, val_up_to)
@@ -230,11 +206,13 @@ def tokenise_all(stream: Stream, made: Preparation, val_up_to: float) -> None:
         stream.load_state_dict(made.stream_state)
     tokeniser = Tokeniser(job.tokenizer, made.dir, val_up_to, job.data.max_document_bytes)
     tasks = batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)
-    with Rates("Tokenising", job.progress, documents=made.seen, tokens=made.tokens) as rates:
-        for done, state in ordered_map(tokeniser, tasks, job.data.workers):
-            made.add(done, state)
-            documents = done.documents.total() + done.skipped.total()
-            rates.advance(documents=documents, tokens=sum(map(len, done.tokens.values())))
+    counts = {
+        "documents": lambda result: result[0].documents.total() + result[0].skipped.total(),
+        "tokens": lambda result: sum(map(len, result[0].tokens.values())),
+    }
+    results = ordered_map(tokeniser, tasks, job.data.workers)
+    for done, state in with_rates(results, "Tokenising", job.progress, **counts):
+        made.add(done, state)
 
 
 def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None:
@@ -250,20 +228,11 @@ def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None
         )
 
 
-def good_documents(stream: Stream, data: DataConfig, skipped: Counter) -> Iterator[tuple[dict, float]]:
-    """Yield (document, its place) of those that hold text; count the others by reason in `skipped`."""
-    for document in stream:
-        content = encoded(document["text"], data.max_document_bytes)
-        if isinstance(content, NotText):
-            skipped[content.reason] += 1
-        else:
-            yield document, place_of(document, content)
-
-
 def validation_up_to(stream: Stream, data: DataConfig) -> float:
     """Return the place up to which documents are validation: `val_fraction`, or the lowest place of a small source."""
     skipped = Counter()
-    places = [place for _, place in islice(good_documents(stream, data, skipped), FEW_DOCUMENTS)]
+    good = good_documents(stream, data.max_document_bytes, skipped)
+    places = [place for _, _, place in islice(good, FEW_DOCUMENTS)]
     if len(places) == FEW_DOCUMENTS:
         return data.val_fraction
     up_to = max(data.val_fraction, min(places, default=0.0))
@@ -276,8 +245,8 @@ def make_tokenizer(job: Job, stream: Stream, val_up_to: float) -> Tokenizer:
     if tokenizer := new_tokenizer(job.tokenizer):
         return tokenizer
     report(f"Training {job.tokenizer.name} on the train split", job.progress)
-    documents = good_documents(stream, job.data, Counter())
-    return train_sentencepiece((each["text"] for each, place in documents if place > val_up_to), job.tokenizer)
+    good = good_documents(stream, job.data.max_document_bytes, Counter())
+    return train_sentencepiece((text for text, _, place in good if place > val_up_to), job.tokenizer)
 
 
 def prepare_part(job: Job, part: int) -> None:
@@ -303,7 +272,8 @@ def prepare_part(job: Job, part: int) -> None:
         if job.finished_part(part):
             report(f"{folder}: finished already", job.progress)
             return
-        made = Preparation(folder, job, job.part_identity(part), lambda: load_tokenizer(job.tokenizer, store))
+        identity = job.identity | {"part": part}
+        made = Preparation(folder, job, identity, lambda: load_tokenizer(job.tokenizer, store))
         tokenise_all(job.source.open().shard(num_shards=job.parts, index=part, contiguous=True), made, val_up_to)
         made.stream_state = END
         made.close()
@@ -311,18 +281,17 @@ def prepare_part(job: Job, part: int) -> None:
 
 def join(job: Job, dir: Path) -> Manifest:
     """Make in `dir` what an undivided build makes there, from the finished parts."""
-    if found := read_finished(dir, job.identity):
-        return found
     identity, store = job.identity | {"parts": job.parts}, job.parts_dir / "tokenizer"
     made = Preparation(dir, job, identity, lambda: load_tokenizer(job.tokenizer, store))
     if made.stream_state is None:  # otherwise they are counted
         for part in range(job.parts):
             made.count(*job.finished_part(part)["counts"])
     done = made.stream_state or 0
-    with Rates("Joining", job.progress, tokens=made.tokens) as rates:
-        for number, (split, tokens) in enumerate(islice(chunks(job, made.dtype), done, None), done + 1):
-            made.write({split: tokens}, number)
-            rates.advance(tokens=len(tokens))
+    left = with_rates(
+        islice(chunks(job, made.dtype), done, None), "Joining", job.progress, tokens=lambda chunk: len(chunk[1])
+    )
+    for number, (split, tokens) in enumerate(left, done + 1):
+        made.write({split: tokens}, number)
     return made.finish()
 
 

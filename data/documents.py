@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,9 +57,17 @@ def place(content: bytes) -> float:
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
-def place_of(document: dict, content: bytes) -> float:
-    """Return where a document falls between train and validation: by its name if it has one, else by its text."""
-    return place(document["name"].encode() if "name" in document else content)
+def good_documents(documents: Iterable[dict], max_bytes: int, skipped: Counter) -> Iterator[tuple[str, int, float]]:
+    """Yield (text, its bytes in UTF-8, its place) of the documents that hold text; count the others by reason.
+
+    The place, by which documents are split, depends on the name of a document if it has one, else on its text.
+    """
+    for document in documents:
+        content = encoded(document["text"], max_bytes)
+        if isinstance(content, NotText):
+            skipped[content.reason] += 1
+        else:
+            yield document["text"], len(content), place(document.get("name", "").encode() or content)
 
 
 @dataclass
@@ -82,15 +91,11 @@ class Tokeniser:
         documents, state = item
         texts = {split: [] for split in SPLITS}
         done = Tokenised()
-        for document in documents:
-            content = encoded(document["text"], self.max_bytes)
-            if isinstance(content, NotText):
-                done.skipped[content.reason] += 1
-                continue
-            split = "val" if place_of(document, content) <= self.val_up_to else "train"
-            texts[split].append(document["text"])
+        for text, size, where in good_documents(documents, self.max_bytes, done.skipped):
+            split = "val" if where <= self.val_up_to else "train"
+            texts[split].append(text)
             done.documents[split] += 1
-            done.bytes[split] += len(content)
+            done.bytes[split] += size
         dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
         done.tokens = {split: self.tokenizer.encode_documents(texts[split]).astype(dtype) for split in SPLITS}
         return done, state

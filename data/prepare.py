@@ -19,7 +19,7 @@ from pydantic import Field
 from configs.app import app, choices, configured
 from configs.errors import ConfigError, writing
 from configs.load import shown
-from data.build import Job, build, join, prepare_part
+from data.build import JOURNAL_FILE, Job, build, join, prepare_part
 from data.config import DataCommand, DataConfig, TokenizerConfig, fill_data_dir
 from data.parallel import report
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest
@@ -66,6 +66,7 @@ def prepare(
                 else:  # whoever else wrote into the unfinished folder is gone, because this process has the lock
                     manifest = join(job, unfinished) if parts > 1 else build(job, unfinished)
                     unfinished.rename(dir)
+                    (dir / JOURNAL_FILE).unlink()
                     for finished in dir.parent.glob(f"{dir.name}.parts-*"):
                         shutil.rmtree(finished, ignore_errors=True)
             finally:

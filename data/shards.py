@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -27,7 +27,6 @@ from data.tokenizers import load_tokenizer
 FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # magic and version
 HEADER_BYTES = 256 * 4
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 2
 OPEN = ".open"  # the ending of a shard that the journal does not know as finished
 PREPARE_AGAIN = "remove it and prepare the data again (with its folder, unless another program wrote the shards)"
 
@@ -50,7 +49,7 @@ class Split:
     bytes_per_token: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Manifest:
     """What a data folder holds."""
 
@@ -63,7 +62,7 @@ class Manifest:
     fingerprint: str  # of all tokens and the tokenizer
     source: str  # fingerprint of the documents; empty if another program wrote the shards
     token_dtype: str = "uint16"
-    version: int = MANIFEST_VERSION
+    version: Literal[2]  # another number for another format
 
     @property
     def is_foreign(self) -> bool:
@@ -113,49 +112,39 @@ def index_file(shard: Path) -> Path:
     return shard.with_suffix(".index.npy")
 
 
-def save_index(shard: Path, starts: np.ndarray) -> None:
-    """Write the offsets at which documents start next to a shard."""
+def write_index(shard: Path, tokens: np.ndarray, end_of_text: int, at_start: bool) -> int:
+    """Write the offsets at which documents start next to a shard; return the number of documents that end in it."""
+    starts, documents = document_index(tokens, end_of_text, at_start)
     content = io.BytesIO()
     np.save(content, starts)
     write_atomic(index_file(shard), content.getvalue())
+    return documents
 
 
 def read_manifest(dir: str | Path) -> Manifest:
     """Return the manifest of a data folder. ConfigError if there is none, or one that this code did not write."""
     path = Path(dir) / MANIFEST_FILE
     try:
-        fields = json.loads(path.read_bytes())
+        return TypeAdapter(Manifest).validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"data.dir={dir}: not prepared: run `python -m data.prepare data=NAME`") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON ({error}); {PREPARE_AGAIN}") from error
-    version = fields.get("version") if isinstance(fields, dict) else None
-    if version != MANIFEST_VERSION:
-        raise ConfigError(f"{path}: has version {version}, must be {MANIFEST_VERSION}; {PREPARE_AGAIN}")
-    try:
-        return TypeAdapter(Manifest).validate_python(fields)
     except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
-        raise ConfigError(f"{path}: is not a whole manifest (see {wrong}); {PREPARE_AGAIN}") from error
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in error.errors())
+        raise ConfigError(f"{path}: is not a manifest of this version ({wrong}); {PREPARE_AGAIN}") from error
 
 
 def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
     """Return what is wrong with the size or the header of a shard, None if nothing is."""
     try:
-        size = path.stat().st_size
-        start = np.fromfile(path, dtype="<i4", count=3)
+        size, start = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3).tolist()
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     expected = shard.offset + np.dtype(dtype).itemsize * shard.tokens
     if size != expected:
         return f"{path}: has {size} bytes, must have {expected} ({shard.tokens} tokens)"
-    if not shard.offset:
-        return None
-    kind = list(FORMATS[dtype])
-    if list(start[:2]) != kind:
-        return f"{path}: starts with {list(map(int, start[:2]))}, must start with {kind}: not a shard of {dtype} tokens"
-    if start[2] != shard.tokens:
-        return f"{path}: its header has {start[2]} tokens, the manifest {shard.tokens}"
+    header = [*FORMATS[dtype], shard.tokens]
+    if shard.offset and start != header:
+        return f"{path}: its header is {start}, must be {header}: the format of {dtype} tokens, and how many there are"
     return None
 
 
@@ -183,11 +172,15 @@ class ShardWriter:
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"token {tokens.max()} is outside the vocabulary of {self.vocab_size}")
         before = len(self.shards)
-        while len(tokens) > (room := self.shard_tokens - self._open_tokens):
-            self._append(tokens[:room])
-            self._finish()
-            tokens = tokens[room:]
-        self._append(tokens)
+        while len(tokens):
+            if self._open_tokens == self.shard_tokens:
+                self._finish()
+            if self._file is None:
+                self._file = open(self._open_path(), "wb+")
+                self._file.write(bytes(HEADER_BYTES))
+            here, tokens = np.split(tokens, [self.shard_tokens - self._open_tokens])
+            self._file.write(here.astype(self.dtype, copy=False).data)
+            self._open_tokens += len(here)
         return len(self.shards) > before
 
     @property
@@ -195,22 +188,18 @@ class ShardWriter:
         """The number of tokens so far."""
         return sum(shard.tokens for shard in self.shards) + self._open_tokens
 
-    def close(self) -> list[Shard]:
-        """Finish the last shard and return the shards of the split."""
+    def close(self) -> None:
+        """Finish the last shard."""
         if self._open_tokens:
             self._finish()
-        return self.shards
 
     def state(self) -> dict[str, Any]:
         """Return, as plain values, how far the files go that are on disk by then."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return {
-            "shards": [asdict(shard) for shard in self.shards],
-            "tokens": self._open_tokens,
-            "at_start": self._at_start,
-        }
+        shards = [asdict(shard) for shard in self.shards]
+        return {"shards": shards, "tokens": self._open_tokens, "at_start": self._at_start}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from a saved state: publish its shards, cut off what came after."""
@@ -232,15 +221,6 @@ class ShardWriter:
     def _open_path(self) -> Path:
         return self.dir / f"{self.split}_{len(self.shards):06d}.bin{OPEN}"
 
-    def _append(self, tokens: np.ndarray) -> None:
-        if not len(tokens):
-            return
-        if self._file is None:
-            self._file = open(self._open_path(), "wb+")
-            self._file.write(bytes(HEADER_BYTES))
-        self._file.write(tokens.astype(self.dtype, copy=False).data)
-        self._open_tokens += len(tokens)
-
     def _finish(self) -> None:
         path = self._open_path()
         self._file.seek(0)
@@ -250,9 +230,8 @@ class ShardWriter:
         self._file.close()
         self._file = None
         tokens = map_tokens(path, self.dtype)
-        starts, documents = document_index(tokens, self.end_of_text, self._at_start)
         file = path.name.removesuffix(OPEN)
-        save_index(self.dir / file, starts)
+        documents = write_index(self.dir / file, tokens, self.end_of_text, self._at_start)
         self.shards.append(Shard(file, self._open_tokens, documents, sha256_of(path)))
         self._open_tokens, self._at_start = 0, bool(tokens[-1] == self.end_of_text)
 
@@ -274,7 +253,6 @@ class TokenShards:
                 again = f"copy the shard again or, if it is a new one, remove {self.dir / MANIFEST_FILE}"
             raise ConfigError(*(f"{problem}; {again}" for problem in problems))
         self.arrays = [map_tokens(self.dir / shard.file, dtype, shard.offset) for shard in shards]
-        self.tokens = self.manifest.tokens(split)
 
     def documents(self) -> list[np.ndarray]:
         """Return the index of each shard: the offsets (uint32) at which its documents start."""

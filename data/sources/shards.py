@@ -5,6 +5,7 @@ once to make what is missing: the document indexes, the counts and the manifest.
 """
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from data.build import Job, write_manifest
 from data.config import DataConfig
 from data.documents import SPLITS
 from data.files import sha256_of
-from data.parallel import Rates, ordered_map
-from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, document_index, map_tokens, save_index
+from data.parallel import ordered_map, with_rates
+from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, map_tokens, write_index
 from data.sources.base import Source, Stream
 from data.tokenizers import Tokenizer, new_tokenizer
 
@@ -63,25 +64,26 @@ class Shards(Source):
             )
         tokenizer.save(dir)
         dtype = common_dtype(files, job.data, tokenizer)
+        indexing = partial(index, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
         splits, counts = {}, {}
-        with Rates("Indexing", job.progress) as rates:
-            for split, paths in files.items():
-                shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
-                at_start = [True, *(bool(read_tokens(path)[-1] == tokenizer.end_of_text) for path in paths[:-1])]
-                indexing = partial(index, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
-                for shard, seen in ordered_map(indexing, zip(paths, at_start, strict=True), self.config.workers):
-                    shards.append(shard)
-                    counts[split] += seen
-                    rates.advance(shards=1, tokens=shard.tokens)
-                tokens, documents = (sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents"))
-                ratio = bytes_per_token(read_tokens(paths[0])[:DECODED_TOKENS], tokenizer)
-                splits[split] = Split(shards, tokens, documents, round(ratio * tokens), ratio)
+        for split, paths in files.items():
+            indexed = ordered_map(indexing, pairwise([None, *paths]), self.config.workers)
+            shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
+            counted = with_rates(indexed, f"Indexing {split}", job.progress, tokens=lambda pair: pair[0].tokens)
+            for shard, seen in counted:
+                shards.append(shard)
+                counts[split] += seen
+            tokens, documents = (sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents"))
+            first = read_tokens(paths[0])[0][:DECODED_TOKENS]
+            text = tokenizer.decode(first[first != tokenizer.end_of_text])
+            ratio = len(text.encode()) / len(first)
+            splits[split] = Split(shards, tokens, documents, round(ratio * tokens), ratio)
         return write_manifest(dir, job, tokenizer, splits, counts["train"], {}, dtype)
 
 
 def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Tokenizer) -> str:
     """Return the dtype of all files. ConfigError if they differ, or do not match the configuration."""
-    dtypes = {file_format(path)[0] for paths in files.values() for path in paths}
+    dtypes = {read_tokens(path)[0].dtype.name for paths in files.values() for path in paths}
     if len(dtypes) > 1:
         raise ConfigError(f"data.dir={data.dir}: holds shards of uint16 and of uint32; keep one kind in a folder")
     dtype = dtypes.pop()
@@ -95,40 +97,33 @@ def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Toke
     return dtype
 
 
-def file_format(path: Path) -> tuple[str, int]:
-    """Return (dtype, offset of the tokens); a file without a header of llm.c is taken for the uint16 of nanoGPT."""
-    start = tuple(np.fromfile(path, dtype="<i4", count=2).tolist())
-    return next(((dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start == known), ("uint16", 0))
+def read_tokens(path: Path) -> tuple[np.ndarray, int]:
+    """Return (the tokens of a file, mapped into memory; their offset). ConfigError if it is not whole.
 
-
-def read_tokens(path: Path) -> np.ndarray:
-    """Return the tokens of a file, mapped into memory. ConfigError if it is not whole."""
-    dtype, offset = file_format(path)
+    A file without a header of llm.c is taken for the uint16 of nanoGPT.
+    """
+    start = np.fromfile(path, dtype="<i4", count=3).tolist()
+    formats = [(dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start[:2] == list(known)]
+    dtype, offset = formats[0] if formats else ("uint16", 0)
     size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
-    whole = size > 0 and size % width == 0
-    if not whole or (offset and np.fromfile(path, dtype="<i4", count=3)[2] != size // width):
+    if size <= 0 or size % width or (offset and start[2:] != [size // width]):
         raise ConfigError(f"{path}: is not whole: it has {size + offset} bytes; copy it again")
-    return map_tokens(path, dtype, offset)
+    return map_tokens(path, dtype, offset), offset
 
 
-def index(task: tuple[Path, bool], vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
-    """Write the index of one shard, (file, whether it starts with a document).
+def index(task: tuple[Path | None, Path], vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
+    """Write the index of the second of two consecutive shards, None and it if it is the first.
 
     Return the shard and how often each token occurs [vocab_size].
     """
-    path, at_start = task
-    tokens, offset = read_tokens(path), file_format(path)[1]
+    before, path = task
+    tokens, offset = read_tokens(path)
     if tokens.max() >= vocab_size:
         hint = "" if offset else " (it has no header of llm.c, so it is read as uint16 of nanoGPT)"
         raise ConfigError(
             f"{path}: holds token {tokens.max()}, and tokenizer.vocab_size={vocab_size}; choose the tokenizer that "
             f"made it{hint}"
         )
-    starts, documents = document_index(tokens, end_of_text, at_start)
-    save_index(path, starts)
+    at_start = before is None or bool(read_tokens(before)[0][-1] == end_of_text)
+    documents = write_index(path, tokens, end_of_text, at_start)
     return Shard(path.name, len(tokens), documents, sha256_of(path), offset), np.bincount(tokens, minlength=vocab_size)
-
-
-def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
-    text = tokenizer.decode(tokens[tokens != tokenizer.end_of_text])
-    return len(text.encode()) / len(tokens)

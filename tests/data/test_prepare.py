@@ -113,7 +113,7 @@ def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("data.shards.ShardWriter._append", full)
+    monkeypatch.setattr("data.shards.ShardWriter.write", full)
     with pytest.raises(ConfigError, match="data.dir=.*/shards: cannot write .No space left.*same command resumes"):
         prepare(*config, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -22,8 +23,9 @@ def test_round_trip_is_exact(tmp_path):
     writer = ShardWriter(tmp_path, "train", 1000, 50257, 50256, "uint16")
     for document in documents:
         writer.write(document)
-    shards = writer.close()
+    writer.close()
     writer.publish()
+    shards = writer.shards
     assert [shard.tokens for shard in shards] == [1000, 1000, 1000, 1000, 504]
     assert sum(shard.documents for shard in shards) == len(documents)
     parts = [np.fromfile(tmp_path / shard.file, dtype=np.uint16, offset=1024) for shard in shards]
@@ -56,7 +58,7 @@ def test_manifest_and_shards_agree(small):
     _, dir = small
     manifest = read_manifest(dir)
     train = TokenShards(dir, "train")
-    assert train.tokens == manifest.tokens("train") == sum(map(len, train.arrays)) > 4000
+    assert manifest.tokens("train") == sum(map(len, train.arrays)) > 4000
     assert len(train.arrays) > 1 and verify(dir) == []
     counts = np.bincount(np.concatenate(train.arrays))
     share = counts[counts > 0] / counts.sum()
@@ -72,15 +74,15 @@ def test_missing_manifest(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "is not JSON"),
-        ("[]", "has version None, must be 2"),
-        ('{"version": 99}', "has version 99, must be 2"),
-        ('{"version": 2}', "is not a whole manifest"),
+        ("{", "is not a manifest of this version (Invalid JSON"),
+        ("[]", "is not a manifest of this version"),
+        ('{"version": 99}', "version Input should be 2"),
+        ('{"version": 2}', "fingerprint Field required"),
     ],
 )
 def test_bad_manifest(copy, content, message):
     (copy / "manifest.json").write_text(content)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         read_manifest(copy)
     assert message in verify(copy)[0]
 
@@ -100,16 +102,16 @@ def test_torn_shard(copy):
 @pytest.mark.parametrize(
     "position, value, message",
     [
-        (0, 1, "not a shard of uint16 tokens"),
-        (1, 2, "not a shard of uint16 tokens"),
-        (2, 7, "its header has 7 tokens, the manifest 4000"),
+        (0, 1, "its header is [1, 1, 4000], must be [20240520, 1, 4000]"),
+        (1, 2, "its header is [20240520, 2, 4000], must be [20240520, 1, 4000]"),
+        (2, 7, "its header is [20240520, 1, 7], must be [20240520, 1, 4000]"),
     ],
 )
 def test_foreign_header(copy, position, value, message):
     with open(copy / "train_000000.bin", "r+b") as file:
         file.seek(4 * position)
         file.write(np.int32(value).tobytes())
-    with pytest.raises(ConfigError, match=f"train_000000.bin: .*{message}"):
+    with pytest.raises(ConfigError, match=re.escape(f"train_000000.bin: {message}")):
         TokenShards(copy, "train")
 
 
@@ -156,7 +158,9 @@ def test_a_writer_resumes_from_its_state(tmp_path):
     again.restore(state)
     assert {path.name for path in (tmp_path / "torn").glob("*.bin")} == {f"train_{i:06d}.bin" for i in range(3)}
     again.write(tokens[333:])
-    assert again.close() == whole.close()
+    again.close()
+    whole.close()
+    assert again.shards == whole.shards
     again.publish()
     whole.publish()
     for path in (tmp_path / "whole").iterdir():
