@@ -101,24 +101,17 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        if global_batch_size % (micro_batch_size * world_size):
-            raise ConfigError(
-                f"trainer.global_batch_size={global_batch_size}: must be a multiple of "
-                f"trainer.micro_batch_size={micro_batch_size} x {world_size} processes"
-            )
         self.samples = Samples(shards, seq_len)
         self.n_samples = self.samples.count  # in one epoch
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.n_samples / self.global_batch_size
+        self.accumulation_steps, rest = divmod(global_batch_size, micro_batch_size * world_size)
+        if rest:
+            raise ValueError("global_batch_size must be a multiple of micro_batch_size x world_size")
 
     def epochs(self, step: int) -> float:
         """Return the number of passes over the data after `step` steps."""
-        return step / self.steps_per_epoch
+        return step * self.global_batch_size / self.n_samples
 
     def numbers(self, step: int, micro: int) -> np.ndarray:
         """Return which samples are this rank's micro-batch `micro` of step `step`: [micro_batch_size]."""
