@@ -58,10 +58,9 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """Return the tokens of all `texts` in a row, uint32, with end-of-text after each."""
-        parts = [
-            np.asarray(part, dtype=np.uint32) for ids in self.encode_all(texts) for part in (ids, [self.end_of_text])
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+        end = np.array([self.end_of_text], dtype=np.uint32)
+        parts = [part for ids in self.encode_all(texts) for part in (np.asarray(ids, dtype=np.uint32), end)]
+        return np.concatenate([end[:0], *parts])
 
     def save(self, dir: Path) -> None:
         """Write it where `load_tokenizer` finds it."""

@@ -12,29 +12,21 @@ from pydantic import Field, field_validator, model_validator
 from configs.errors import ConfigError, Mistakes
 from configs.load import Block
 
-IDENTITY_KEYS = (
-    "name", "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
-    "document_mask",
-)  # fmt: skip
-SETTINGS_KEYS = (
-    "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
-    "max_document_bytes", "shard_tokens", "token_dtype",
-)  # fmt: skip
+DOCUMENT_KEYS = ("source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction")
 
 
 class Stream(Protocol):
     """Documents `{"text": ..., "name": ...}` (only some have a name), in an order that can be resumed.
 
-    A Hugging Face `IterableDataset` is one. Nothing has to fit in memory.
+    A Hugging Face `IterableDataset` is one. `state_dict` returns where the iteration stands, as plain values, and after
+    `load_state_dict` the next one starts there.
     """
 
     def __iter__(self) -> Iterator[dict]: ...
 
-    def state_dict(self) -> dict:
-        """Return where the iteration stands, as plain values."""
+    def state_dict(self) -> dict: ...
 
-    def load_state_dict(self, state: dict) -> None:
-        """Make the next iteration start at `state`."""
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class SourceConfig(Block):
@@ -56,10 +48,14 @@ class SourceConfig(Block):
     @field_validator("source")
     @classmethod
     def _check_source(cls, value: str) -> str:
-        *names, last = source_names()
+        *names, last = filter(cls.takes, source_names())
         if value not in (*names, last):
             raise ValueError(f"must be {', '.join(names)} or {last}")
         return value
+
+    @classmethod
+    def takes(cls, source: str) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _check_keys(self):
@@ -76,8 +72,10 @@ class Source:
     mixable: ClassVar[bool] = True  # it can be part of a mixture
     divisible: ClassVar[bool] = False  # it consists of files and can be prepared in parts
     in_place: ClassVar[bool] = False  # its shards are in data.dir already; its `adopt(job)` indexes them
-    identity_keys: ClassVar[tuple[str, ...]] = IDENTITY_KEYS  # what of `data` makes a run that run
-    settings_keys: ClassVar[tuple[str, ...]] = SETTINGS_KEYS  # what of `data` decides the contents of shards
+    identity_keys: ClassVar[tuple[str, ...]] = ("name", *DOCUMENT_KEYS, "document_mask")  # what makes a run that run
+    settings_keys: ClassVar[tuple[str, ...]] = (  # what decides the contents of shards
+        *DOCUMENT_KEYS, "max_document_bytes", "shard_tokens", "token_dtype"
+    )  # fmt: skip
 
     def __init__(self, config: SourceConfig, progress: bool = False):
         self.config, self.progress = config, progress  # report what takes long
@@ -126,21 +124,17 @@ def batches(stream: Stream, documents: int, characters: int) -> Iterator[tuple[l
     ConfigError if the source breaks off, as when a file is broken or the network is down for too long.
     """
     batch, size = [], 0
-    remaining = iter(stream)
-    while True:
-        try:
-            document = next(remaining, None)
-        except ConfigError:
-            raise
-        except Exception as error:  # of any of the libraries that read and download
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ConfigError(f"the source broke off ({reason}); the same command resumes here") from error
-        if document is None:
-            break
-        batch.append(document)
-        size += len(document["text"]) if isinstance(document["text"], str) else 0
-        if len(batch) >= documents or size >= characters:
-            yield batch, stream.state_dict()
-            batch, size = [], 0
+    try:
+        for document in stream:
+            batch.append(document)
+            size += len(document["text"]) if isinstance(document["text"], str) else 0
+            if len(batch) >= documents or size >= characters:
+                yield batch, stream.state_dict()
+                batch, size = [], 0
+    except ConfigError:
+        raise
+    except Exception as error:  # of any of the libraries that read and download
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"the source broke off ({reason}); the same command resumes here") from error
     if batch:
         yield batch, stream.state_dict()
