@@ -1,13 +1,11 @@
 """From a stream of documents to a folder of shards, in bounded memory, so that a killed build can resume.
 
-Only this process writes. What it has done is in `journal.json`: where the source stands, and how much of each open
-shard belongs to the documents before that. What was written after the journal is cut off when the build resumes, and
-the same documents make the same bytes again.
+Only this process writes. `journal.json` says where the source stands, and how much of each open shard belongs to the
+documents before that. What was written after the journal is cut off when the build resumes.
 
-A build may be done by several processes at once, on one machine or many: N parts, which the last one to finish joins.
-Part I is the I-th contiguous share of the files of the source, tokenised with the tokenizer of the whole source and
-split by its threshold, into shards of its own in `<data.dir>.parts-<hash>/<I>`. Joining reads the parts in order and
-writes their tokens with the writer of an undivided build, so shards, indexes and manifest are the same to the byte.
+Several processes, on one machine or many, may build N parts, which the last one to finish joins. Part I is the I-th
+contiguous share of the source's files, tokenised and split like the whole source, into shards of its own in
+`<data.dir>.parts-<hash>/<I>`. Joining writes the tokens of the parts in order, with the writer of an undivided build.
 """
 
 import hashlib
@@ -28,7 +26,7 @@ import numpy as np
 from configs.errors import ConfigError
 from data.config import DataConfig, TokenizerConfig
 from data.documents import SPLITS, Tokenised, Tokeniser, good_documents
-from data.files import remove_partial, write_atomic
+from data.files import write_atomic
 from data.parallel import ordered_map, report, with_rates
 from data.shards import Manifest, ShardWriter, Split, fingerprint_of, map_tokens
 from data.sources.base import Source, Stream, batches, source_of
@@ -58,11 +56,8 @@ class Job:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the shards: another identity is another build."""
-        return {
-            "settings": self.data.settings(),
-            "tokenizer": self.tokenizer.model_dump(),
-            "source": self.source.fingerprint(),
-        }
+        settings, tokenizer = self.data.settings(), self.tokenizer.model_dump()
+        return {"settings": settings, "tokenizer": tokenizer, "source": self.source.fingerprint()}
 
     @property
     def parts_dir(self) -> Path:
@@ -80,11 +75,8 @@ class Job:
 
 
 class Preparation:
-    """The shards of both splits in `dir`, and everything else that is counted along the way.
-
-    It is as an earlier start with the same `identity` has left it, or a new one, in an emptied folder in which the
-    tokenizer that `make` returns is stored.
-    """
+    """The shards of both splits in `dir`, and what is counted along the way, as an earlier start with the same
+    `identity` has left them; else new ones, in an emptied folder that holds the tokenizer that `make` returns."""
 
     def __init__(self, dir: Path, job: Job, identity: dict[str, Any], make: Callable[[], Tokenizer]):
         self.dir, self.job, self.identity = dir, job, identity
@@ -100,10 +92,10 @@ class Preparation:
         self.documents, self.bytes = Counter(), Counter()  # by split
         self.skipped = Counter()  # by reason
         self.token_counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)  # of the train split
-        self.stream_state = None
+        self.stream_state = journal and journal["stream_state"]
         if journal:
-            remove_partial(dir)
-            self.stream_state = journal["stream_state"]
+            for partial in dir.glob(".*.partial"):  # of a process that was killed in the middle of `write_atomic`
+                partial.unlink()
             self.count(*journal["counts"])
             for split, writer in self.writers.items():
                 writer.restore(journal["writers"][split])
@@ -146,7 +138,7 @@ class Preparation:
     def close(self) -> None:
         """Finish the last shards."""
         for writer in self.writers.values():
-            writer.close()
+            writer.finish_shard()
         self.save()
 
     def finish(self) -> Manifest:
@@ -280,17 +272,16 @@ def prepare_part(job: Job, part: int) -> None:
 
 
 def join(job: Job, dir: Path) -> Manifest:
-    """Make in `dir` what an undivided build makes there, from the finished parts."""
-    identity, store = job.identity | {"parts": job.parts}, job.parts_dir / "tokenizer"
-    made = Preparation(dir, job, identity, lambda: load_tokenizer(job.tokenizer, store))
+    """Make in `dir` what `build` makes there, from the finished parts."""
+    store = job.parts_dir / "tokenizer"
+    made = Preparation(dir, job, job.identity | {"parts": job.parts}, lambda: load_tokenizer(job.tokenizer, store))
     if made.stream_state is None:  # otherwise they are counted
         for part in range(job.parts):
             made.count(*job.finished_part(part)["counts"])
     done = made.stream_state or 0
-    left = with_rates(
-        islice(chunks(job, made.dtype), done, None), "Joining", job.progress, tokens=lambda chunk: len(chunk[1])
-    )
-    for number, (split, tokens) in enumerate(left, done + 1):
+    left = islice(chunks(job, made.dtype), done, None)
+    counted = with_rates(left, "Joining", job.progress, tokens=lambda chunk: len(chunk[1]))
+    for number, (split, tokens) in enumerate(counted, done + 1):
         made.write({split: tokens}, number)
     return made.finish()
 

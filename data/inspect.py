@@ -29,10 +29,7 @@ class InspectConfig(DataCommand):
 
 
 def inspect(dir: str | Path, console: Console, out: str | Path | None = None) -> list[str]:
-    """Print the statistics of a data folder and plot the lengths of documents in `out`, if it is intact.
-
-    Return the problems found.
-    """
+    """Return the problems of a data folder; if there are none, print statistics and plot lengths of documents in `out`."""
     dir = Path(dir)
     problems = verify(dir)
     if not problems:
@@ -101,16 +98,13 @@ def show_samples(shards: TokenShards, tokenizer: Tokenizer, console: Console) ->
 
 
 def plot_lengths(lengths: dict[str, np.ndarray], title: str, path: Path) -> None:
-    """Draw how documents and their tokens spread over lengths. ConfigError if the file cannot be written."""
+    """Draw how documents spread over lengths. ConfigError if the file cannot be written."""
     bins = np.geomspace(1, max(int(each.max()) for each in lengths.values()) + 1, 50)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for split, each in lengths.items():
-        axes.hist(each, bins, weights=np.full(len(each), 1 / len(each)), histtype="step", label=f"{split}, documents")
-    train = lengths["train"]
-    axes.hist(train, bins, weights=train / train.sum(), histtype="stepfilled", alpha=0.3, label="train, tokens")
-    axes.set(xscale="log", xlabel="length of a document (tokens)", ylabel="share", title=title)
-    axes.grid(alpha=0.3)
+        axes.hist(each, bins, weights=np.full(len(each), 1 / len(each)), histtype="step", label=split)
+    axes.set(xscale="log", xlabel="length of a document (tokens)", ylabel="share of documents", title=title)
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150)

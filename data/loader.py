@@ -34,7 +34,6 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Return the images of `index` (integers in [0, n)) under the permutation of range(n) that `key` picks.
 
     A Feistel network permutes the smallest range 4^k that holds n; what lands outside [0, n) walks on along its cycle.
-    Needs no memory beyond `index`.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -49,10 +48,6 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
         result[walking] = (left << half) | right
         walking = result >= n
     return result.astype(np.int64)
-
-
-def epoch_key(seed: int, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "little")
 
 
 class Samples:
@@ -120,7 +115,8 @@ class TrainLoader:
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            numbers[here] = permute(places[here], self.n_samples, epoch_key(self.seed, int(epoch)))
+            key = int.from_bytes(hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()[:8], "little")
+            numbers[here] = permute(places[here], self.n_samples, key)
         return numbers
 
     def micro_batch(self, step: int, micro: int) -> np.ndarray:
@@ -173,17 +169,15 @@ class EvalLoader:
         device: torch.device | str = "cpu",
     ):
         self.samples = Samples(shards, seq_len)
-        self.micro_batch_size, self.device = micro_batch_size, torch.device(device)
+        self.micro_batch_size, self.world_size, self.device = micro_batch_size, world_size, torch.device(device)
         self.n_samples = self.samples.count if max_samples is None else min(max_samples, self.samples.count)
-        numbers = permute(np.arange(self.n_samples), self.samples.count, EVAL_KEY)
-        self.numbers = numbers[rank::world_size]
-        self.n_batches = -(-self.n_samples // (world_size * micro_batch_size))
+        self.numbers = permute(np.arange(self.n_samples), self.samples.count, EVAL_KEY)[rank::world_size]
 
     def __len__(self) -> int:
-        return self.n_batches
+        return -(-self.n_samples // (self.world_size * self.micro_batch_size))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, self.n_batches * self.micro_batch_size, self.micro_batch_size):
+        for start in range(0, len(self) * self.micro_batch_size, self.micro_batch_size):
             numbers = self.numbers[start : start + self.micro_batch_size]
             rows = self.samples.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
             tokens, targets = split_targets(torch.from_numpy(rows), self.device)

@@ -40,7 +40,6 @@ def prepare(
     """Make the shards of `data` with `tokenizer` in `data.dir`, unless they are there already; return the manifest.
 
     With `parts`, make one part, and join all of them if the others are finished; return None if they are not.
-
     ConfigError if the folder holds data made with other settings, something else, or a broken shard.
     """
     dir, job = Path(data.dir), Job(data, tokenizer, progress, parts)
@@ -58,12 +57,12 @@ def prepare(
                 return None
         with alone(lock, f"{dir}: waiting for another process that is preparing it", progress):
             try:
-                if found := prepared(data, tokenizer):
-                    report(f"{dir}: prepared by another process, {describe(found)}", progress)
-                    return found
-                if job.source.in_place:
+                manifest = prepared(data, tokenizer)  # by the process that had the lock
+                if not manifest and job.source.in_place:
                     manifest = job.source.adopt(job)
-                else:  # whoever else wrote into the unfinished folder is gone, because this process has the lock
+                elif (
+                    not manifest
+                ):  # whoever else wrote into the unfinished folder is gone, because this process has the lock
                     manifest = join(job, unfinished) if parts > 1 else build(job, unfinished)
                     unfinished.rename(dir)
                     (dir / JOURNAL_FILE).unlink()
@@ -149,23 +148,20 @@ def not_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> ConfigError:
 
 def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:
     """Return the command that prepares exactly this: the closest choices, and the keys in which they differ."""
-    words = [f"data={closest('data', data.name, data.source)}"]
-    words += [f"tokenizer={closest('tokenizer', tokenizer.name, tokenizer.kind)}"]
+    blocks, words = {"data": data, "tokenizer": tokenizer}, []
+    for group, names in (("data", (data.name, data.source)), ("tokenizer", (tokenizer.name, tokenizer.kind))):
+        known = choices(group)
+        words.append(f"{group}={next(name for name in (*names, *known) if name in known)}")
     command = configured(DataCommand, words)
     left_out = {"workers", "document_mask"}  # they do not change what is prepared
     if data == fill_data_dir(data.replace(dir=None), tokenizer):
         left_out.add("dir")
-    for group, block, chosen in (("data", data, command.data), ("tokenizer", tokenizer, command.tokenizer)):
+    for group, block in blocks.items():
         for key, value in block.model_dump(exclude=left_out).items():
             follows = key == "name" and value == f"{tokenizer.kind}-{tokenizer.vocab_size}"
-            if value != getattr(chosen, key) and not follows:
+            if value != getattr(getattr(command, group), key) and not follows:
                 words.append(f"{group}.{key}={shlex.quote(hydra_value(value))}")
     return " ".join(["python -m data.prepare", *words])
-
-
-def closest(group: str, *names: str) -> str:
-    """Return the first of the names that is a choice of the group, or any choice."""
-    return next(name for name in (*names, *choices(group)) if name in choices(group))
 
 
 def hydra_value(value: Any) -> str:

@@ -1,7 +1,6 @@
 """Token shards on disk: the .bin files of llm.c, their writer and reader, and the manifest that describes them.
 
-A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens: magic 20240520 and
-version 1 for uint16, 20240801 and 7 for uint32, as llm.c has them for the vocabularies of GPT-2 and Llama 3. Next to
+A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens, uint16 or uint32. Next to
 it, `<shard>.index.npy` holds the offsets (uint32) at which its documents start. The data in a folder exists when its
 `manifest.json` does.
 """
@@ -24,7 +23,7 @@ from data.documents import SPLITS
 from data.files import sha256_of, write_atomic
 from data.tokenizers import load_tokenizer
 
-FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # magic and version
+FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # llm.c's magic and version: of GPT-2's, of Llama 3's
 HEADER_BYTES = 256 * 4
 MANIFEST_FILE = "manifest.json"
 OPEN = ".open"  # the ending of a shard that the journal does not know as finished
@@ -80,10 +79,6 @@ class Manifest:
 
     def tokenizer_config(self) -> TokenizerConfig:
         return TokenizerConfig(**{key: value for key, value in self.tokenizer.items() if key != "fingerprint"})
-
-    def identity(self) -> dict[str, Any]:
-        """Return what decided these shards: data prepared with another identity are other data."""
-        return {"settings": self.settings, "tokenizer": self.tokenizer_config().model_dump(), "source": self.source}
 
     def save(self, dir: Path) -> None:
         write_atomic(dir / MANIFEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
@@ -151,18 +146,17 @@ def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
 class ShardWriter:
     """Write the tokens of one split into `<split>_000000.bin`, ..., of `shard_tokens` tokens each except the last.
 
-    Each gets a document index next to it. Tokens are appended to an open file. `state()` tells how much of it counts,
-    and a writer with `restore(state)` cuts off the rest. Finished shards get their names in `publish()`, to be called
-    after the state has been saved: a file with the name of a shard is finished and is never written again.
+    Tokens are appended to an open file. `state()` tells how much of it counts, and a writer with `restore(state)` cuts
+    off the rest. Finished shards get their names in `publish()`, to be called after the state has been saved: a file
+    with the name of a shard is never written again.
     """
 
     def __init__(self, dir: str | Path, split: str, shard_tokens: int, vocab_size: int, end_of_text: int, dtype: str):
         self.dir, self.split, self.shard_tokens, self.vocab_size = Path(dir), split, shard_tokens, vocab_size
         self.end_of_text, self.dtype = end_of_text, np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
-        self._open_tokens = 0  # in the open shard
-        self._at_start = True  # the open shard begins with a document
-        self._file = None
+        self._file = None  # the open shard
+        self._open_tokens, self._at_start = 0, True  # the tokens in it, and whether it begins with a document
 
     def write(self, tokens: np.ndarray) -> bool:
         """Append tokens, the end-of-text of each document included. Return whether a shard was finished.
@@ -174,7 +168,7 @@ class ShardWriter:
         before = len(self.shards)
         while len(tokens):
             if self._open_tokens == self.shard_tokens:
-                self._finish()
+                self.finish_shard()
             if self._file is None:
                 self._file = open(self._open_path(), "wb+")
                 self._file.write(bytes(HEADER_BYTES))
@@ -188,13 +182,8 @@ class ShardWriter:
         """The number of tokens so far."""
         return sum(shard.tokens for shard in self.shards) + self._open_tokens
 
-    def close(self) -> None:
-        """Finish the last shard."""
-        if self._open_tokens:
-            self._finish()
-
     def state(self) -> dict[str, Any]:
-        """Return, as plain values, how far the files go that are on disk by then."""
+        """Return, as plain values, how much of the files is on disk by then."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -221,7 +210,10 @@ class ShardWriter:
     def _open_path(self) -> Path:
         return self.dir / f"{self.split}_{len(self.shards):06d}.bin{OPEN}"
 
-    def _finish(self) -> None:
+    def finish_shard(self) -> None:
+        """Finish the open shard, if there is one."""
+        if not self._file:
+            return
         path = self._open_path()
         self._file.seek(0)
         self._file.write(np.array([*FORMATS[self.dtype.name], self._open_tokens], dtype="<i4").data)

@@ -124,6 +124,8 @@ def test_killed_at_each_moment_of_the_end(tmp_path, moment):
     process.start()
     process.join()
     before = finished(tmp_path / "shards.partial") or finished(tmp_path / "shards")
+    if before and moment != "unlink":
+        (tmp_path / "shards.partial/.manifest.json.0123.partial").write_text("half")  # of a write that was killed
     assert process.exitcode == -signal.SIGKILL and before
     prepare(*config, progress=False)
     (tmp_path / "shards" / JOURNAL_FILE).unlink(missing_ok=True)  # it stays if only its removal is missing

@@ -23,7 +23,7 @@ def test_round_trip_is_exact(tmp_path):
     writer = ShardWriter(tmp_path, "train", 1000, 50257, 50256, "uint16")
     for document in documents:
         writer.write(document)
-    writer.close()
+    writer.finish_shard()
     writer.publish()
     shards = writer.shards
     assert [shard.tokens for shard in shards] == [1000, 1000, 1000, 1000, 504]
@@ -41,7 +41,7 @@ def test_round_trip_is_exact(tmp_path):
 def test_llm_c_header(tmp_path):
     writer = ShardWriter(tmp_path, "val", 10, 70, 0, "uint16")
     writer.write(np.array([1, 2, 69]))
-    writer.close()
+    writer.finish_shard()
     writer.publish()
     raw = (tmp_path / "val_000000.bin").read_bytes()
     assert raw[:12] == b"\x88\xd8\x34\x01" + b"\x01\x00\x00\x00" + b"\x03\x00\x00\x00"
@@ -135,7 +135,7 @@ def test_large_vocabularies_are_uint32_with_llama_3s_header(tmp_path):
     tokens = np.array([70_000, 2, 100_255, 100_256], dtype=np.uint32)
     writer = ShardWriter(tmp_path, "train", 10, 100_257, 100_256, "uint32")
     writer.write(tokens)
-    writer.close()
+    writer.finish_shard()
     writer.publish()
     raw = (tmp_path / "train_000000.bin").read_bytes()
     assert np.frombuffer(raw[:12], "<i4").tolist() == [20240801, 7, 4] and len(raw) == 1024 + 16
@@ -158,8 +158,8 @@ def test_a_writer_resumes_from_its_state(tmp_path):
     again.restore(state)
     assert {path.name for path in (tmp_path / "torn").glob("*.bin")} == {f"train_{i:06d}.bin" for i in range(3)}
     again.write(tokens[333:])
-    again.close()
-    whole.close()
+    again.finish_shard()
+    whole.finish_shard()
     assert again.shards == whole.shards
     again.publish()
     whole.publish()
