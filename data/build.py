@@ -123,7 +123,7 @@ class Preparation:
             self.save()
 
     def save(self) -> None:
-        """Write the journal, then give finished shards their names."""
+        """Write the journal."""
         fields = {
             "job": self.identity,
             "stream_state": self.stream_state,
@@ -131,8 +131,6 @@ class Preparation:
             "counts": [self.documents, self.bytes, self.skipped, self.token_counts.tolist()],
         }
         write_atomic(self.dir / JOURNAL_FILE, json.dumps(fields))
-        for writer in self.writers.values():
-            writer.publish()
         self._saved = time.monotonic()
 
     def close(self) -> None:

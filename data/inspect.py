@@ -29,7 +29,7 @@ class InspectConfig(DataCommand):
 
 
 def inspect(dir: str | Path, console: Console, out: str | Path | None = None) -> list[str]:
-    """Return the problems of a data folder; if there are none, print statistics and plot lengths of documents in `out`."""
+    """Return the problems of a data folder; if it has none, print statistics and plot lengths of documents in `out`."""
     dir = Path(dir)
     problems = verify(dir)
     if not problems:

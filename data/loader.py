@@ -9,6 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -74,33 +75,30 @@ class Samples:
         return rows
 
 
-def split_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def split_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (tokens [B, T], targets [B, T]) of samples [B, T + 1]."""
-    rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+@dataclass(eq=False)
 class TrainLoader:
     """Training batches: step s (from 0) sees the global samples [s * global_batch_size, (s + 1) * global_batch_size).
 
     Global sample g is at place g % n_samples of the permutation of epoch g // n_samples.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        seq_len: int,
-        seed: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.samples = Samples(shards, seq_len)
+    shards: TokenShards
+    seq_len: int
+    seed: int
+    micro_batch_size: int
+    global_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        self.samples = Samples(self.shards, self.seq_len)
         self.n_samples = self.samples.count  # in one epoch
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.accumulation_steps, rest = divmod(global_batch_size, micro_batch_size * world_size)
+        self.accumulation_steps, rest = divmod(self.global_batch_size, self.micro_batch_size * self.world_size)
         if rest:
             raise ValueError("global_batch_size must be a multiple of micro_batch_size x world_size")
 
@@ -147,9 +145,10 @@ class TrainLoader:
             while ahead:
                 rows = ahead.popleft().result()
                 ahead.extend(thread.submit(read, *place) for place in islice(places, 1))
-                yield split_targets(rows, device)
+                yield split_targets(rows.to(device, non_blocking=True))
 
 
+@dataclass(eq=False)
 class EvalLoader:
     """A fixed set of samples, each read once by one of the ranks: the same for every seed, world size and batch size.
 
@@ -158,20 +157,18 @@ class EvalLoader:
     forward pass: a rank that has run out of samples yields targets that are all IGNORED.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        seq_len: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        max_samples: int | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.samples = Samples(shards, seq_len)
-        self.micro_batch_size, self.world_size, self.device = micro_batch_size, world_size, torch.device(device)
-        self.n_samples = self.samples.count if max_samples is None else min(max_samples, self.samples.count)
-        self.numbers = permute(np.arange(self.n_samples), self.samples.count, EVAL_KEY)[rank::world_size]
+    shards: TokenShards
+    seq_len: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    max_samples: int | None = None
+
+    def __post_init__(self):
+        self.samples = Samples(self.shards, self.seq_len)
+        count = self.samples.count
+        self.n_samples = count if self.max_samples is None else min(self.max_samples, count)
+        self.numbers = permute(np.arange(self.n_samples), count, EVAL_KEY)[self.rank :: self.world_size]
 
     def __len__(self) -> int:
         return -(-self.n_samples // (self.world_size * self.micro_batch_size))
@@ -180,5 +177,5 @@ class EvalLoader:
         for start in range(0, len(self) * self.micro_batch_size, self.micro_batch_size):
             numbers = self.numbers[start : start + self.micro_batch_size]
             rows = self.samples.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
-            tokens, targets = split_targets(torch.from_numpy(rows), self.device)
+            tokens, targets = split_targets(torch.from_numpy(rows))
             yield tokens, targets if len(numbers) else torch.full_like(targets, IGNORED)

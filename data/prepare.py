@@ -70,7 +70,7 @@ def prepare(
                         shutil.rmtree(finished, ignore_errors=True)
             finally:
                 if any(unfinished.glob("*.bin")):
-                    report(f"{unfinished}: finished shards are kept; the same command resumes", progress)
+                    report(f"{unfinished}: what is done is kept; the same command resumes", progress)
                 else:
                     shutil.rmtree(unfinished, ignore_errors=True)
     report(f"{dir}: prepared, {describe(manifest)}", progress)

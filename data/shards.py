@@ -26,7 +26,6 @@ from data.tokenizers import load_tokenizer
 FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # llm.c's magic and version: of GPT-2's, of Llama 3's
 HEADER_BYTES = 256 * 4
 MANIFEST_FILE = "manifest.json"
-OPEN = ".open"  # the ending of a shard that the journal does not know as finished
 PREPARE_AGAIN = "remove it and prepare the data again (with its folder, unless another program wrote the shards)"
 
 
@@ -146,9 +145,8 @@ def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
 class ShardWriter:
     """Write the tokens of one split into `<split>_000000.bin`, ..., of `shard_tokens` tokens each except the last.
 
-    Tokens are appended to an open file. `state()` tells how much of it counts, and a writer with `restore(state)` cuts
-    off the rest. Finished shards get their names in `publish()`, to be called after the state has been saved: a file
-    with the name of a shard is never written again.
+    Tokens are appended to the last one, the open shard. `state()` tells how much of it counts, and a writer with
+    `restore(state)` cuts off the rest. What the state calls finished is never written again.
     """
 
     def __init__(self, dir: str | Path, split: str, shard_tokens: int, vocab_size: int, end_of_text: int, dtype: str):
@@ -191,24 +189,18 @@ class ShardWriter:
         return {"shards": shards, "tokens": self._open_tokens, "at_start": self._at_start}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a saved state: publish its shards, cut off what came after."""
+        """Resume from a saved state: cut off what came after."""
+        for path in self.dir.glob(f"{self.split}_*.bin.open"):  # as they were named until they were finished
+            path.rename(path.with_suffix(""))
         self.shards = [Shard(**shard) for shard in state["shards"]]
         self._open_tokens, self._at_start = state["tokens"], state["at_start"]
-        self.publish()
         if self._open_tokens:
             self._file = open(self._open_path(), "r+b")
             self._file.truncate(HEADER_BYTES + self._open_tokens * self.dtype.itemsize)
             self._file.seek(0, os.SEEK_END)
 
-    def publish(self) -> None:
-        """Give the finished shards their names."""
-        for shard in self.shards:
-            unnamed = self.dir / f"{shard.file}{OPEN}"
-            if unnamed.exists():
-                os.replace(unnamed, self.dir / shard.file)
-
     def _open_path(self) -> Path:
-        return self.dir / f"{self.split}_{len(self.shards):06d}.bin{OPEN}"
+        return self.dir / f"{self.split}_{len(self.shards):06d}.bin"
 
     def finish_shard(self) -> None:
         """Finish the open shard, if there is one."""
@@ -222,9 +214,8 @@ class ShardWriter:
         self._file.close()
         self._file = None
         tokens = map_tokens(path, self.dtype)
-        file = path.name.removesuffix(OPEN)
-        documents = write_index(self.dir / file, tokens, self.end_of_text, self._at_start)
-        self.shards.append(Shard(file, self._open_tokens, documents, sha256_of(path)))
+        documents = write_index(path, tokens, self.end_of_text, self._at_start)
+        self.shards.append(Shard(path.name, self._open_tokens, documents, sha256_of(path)))
         self._open_tokens, self._at_start = 0, bool(tokens[-1] == self.end_of_text)
 
 

@@ -139,15 +139,10 @@ class TiktokenTokenizer(Tokenizer):
 
     @property
     def content(self) -> bytes:
-        fields = {
-            "name": self.encoding.name,
-            "pat_str": self.encoding._pat_str,
-            "special_tokens": self.encoding._special_tokens,
-            "mergeable_ranks": {
-                base64.b64encode(token).decode(): rank for token, rank in self.encoding._mergeable_ranks.items()
-            },
-        }
-        return json.dumps(fields).encode()
+        encoding = self.encoding
+        ranks = {base64.b64encode(token).decode(): rank for token, rank in encoding._mergeable_ranks.items()}
+        fields = {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        return json.dumps(fields | {"mergeable_ranks": ranks}).encode()
 
     def encode_all(self, texts: list[str]) -> Iterable[np.ndarray]:
         return (self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)  # no Python integers
@@ -222,11 +217,9 @@ def load_tokenizer(config: TokenizerConfig, dir: str | Path) -> Tokenizer:
     ConfigError if there is no tokenizer, or its vocabulary has another size than in `config`.
     """
     path = Path(dir) / KINDS[config.kind].file
-    if path.is_file():
-        return new_tokenizer(config.replace(path=str(path)))
-    if config.kind == "tiktoken":
-        return new_tokenizer(config)
-    raise ConfigError(f"data.dir={dir}: holds no {path.name}; run `python -m data.prepare data=NAME` to store one")
+    if not path.is_file() and config.kind != "tiktoken":
+        raise ConfigError(f"data.dir={dir}: holds no {path.name}; run `python -m data.prepare data=NAME` to store one")
+    return new_tokenizer(config.replace(path=str(path)) if path.is_file() else config)
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
