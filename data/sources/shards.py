@@ -1,11 +1,10 @@
 """Token shards that another program wrote: the .bin files of llm.c, or those of nanoGPT, which have no header.
 
 They come without manifest and tokenizer. The configuration names the tokenizer, and on first use the shards are read
-once to make what is missing: the document indexes, the counts and the manifest.
+once to make the manifest.
 """
 
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from data.config import DataConfig
 from data.documents import SPLITS
 from data.files import sha256_of
 from data.parallel import ordered_map, with_rates
-from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, map_tokens, write_index
+from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, map_tokens
 from data.sources.base import Source, Stream
 from data.tokenizers import Tokenizer, new_tokenizer
 
@@ -51,7 +50,7 @@ class Shards(Source):
         return found
 
     def adopt(self, job: Job) -> Manifest:
-        """Index the shards and write tokenizer and manifest next to them.
+        """Read the shards and write tokenizer and manifest next to them.
 
         ConfigError if they are not whole, or do not match the tokenizer, or the folder cannot be written to.
         """
@@ -64,12 +63,12 @@ class Shards(Source):
             )
         tokenizer.save(dir)
         dtype = common_dtype(files, job.data, tokenizer)
-        indexing = partial(index, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
+        describing = partial(describe, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
         splits, counts = {}, {}
         for split, paths in files.items():
-            indexed = ordered_map(indexing, pairwise([None, *paths]), self.config.workers)
+            described = ordered_map(describing, paths, self.config.workers)
             shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
-            counted = with_rates(indexed, f"Indexing {split}", job.progress, tokens=lambda pair: pair[0].tokens)
+            counted = with_rates(described, f"Reading {split}", job.progress, tokens=lambda pair: pair[0].tokens)
             for shard, seen in counted:
                 shards.append(shard)
                 counts[split] += seen
@@ -111,12 +110,8 @@ def read_tokens(path: Path) -> tuple[np.ndarray, int]:
     return map_tokens(path, dtype, offset), offset
 
 
-def index(task: tuple[Path | None, Path], vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
-    """Write the index of the second of two consecutive shards, None and it if it is the first.
-
-    Return the shard and how often each token occurs [vocab_size].
-    """
-    before, path = task
+def describe(path: Path, vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
+    """Return what the manifest says of a shard, and how often each token occurs in it [vocab_size]."""
     tokens, offset = read_tokens(path)
     if tokens.max() >= vocab_size:
         hint = "" if offset else " (it has no header of llm.c, so it is read as uint16 of nanoGPT)"
@@ -124,6 +119,5 @@ def index(task: tuple[Path | None, Path], vocab_size: int, end_of_text: int) -> 
             f"{path}: holds token {tokens.max()}, and tokenizer.vocab_size={vocab_size}; choose the tokenizer that "
             f"made it{hint}"
         )
-    at_start = before is None or bool(read_tokens(before)[0][-1] == end_of_text)
-    documents = write_index(path, tokens, end_of_text, at_start)
-    return Shard(path.name, len(tokens), documents, sha256_of(path), offset), np.bincount(tokens, minlength=vocab_size)
+    counts = np.bincount(tokens, minlength=vocab_size)
+    return Shard(path.name, len(tokens), int(counts[end_of_text]), sha256_of(path), offset), counts
