@@ -31,25 +31,19 @@ def inspect(dir: str | Path, console: Console, out: str | Path | None = None) ->
     """Return the problems of a data folder; if it has none, print statistics and plot lengths of documents in `out`."""
     dir = Path(dir)
     problems = verify(dir)
-    if not problems:
-        show(dir, console, Path(out or dir / "lengths.png"))
     for problem in problems:
         console.print(problem, markup=False)
-    result = f"{len(problems)} problem(s)" if problems else "all shards match their checksums"
-    console.print(f"{dir}: {result}", markup=False)
-    return problems
-
-
-def show(dir: Path, console: Console, plot: Path) -> None:
-    """Print the statistics of an intact folder, and draw the plot."""
-    manifest = read_manifest(dir)
-    tokenizer = load_tokenizer(manifest.tokenizer_config(), dir)
+    if problems:
+        console.print(f"{dir}: {len(problems)} problem(s)", markup=False)
+        return problems
+    manifest, plot = read_manifest(dir), Path(out or dir / "lengths.png")
     shards = {split: TokenShards(dir, split) for split in SPLITS}
     lengths = {split: document_lengths(each) for split, each in shards.items()}
     console.print(statistics(manifest, lengths))
-    show_samples(shards["train"], tokenizer, console)
+    show_samples(shards["train"], load_tokenizer(manifest.tokenizer_config(), dir), console)
     plot_lengths(lengths, manifest.name, plot)
-    console.print(f"Document lengths are plotted in {plot}", markup=False)
+    console.print(f"Document lengths are plotted in {plot}\n{dir}: all shards match their checksums", markup=False)
+    return []
 
 
 def document_lengths(shards: TokenShards) -> np.ndarray:
@@ -63,10 +57,10 @@ def statistics(manifest: Manifest, lengths: dict[str, np.ndarray]) -> Table:
     table = Table("", *SPLITS, title=f"{manifest.name}, tokenizer {manifest.tokenizer['name']}")
     rows = {
         "shards": lambda split: f"{len(manifest.splits[split].shards):,} of {manifest.token_dtype}",
-        "documents": lambda split: f"{manifest.documents(split):,}",
-        "tokens": lambda split: f"{manifest.tokens(split):,}",
+        "documents": lambda split: f"{manifest.splits[split].documents:,}",
+        "tokens": lambda split: f"{manifest.splits[split].tokens:,}",
         "bytes of text": lambda split: f"{manifest.splits[split].bytes:,}",
-        "bytes per token": lambda split: f"{manifest.bytes_per_token(split):.3f}",
+        "bytes per token": lambda split: f"{manifest.splits[split].bytes_per_token:.3f}",
         "tokens of the shortest document": lambda split: f"{lengths[split].min():,}",
         "of the median document": lambda split: f"{np.median(lengths[split]):,.0f}",
         "of the 90th percentile": lambda split: f"{np.percentile(lengths[split], 90):,.0f}",

@@ -143,7 +143,7 @@ def check_before_work(data: DataConfig, tokenizer: TokenizerConfig) -> None:
 
 def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:
     """Return the command that prepares exactly this: the closest choices, and the keys in which they differ."""
-    blocks, words = {"data": data, "tokenizer": tokenizer}, []
+    words = []
     for group, names in (("data", (data.name, data.source)), ("tokenizer", (tokenizer.name, tokenizer.kind))):
         known = choices(group)
         words.append(f"{group}={next(name for name in (*names, *known) if name in known)}")
@@ -151,10 +151,10 @@ def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:
     left_out = {"workers", "document_mask"}  # they do not change what is prepared
     if data == fill_data_dir(data.replace(dir=None), tokenizer):
         left_out.add("dir")
-    for group, block in blocks.items():
+    for group, block, chosen in (("data", data, command.data), ("tokenizer", tokenizer, command.tokenizer)):
         for key, value in block.model_dump(exclude=left_out).items():
             follows = key == "name" and value == f"{tokenizer.kind}-{tokenizer.vocab_size}"
-            if value != getattr(getattr(command, group), key) and not follows:
+            if value != getattr(chosen, key) and not follows:
                 words.append(f"{group}.{key}={shlex.quote(hydra_value(value))}")
     return " ".join(["python -m data.prepare", *words])
 
@@ -175,7 +175,7 @@ def tokenizer_settings(tokenizer: TokenizerConfig) -> dict:
 
 
 def describe(manifest: Manifest) -> str:
-    parts = (f"{manifest.tokens(key):,} {key} tokens in {manifest.documents(key):,} documents" for key in SPLITS)
+    parts = (f"{each.tokens:,} {name} tokens in {each.documents:,} documents" for name, each in manifest.splits.items())
     skipped = sum(manifest.skipped.values())
     return ", ".join(parts) + (f"; skipped {skipped:,} ({manifest.skipped})" if skipped else "")
 

@@ -64,15 +64,6 @@ class Manifest:
         """Whether another program wrote the shards, so that they cannot be made again here."""
         return not self.source
 
-    def tokens(self, split: str) -> int:
-        return self.splits[split].tokens
-
-    def documents(self, split: str) -> int:
-        return self.splits[split].documents
-
-    def bytes_per_token(self, split: str) -> float:
-        return self.splits[split].bytes_per_token
-
     def tokenizer_config(self) -> TokenizerConfig:
         return TokenizerConfig(**{key: value for key, value in self.tokenizer.items() if key != "fingerprint"})
 

@@ -81,7 +81,7 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
             f"of {run.dir}; prepare it again with that one, or give the text itself with suite.files="
         )
     return Text(
-        f"{manifest.name}, validation", shards.arrays, manifest.bytes_per_token("val"), shards.documents(),
+        f"{manifest.name}, validation", shards.arrays, manifest.splits["val"].bytes_per_token, shards.documents(),
         manifest.unigram_entropy,
     )  # fmt: skip
 

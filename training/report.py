@@ -50,7 +50,7 @@ class Report:
             "run": config.run.dir + resumed,
             "model": f"{model.name} {size.name}, {parameters}, {model.n_heads} heads, {cache}",
             "budget": budget(counts, size.match, size.match_tolerance),
-            "data": f"{manifest.name}, {manifest.tokens('train'):,} tokens, "
+            "data": f"{manifest.name}, {manifest.splits['train'].tokens:,} tokens, "
             f"unigram entropy {manifest.unigram_entropy:.3f}",
             "steps": f"{trainer.horizon} of {trainer.tokens_per_step:,} tokens, {epochs:.2f} epochs",
             "machine": f"{runtime.world_size} x {runtime.device.type}, {dtype_name(runtime.dtype)}, "

@@ -71,8 +71,8 @@ def wandb_mode(mode: str) -> str:
 
 def data_facts(manifest: Manifest) -> dict[str, float | str]:
     """Return what the summary says of the data that a run is trained on."""
-    facts = {f"data/{split}/tokens": manifest.tokens(split) for split in SPLITS}
-    facts |= {f"data/{split}/documents": manifest.documents(split) for split in SPLITS}
+    facts = {f"data/{split}/tokens": manifest.splits[split].tokens for split in SPLITS}
+    facts |= {f"data/{split}/documents": manifest.splits[split].documents for split in SPLITS}
     return facts | {
         "unigram_entropy": manifest.unigram_entropy,
         "data_fingerprint": manifest.fingerprint,

@@ -32,6 +32,7 @@ class Stream(Protocol):
 class SourceConfig(Block):
     """The keys of `data` that sources read."""
 
+    in_mixture: ClassVar[bool] = False
     source: str  # a file in data/sources
     dir: str | None = None  # where the shards are; default: data/shards/<data.name>-<tokenizer.name>
     files: list[str] = Field(default_factory=list)  # globs of parquet, jsonl or text files
@@ -48,14 +49,10 @@ class SourceConfig(Block):
     @field_validator("source")
     @classmethod
     def _check_source(cls, value: str) -> str:
-        *names, last = filter(cls.takes, source_names())
+        *names, last = [name for name in source_names() if source_class(name).mixable or not cls.in_mixture]
         if value not in (*names, last):
             raise ValueError(f"must be {', '.join(names)} or {last}")
         return value
-
-    @classmethod
-    def takes(cls, source: str) -> bool:
-        return True
 
     @model_validator(mode="after")
     def _check_keys(self):

@@ -8,17 +8,14 @@ from pydantic import Field
 
 from configs.errors import ConfigError
 from configs.load import load
-from data.sources.base import Source, SourceConfig, Stream, source_class, source_of
+from data.sources.base import Source, SourceConfig, Stream, source_of
 
 
 class Part(SourceConfig):
     """One of the sources of a mixture."""
 
+    in_mixture = True
     weight: float = Field(gt=0)
-
-    @classmethod
-    def takes(cls, source: str) -> bool:
-        return source_class(source).mixable
 
 
 class Mixture(Source):

@@ -51,9 +51,9 @@ def test_published_shards_drop_in(tmp_path, kind):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     manifest = ensure_prepared(*config(tmp_path, "data.workers=2"), progress=False)
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert manifest.tokens("train") == len(tokens) and manifest.documents("train") == 40
+    assert manifest.splits["train"].tokens == len(tokens) and manifest.splits["train"].documents == 40
     text_bytes = sum(len(text.encode()) for text in texts(40))
-    assert manifest.bytes_per_token("train") == pytest.approx(text_bytes / len(tokens), rel=0.01)
+    assert manifest.splits["train"].bytes_per_token == pytest.approx(text_bytes / len(tokens), rel=0.01)
     train = TokenShards(tmp_path, "train")
     np.testing.assert_array_equal(np.concatenate(train.arrays), tokens)
     starts = np.concatenate([train.documents()[0], half + train.documents()[1]])

@@ -33,11 +33,11 @@ def test_shards_hold_the_documents(small):
     manifest = read_manifest(dir)
     train, val = decoded(config, dir, "train"), decoded(config, dir, "val")
     assert sorted(train + val) == sorted(texts(200)) and 20 < len(val) < 60
-    assert (manifest.documents("train"), manifest.documents("val")) == (len(train), len(val))
+    assert (manifest.splits["train"].documents, manifest.splits["val"].documents) == (len(train), len(val))
     for split, documents in (("train", train), ("val", val)):
         size = sum(len(text.encode()) for text in documents)
         assert manifest.splits[split].bytes == size
-        assert manifest.bytes_per_token(split) == size / manifest.tokens(split)
+        assert manifest.splits[split].bytes_per_token == size / manifest.splits[split].tokens
     assert verify(dir) == [] and not list(dir.parent.glob("*.partial")) and not list(dir.parent.glob("*.lock"))
     assert {path.name.split("_")[0] for path in dir.iterdir()} == {"train", "val", "manifest.json", "tokenizer.model"}
 
@@ -130,7 +130,7 @@ def test_skipped_documents_are_in_the_manifest(tmp_path):
     file = write_jsonl(tmp_path / "some.jsonl", [*texts(50), None, "", {"no": "text"}])
     manifest = prepare(*make_config(tmp_path / "shards", [file]), progress=False)
     assert manifest.skipped == {"empty": 1, "missing": 1, "not text": 1}
-    assert manifest.documents("train") + manifest.documents("val") == 50
+    assert manifest.splits["train"].documents + manifest.splits["val"].documents == 50
 
 
 def test_gpt2(small, tmp_path):

@@ -53,7 +53,7 @@ def test_manifest_and_shards_agree(small):
     _, dir = small
     manifest = read_manifest(dir)
     train = TokenShards(dir, "train")
-    assert manifest.tokens("train") == sum(map(len, train.arrays)) > 4000
+    assert manifest.splits["train"].tokens == sum(map(len, train.arrays)) > 4000
     assert len(train.arrays) > 1 and verify(dir) == []
     counts = np.bincount(np.concatenate(train.arrays))
     share = counts[counts > 0] / counts.sum()
