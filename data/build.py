@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.documents import SPLITS, Tokenised, Tokeniser, good_documents
 from data.files import write_atomic
 from data.parallel import ordered_map, report, with_rates
-from data.shards import Manifest, ShardWriter, Split, fingerprint_of, map_tokens
+from data.shards import MANIFEST_FILE, Manifest, ShardWriter, Split, fingerprint_of, map_tokens
 from data.sources.base import Source, Stream, batches, source_of
 from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer, train_sentencepiece
 
@@ -167,7 +167,7 @@ def write_manifest(
         token_dtype=dtype,
         version=2,
     )
-    manifest.save(dir)
+    write_atomic(dir / MANIFEST_FILE, json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
 
 
@@ -271,25 +271,24 @@ def prepare_part(job: Job, part: int) -> None:
 
 def join(job: Job, dir: Path) -> Manifest:
     """Make in `dir` what `build` makes there, from the finished parts."""
-    store = job.parts_dir / "tokenizer"
+    store, parts = job.parts_dir / "tokenizer", [job.finished_part(part) for part in range(job.parts)]
     made = Preparation(dir, job, job.identity | {"parts": job.parts}, lambda: load_tokenizer(job.tokenizer, store))
     if made.stream_state is None:  # otherwise they are counted
-        for part in range(job.parts):
-            made.count(*job.finished_part(part)["counts"])
+        for part in parts:
+            made.count(*part["counts"])
     done = made.stream_state or 0
-    left = islice(chunks(job, made.dtype), done, None)
+    left = islice(chunks(job, parts, made.dtype), done, None)
     counted = with_rates(left, "Joining", job.progress, tokens=lambda chunk: len(chunk[1]))
     for number, (split, tokens) in enumerate(counted, done + 1):
         made.write({split: tokens}, number)
     return made.finish()
 
 
-def chunks(job: Job, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (split, tokens) of the finished parts in order."""
-    for part in range(job.parts):
-        writers = job.finished_part(part)["writers"]
+def chunks(job: Job, parts: list[dict[str, Any]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (split, tokens) of the finished parts, whose journals are given, in order."""
+    for number, part in enumerate(parts):
         for split in SPLITS:
-            for shard in writers[split]["shards"]:
-                tokens = map_tokens(job.part_dir(part) / shard["file"], dtype)
+            for shard in part["writers"][split]["shards"]:
+                tokens = map_tokens(job.part_dir(number) / shard["file"], dtype)
                 for start in range(0, len(tokens), CHUNK):
                     yield split, tokens[start : start + CHUNK]

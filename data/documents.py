@@ -72,14 +72,11 @@ def good_documents(documents: Iterable[dict], max_bytes: int, skipped: Counter) 
 
 @dataclass
 class Tokeniser:
-    """Turn (documents, the state of the source after them) into (what has become of them, that state).
-
-    Documents whose place is at most `val_up_to` are validation. Each process loads the tokenizer for itself.
-    """
+    """Turn (documents, the state of the source after them) into (what has become of them, that state)."""
 
     config: TokenizerConfig
     dir: Path  # where the tokenizer is stored
-    val_up_to: float
+    val_up_to: float  # documents whose place is at most this are validation
     max_bytes: int
 
     @cached_property
@@ -96,6 +93,5 @@ class Tokeniser:
             texts[split].append(text)
             done.documents[split] += 1
             done.bytes[split] += size
-        dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
-        done.tokens = {split: self.tokenizer.encode_documents(texts[split]).astype(dtype) for split in SPLITS}
+        done.tokens = {split: self.tokenizer.encode_documents(texts[split]) for split in SPLITS}
         return done, state

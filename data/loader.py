@@ -83,9 +83,7 @@ def split_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @dataclass(eq=False)
 class TrainLoader:
     """Training batches: step s (from 0) sees the global samples [s * global_batch_size, (s + 1) * global_batch_size).
-
-    Global sample g is at place g % n_samples of the permutation of epoch g // n_samples.
-    """
+    Global sample g is at place g % n_samples of the permutation of epoch g // n_samples."""
 
     shards: TokenShards
     seq_len: int

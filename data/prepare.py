@@ -94,10 +94,7 @@ def alone(path: Path, words: str, progress: bool) -> Iterator[None]:
 
 
 def ensure_prepared(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True) -> Manifest:
-    """Return the manifest of the prepared data, preparing it if its source allows that on first use.
-
-    ConfigError, which names the command to run, if another source is not prepared.
-    """
+    """Return the manifest, preparing the data if its source allows that on first use, else ConfigError."""
     if found := prepared(data, tokenizer):
         return found
     if not source_of(data).on_first_use:
@@ -113,7 +110,7 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     manifest = read_manifest(dir)
     ours = data.settings() | tokenizer_settings(tokenizer)
     theirs = manifest.settings | tokenizer_settings(manifest.tokenizer_config())
-    not_ours = manifest.is_foreign or source_of(data).in_place
+    not_ours = not manifest.source or source_of(data).in_place
     remedy = f"choose another data.dir or remove {f'its {MANIFEST_FILE}' if not_ours else 'the folder'}"
     errors = [
         f"data.dir={dir}: was prepared with {key}={shown(theirs.get(key))}, not {shown(value)}; {remedy}"

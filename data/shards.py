@@ -5,7 +5,6 @@ data in a folder exists when its `manifest.json` does.
 """
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from configs.errors import ConfigError
 from data.config import TokenizerConfig
 from data.documents import SPLITS
-from data.files import sha256_of, write_atomic
+from data.files import sha256_of
 from data.tokenizers import load_tokenizer
 
 FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # llm.c's magic and version: of GPT-2's, of Llama 3's
@@ -59,16 +58,8 @@ class Manifest:
     token_dtype: str = "uint16"
     version: Literal[2]  # another number for another format
 
-    @property
-    def is_foreign(self) -> bool:
-        """Whether another program wrote the shards, so that they cannot be made again here."""
-        return not self.source
-
     def tokenizer_config(self) -> TokenizerConfig:
         return TokenizerConfig(**{key: value for key, value in self.tokenizer.items() if key != "fingerprint"})
-
-    def save(self, dir: Path) -> None:
-        write_atomic(dir / MANIFEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def fingerprint_of(splits: dict[str, Split], tokenizer_fingerprint: str) -> str:
@@ -125,10 +116,7 @@ class ShardWriter:
         self._open_tokens = 0  # in it
 
     def write(self, tokens: np.ndarray) -> bool:
-        """Append tokens, the end-of-text of each document included. Return whether a shard was finished.
-
-        ValueError for a token outside the vocabulary.
-        """
+        """Append tokens; return whether a shard was finished. ValueError for a token outside the vocabulary."""
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"token {tokens.max()} is outside the vocabulary of {self.vocab_size}")
         before = len(self.shards)
@@ -187,9 +175,7 @@ class ShardWriter:
 
 class TokenShards:
     """The shards of one split, mapped into memory: `arrays` holds an array of tokens (uint16 or uint32) for each shard.
-
-    ConfigError if the data is not prepared, or a shard has the wrong size or header.
-    """
+    ConfigError if the data is not prepared, or a shard has the wrong size or header."""
 
     def __init__(self, dir: str | Path, split: str):
         self.dir, self.split = Path(dir), split
@@ -198,7 +184,7 @@ class TokenShards:
         problems = [found for shard in shards if (found := problem_with(self.dir / shard.file, shard, dtype))]
         if problems:
             again = f"remove {dir} and run `python -m data.prepare data={self.manifest.name}` to make it again"
-            if self.manifest.is_foreign:
+            if not self.manifest.source:
                 again = f"copy the shard again or, if it is a new one, remove {self.dir / MANIFEST_FILE}"
             raise ConfigError(*(f"{problem}; {again}" for problem in problems))
         self.arrays = [map_tokens(self.dir / shard.file, dtype, shard.offset) for shard in shards]
@@ -215,10 +201,7 @@ class TokenShards:
 
 
 def verify(dir: str | Path) -> list[str]:
-    """Read everything and return what differs from the checksums and counts of the manifest, a line for each problem.
-
-    Documents are counted if the tokenizer can be loaded.
-    """
+    """Read everything and return what differs from the checksums and counts of the manifest, a line each."""
     dir, problems, end_of_text = Path(dir), [], None
     try:
         manifest = read_manifest(dir)

@@ -171,8 +171,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def read(cls, config: TokenizerConfig) -> "HuggingFaceTokenizer":
-        path = Path(config.path)
-        file = path / cls.file if path.is_dir() else path
+        file = Path(config.path, cls.file) if Path(config.path).is_dir() else Path(config.path)
         try:
             if file.is_file():
                 text = file.read_text(encoding="utf-8")
@@ -198,10 +197,7 @@ KINDS = {"sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer,
 
 
 def new_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
-    """Return the tokenizer that `config` names, None if it is to be trained first.
-
-    ConfigError if it is unavailable, or its vocabulary has another size.
-    """
+    """Return the tokenizer that `config` names, None if it is to be trained. ConfigError if it has another size."""
     tokenizer = KINDS[config.kind].read(config)
     if tokenizer and tokenizer.vocab_size != config.vocab_size:
         raise ConfigError(
@@ -212,10 +208,8 @@ def new_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
 
 
 def load_tokenizer(config: TokenizerConfig, dir: str | Path) -> Tokenizer:
-    """Return the tokenizer stored with the data in `dir`. An encoding of tiktoken is found without being stored.
-
-    ConfigError if there is no tokenizer, or its vocabulary has another size than in `config`.
-    """
+    """Return the tokenizer stored with the data in `dir`; an encoding of tiktoken is found without being stored.
+    ConfigError if there is none, or its vocabulary has another size than in `config`."""
     path = Path(dir) / KINDS[config.kind].file
     if not path.is_file() and config.kind != "tiktoken":
         raise ConfigError(f"data.dir={dir}: holds no {path.name}; run `python -m data.prepare data=NAME` to store one")
@@ -237,9 +231,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
     """Train a BPE vocabulary of `config.vocab_size` on `texts`; the same texts give the same model.
-
-    ConfigError if there is too little text for the vocabulary, or it has more characters than the vocabulary holds.
-    """
+    ConfigError if there is too little text for the vocabulary, or it has more characters than the vocabulary holds."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -255,10 +247,8 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> Senten
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n", "\n\n", "\t"],
             max_sentence_length=MAX_LINE,
-            unk_id=0,
             eos_id=1,
             bos_id=-1,
-            pad_id=-1,
             eos_piece="<|endoftext|>",
             num_threads=2,
             minloglevel=3,

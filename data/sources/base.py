@@ -117,9 +117,7 @@ def source_of(config: SourceConfig, progress: bool = False) -> Source:
 
 def batches(stream: Stream, documents: int, characters: int) -> Iterator[tuple[list[dict], dict]]:
     """Yield (documents, the state of the stream after them); a batch ends after so many documents or characters.
-
-    ConfigError if the source breaks off, as when a file is broken or the network is down for too long.
-    """
+    ConfigError if the source breaks off, as when a file is broken or the network is down for too long."""
     batch, size = [], 0
     try:
         for document in stream:

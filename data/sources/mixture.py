@@ -54,11 +54,7 @@ class Mixture(Source):
 
 
 class MixedStream:
-    """Documents of several streams, as many of each as its weight says, in a fixed order.
-
-    Next is always the stream that is furthest behind its share. The mixture ends when that one has no more, so that
-    the shares hold to the end.
-    """
+    """Documents of several streams: next is always the one that is furthest behind its share, until it has no more."""
 
     def __init__(self, weights: list[float], streams: list[Stream]):
         self.weights, self.streams = weights, streams

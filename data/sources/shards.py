@@ -1,7 +1,6 @@
 """Token shards that another program wrote: the .bin files of llm.c, or those of nanoGPT, which have no header.
 
-They come without manifest and tokenizer. The configuration names the tokenizer, and on first use the shards are read
-once to make the manifest.
+The configuration names their tokenizer, and on first use they are read once to make the manifest.
 """
 
 from functools import partial
@@ -50,10 +49,7 @@ class Shards(Source):
         return found
 
     def adopt(self, job: Job) -> Manifest:
-        """Read the shards and write tokenizer and manifest next to them.
-
-        ConfigError if they are not whole, or do not match the tokenizer, or the folder cannot be written to.
-        """
+        """Write tokenizer and manifest next to the shards. ConfigError if they are not whole or not the tokenizer's."""
         files, dir = self.files(), Path(self.config.dir)
         tokenizer = new_tokenizer(job.tokenizer)
         if not tokenizer:
@@ -97,13 +93,10 @@ def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Toke
 
 
 def read_tokens(path: Path) -> tuple[np.ndarray, int]:
-    """Return (the tokens of a file, mapped into memory; their offset). ConfigError if it is not whole.
-
-    A file without a header of llm.c is taken for the uint16 of nanoGPT.
-    """
+    """Return (the tokens of a file, mapped into memory; their offset). ConfigError if it is not whole."""
     start = np.fromfile(path, dtype="<i4", count=3).tolist()
     formats = [(dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start[:2] == list(known)]
-    dtype, offset = formats[0] if formats else ("uint16", 0)
+    dtype, offset = formats[0] if formats else ("uint16", 0)  # nanoGPT's
     size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
     if size <= 0 or size % width or (offset and start[2:] != [size // width]):
         raise ConfigError(f"{path}: is not whole: it has {size + offset} bytes; copy it again")

@@ -176,7 +176,7 @@ def test_inspect(small, tmp_path):
     assert inspect(dir, console, out=tmp_path / "plot.png") == []
     shown = console.export_text()
     for part in ("unigram entropy", "bytes per token", "all shards match", "Document 0.", "plot.png",
-                 "of the median document"):  # fmt: skip
+                 "tokens of the median document"):  # fmt: skip
         assert part in shown, part
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     [problem] = inspect(tmp_path, console)

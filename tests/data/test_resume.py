@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+import data.build
 from configs.errors import ConfigError
 from data.build import JOURNAL_FILE, Preparation
 from data.prepare import prepare
-from data.shards import Manifest, TokenShards, verify
+from data.shards import TokenShards, verify
 from data.tokenizers import train_sentencepiece
 from tests.data.conftest import make_config, texts, write_jsonl
 
@@ -112,7 +113,7 @@ def test_killed_at_each_moment_of_the_end(tmp_path, moment):
     prepare(*undisturbed, progress=False)
     config = make_config(tmp_path / "shards", [file], shard_tokens=3000)
     where = {
-        "save": (Preparation, "save", 3), "manifest": (Manifest, "save", 1), "unlink": (Path, "unlink", 1),
+        "save": (Preparation, "save", 3), "manifest": (data.build, "write_manifest", 1), "unlink": (Path, "unlink", 1),
         "rename": (Path, "rename", 1),
     }[moment]  # fmt: skip
 
