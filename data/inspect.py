@@ -16,8 +16,9 @@ from configs.app import app
 from configs.errors import writing
 from data.config import DataCommand
 from data.files import write_atomic
-from data.prepare import ensure_prepared
+from data.prepare import ensure_prepared, not_prepared
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest, verify
+from data.sources.base import source_of
 from data.tokenizers import Tokenizer, load_tokenizer
 
 SAMPLES, SAMPLE_TOKENS = 3, 100
@@ -49,7 +50,7 @@ def inspect(dir: str | Path, console: Console, out: str | Path | None = None) ->
 def document_lengths(shards: TokenShards) -> np.ndarray:
     """Return the length of each document in tokens, end-of-text included."""
     ends = np.cumsum([len(array) for array in shards.arrays])
-    starts = [found + end - len(a) for found, end, a in zip(shards.documents(), ends, shards.arrays, strict=True)]
+    starts = [index + end - len(a) for index, end, a in zip(shards.documents(), ends, shards.arrays, strict=True)]
     return np.diff(np.concatenate([*starts, ends[-1:]]))
 
 
@@ -75,10 +76,10 @@ def statistics(manifest: Manifest, lengths: dict[str, np.ndarray]) -> Table:
 
 def show_samples(shards: TokenShards, tokenizer: Tokenizer, console: Console) -> None:
     """Print how a few documents begin, spread over the shards."""
-    documents = shards.documents()
+    indexes = shards.documents()
     for number in range(SAMPLES):
-        which = number * len(documents) // SAMPLES
-        starts, tokens = documents[which], shards.arrays[which]
+        which = number * len(indexes) // SAMPLES
+        starts, tokens = indexes[which], shards.arrays[which]
         start = int(starts[number * len(starts) // SAMPLES]) if len(starts) else 0
         shown = tokens[start : start + SAMPLE_TOKENS]
         ends = np.flatnonzero(shown[1:] == tokenizer.end_of_text) + 1
@@ -105,8 +106,10 @@ def plot_lengths(lengths: dict[str, np.ndarray], title: str, path: Path) -> None
 
 
 def main(config: InspectConfig) -> int:
+    if source_of(config.data).in_place:  # inspecting is a first use
+        ensure_prepared(config.data, config.tokenizer)
     if not (Path(config.data.dir) / MANIFEST_FILE).is_file():
-        ensure_prepared(config.data, config.tokenizer)  # inspecting is a first use
+        raise not_prepared(config.data, config.tokenizer)
     return 1 if inspect(config.data.dir, Console(soft_wrap=True), config.out) else 0
 
 

@@ -98,7 +98,7 @@ def ensure_prepared(data: DataConfig, tokenizer: TokenizerConfig, progress: bool
     if found := prepared(data, tokenizer):
         return found
     if not source_of(data).on_first_use:
-        raise ConfigError(f"data.dir={data.dir}: not prepared: run `{preparing_command(data, tokenizer)}`")
+        raise not_prepared(data, tokenizer)
     return prepare(data, tokenizer, progress)
 
 
@@ -136,6 +136,11 @@ def check_before_work(data: DataConfig, tokenizer: TokenizerConfig) -> None:
                 f"data.dir={dir}: holds files but no {MANIFEST_FILE}; choose another data.dir or remove the folder"
             )
     source.check()
+
+
+def not_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> ConfigError:
+    """Return the error for data without shards."""
+    return ConfigError(f"data.dir={data.dir}: not prepared: run `{preparing_command(data, tokenizer)}`")
 
 
 def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:

@@ -1,11 +1,14 @@
 """Token shards on disk: the .bin files of llm.c, their writer and reader, and the manifest that describes them.
 
-A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens, uint16 or uint32. The
-data in a folder exists when its `manifest.json` does.
+A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens, uint16 or uint32. Next to
+it, `<shard>.index.npy` holds the offsets (uint32) at which its documents start. The data in a folder exists when its
+`manifest.json` does.
 """
 
 import hashlib
+import io
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +77,26 @@ def map_tokens(path: Path, dtype: str, offset: int = HEADER_BYTES) -> np.ndarray
     return np.asarray(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset))
 
 
+def document_index(tokens: np.ndarray, end_of_text: int, at_start: bool) -> tuple[np.ndarray, int]:
+    """Return (the offsets at which documents start, the number that end) in a shard; `at_start`: it starts with one."""
+    ends = np.flatnonzero(tokens == end_of_text)
+    starts = ends[ends < len(tokens) - 1] + 1
+    return np.concatenate(([0] if at_start else [], starts)).astype(np.uint32), len(ends)
+
+
+def index_file(shard: Path) -> Path:
+    return shard.with_suffix(".index.npy")
+
+
+def write_index(shard: Path, tokens: np.ndarray, end_of_text: int, at_start: bool) -> int:
+    """Write the offsets at which documents start next to a shard; return the number of documents that end in it."""
+    starts, documents = document_index(tokens, end_of_text, at_start)
+    content = io.BytesIO()
+    np.save(content, starts)
+    write_atomic(index_file(shard), content.getvalue())
+    return documents
+
+
 def read_manifest(dir: str | Path) -> Manifest:
     """Return the manifest of a data folder. ConfigError if there is none, or one that this code did not write."""
     path = Path(dir) / MANIFEST_FILE
@@ -113,7 +136,7 @@ class ShardWriter:
         self.end_of_text, self.dtype = end_of_text, np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
         self._file = None  # the open shard
-        self._open_tokens = 0  # in it
+        self._open_tokens, self._at_start = 0, True  # the tokens in it, and whether it begins with a document
 
     def write(self, tokens: np.ndarray) -> bool:
         """Append tokens; return whether a shard was finished. ValueError for a token outside the vocabulary."""
@@ -141,14 +164,15 @@ class ShardWriter:
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return {"shards": [asdict(shard) for shard in self.shards], "tokens": self._open_tokens}
+        shards = [asdict(shard) for shard in self.shards]
+        return {"shards": shards, "tokens": self._open_tokens, "at_start": self._at_start}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from a saved state: cut off what came after."""
         for path in self.dir.glob(f"{self.split}_*.bin.open"):  # as they were named until they were finished
             path.rename(path.with_suffix(""))
         self.shards = [Shard(**shard) for shard in state["shards"]]
-        self._open_tokens = state["tokens"]
+        self._open_tokens, self._at_start = state["tokens"], state["at_start"]
         if self._open_tokens:
             self._file = open(self._open_path(), "r+b")
             self._file.truncate(HEADER_BYTES + self._open_tokens * self.dtype.itemsize)
@@ -168,9 +192,10 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        documents = int(np.count_nonzero(map_tokens(path, self.dtype) == self.end_of_text))
+        tokens = map_tokens(path, self.dtype)
+        documents = write_index(path, tokens, self.end_of_text, self._at_start)
         self.shards.append(Shard(path.name, self._open_tokens, documents, sha256_of(path)))
-        self._open_tokens = 0
+        self._open_tokens, self._at_start = 0, bool(tokens[-1] == self.end_of_text)
 
 
 class TokenShards:
@@ -190,14 +215,8 @@ class TokenShards:
         self.arrays = [map_tokens(self.dir / shard.file, dtype, shard.offset) for shard in shards]
 
     def documents(self) -> list[np.ndarray]:
-        """Return the offsets in each shard at which its documents start."""
-        end_of_text = load_tokenizer(self.manifest.tokenizer_config(), self.dir).end_of_text
-        starts, at_start = [], True  # the next shard starts with a document
-        for tokens in self.arrays:
-            follow = np.flatnonzero(tokens == end_of_text) + 1
-            starts.append(np.insert(follow[follow < len(tokens)], 0, [0] if at_start else []))
-            at_start = tokens[-1] == end_of_text
-        return starts
+        """Return the index of each shard: the offsets (uint32) at which its documents start."""
+        return [np.load(index_file(self.dir / shard.file)) for shard in self.manifest.splits[self.split].shards]
 
 
 def verify(dir: str | Path) -> list[str]:
@@ -215,7 +234,7 @@ def verify(dir: str | Path) -> list[str]:
     except ConfigError as error:
         problems += error.errors
     for split, expected in manifest.splits.items():
-        problems += filter(None, (verify_shard(dir, shard, manifest, end_of_text) for shard in expected.shards))
+        problems += problems_of_shards(dir, expected.shards, manifest.token_dtype, end_of_text)
         for key in ("tokens", "documents"):
             stated, total = getattr(expected, key), sum(getattr(shard, key) for shard in expected.shards)
             if total != stated:
@@ -225,15 +244,23 @@ def verify(dir: str | Path) -> list[str]:
     return problems
 
 
-def verify_shard(dir: Path, shard: Shard, manifest: Manifest, end_of_text: int | None) -> str | None:
-    """Read a shard and return what is wrong with it, None if nothing is."""
-    path = dir / shard.file
-    if problem := problem_with(path, shard, manifest.token_dtype):
-        return problem
-    if (sha256 := sha256_of(path)) != shard.sha256:
-        return f"{path}: its sha256 is {sha256}, the manifest has {shard.sha256}"
-    if end_of_text is not None:
-        documents = np.count_nonzero(map_tokens(path, manifest.token_dtype, shard.offset) == end_of_text)
-        if documents != shard.documents:
-            return f"{path}: {documents} documents end in it, the manifest has {shard.documents}"
-    return None
+def problems_of_shards(dir: Path, shards: list[Shard], dtype: str, end_of_text: int | None) -> Iterator[str]:
+    """Yield what is wrong with the shards of a split, and with their indexes if `end_of_text` is given."""
+    at_start: bool | None = True  # the next shard starts with a document; None: unknown, the last one is broken
+    for shard in shards:
+        path, was_at_start, at_start = dir / shard.file, at_start, None
+        if problem := problem_with(path, shard, dtype):
+            yield problem
+        elif (sha256 := sha256_of(path)) != shard.sha256:
+            yield f"{path}: its sha256 is {sha256}, the manifest has {shard.sha256}"
+        elif end_of_text is not None:
+            tokens = map_tokens(path, dtype, shard.offset)
+            at_start = bool(tokens[-1] == end_of_text)
+            starts, documents = document_index(tokens, end_of_text, bool(was_at_start))
+            if documents != shard.documents:
+                yield f"{path}: {documents} documents end in it, the manifest has {shard.documents}"
+            try:
+                if was_at_start is not None and not np.array_equal(np.load(index_file(path)), starts):
+                    yield f"{index_file(path)}: is not the index of the documents in {path.name}"
+            except (OSError, ValueError) as error:
+                yield f"{index_file(path)}: cannot be read ({error})"

@@ -68,7 +68,7 @@ class Source:
     on_first_use: ClassVar[bool] = False  # a run prepares it, without a command
     mixable: ClassVar[bool] = True  # it can be part of a mixture
     divisible: ClassVar[bool] = False  # it consists of files and can be prepared in parts
-    in_place: ClassVar[bool] = False  # its shards are in data.dir already; its `adopt(job)` describes them
+    in_place: ClassVar[bool] = False  # its shards are in data.dir already; its `adopt(job)` indexes them
     identity_keys: ClassVar[tuple[str, ...]] = ("name", *DOCUMENT_KEYS, "document_mask")  # what makes a run that run
     settings_keys: ClassVar[tuple[str, ...]] = (  # what decides the contents of shards
         *DOCUMENT_KEYS, "max_document_bytes", "shard_tokens", "token_dtype"

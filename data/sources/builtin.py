@@ -45,11 +45,13 @@ class Builtin(Source):
     on_first_use = True
 
     def open(self) -> Stream:
-        return datasets.Dataset.from_list(builtin_corpus(self.config.workers, self.progress)).to_iterable_dataset()
+        return datasets.Dataset.from_list(self.corpus()).to_iterable_dataset()
 
     def facts(self) -> list:
-        documents = builtin_corpus(self.config.workers, self.progress)
-        return [[document["name"], document["text"]] for document in documents]
+        return [[document["name"], document["text"]] for document in self.corpus()]
+
+    def corpus(self) -> list[dict[str, str]]:
+        return builtin_corpus(self.config.workers, self.progress)
 
 
 @functools.cache

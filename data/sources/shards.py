@@ -1,9 +1,10 @@
 """Token shards that another program wrote: the .bin files of llm.c, or those of nanoGPT, which have no header.
 
-The configuration names their tokenizer, and on first use they are read once to make the manifest.
+The configuration names their tokenizer, and on first use they are read once to make indexes and manifest.
 """
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from data.config import DataConfig
 from data.documents import SPLITS
 from data.files import sha256_of
 from data.parallel import ordered_map, with_rates
-from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, map_tokens
+from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, map_tokens, write_index
 from data.sources.base import Source, Stream
 from data.tokenizers import Tokenizer, new_tokenizer
 
@@ -49,7 +50,10 @@ class Shards(Source):
         return found
 
     def adopt(self, job: Job) -> Manifest:
-        """Write tokenizer and manifest next to the shards. ConfigError if they are not whole or not the tokenizer's."""
+        """Write indexes, tokenizer and manifest next to the shards.
+
+        ConfigError if they are not whole or not the tokenizer's.
+        """
         files, dir = self.files(), Path(self.config.dir)
         tokenizer = new_tokenizer(job.tokenizer)
         if not tokenizer:
@@ -59,12 +63,12 @@ class Shards(Source):
             )
         tokenizer.save(dir)
         dtype = common_dtype(files, job.data, tokenizer)
-        describing = partial(describe, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
+        indexing = partial(index, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text)
         splits, counts = {}, {}
         for split, paths in files.items():
-            described = ordered_map(describing, paths, self.config.workers)
+            indexed = ordered_map(indexing, pairwise([None, *paths]), self.config.workers)
             shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
-            counted = with_rates(described, f"Reading {split}", job.progress, tokens=lambda pair: pair[0].tokens)
+            counted = with_rates(indexed, f"Indexing {split}", job.progress, tokens=lambda pair: pair[0].tokens)
             for shard, seen in counted:
                 shards.append(shard)
                 counts[split] += seen
@@ -103,8 +107,12 @@ def read_tokens(path: Path) -> tuple[np.ndarray, int]:
     return map_tokens(path, dtype, offset), offset
 
 
-def describe(path: Path, vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
-    """Return what the manifest says of a shard, and how often each token occurs in it [vocab_size]."""
+def index(task: tuple[Path | None, Path], vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
+    """Write the index of the second of two consecutive shards, None and it if it is the first.
+
+    Return the shard and how often each token occurs [vocab_size].
+    """
+    before, path = task
     tokens, offset = read_tokens(path)
     if tokens.max() >= vocab_size:
         hint = "" if offset else " (it has no header of llm.c, so it is read as uint16 of nanoGPT)"
@@ -112,5 +120,6 @@ def describe(path: Path, vocab_size: int, end_of_text: int) -> tuple[Shard, np.n
             f"{path}: holds token {tokens.max()}, and tokenizer.vocab_size={vocab_size}; choose the tokenizer that "
             f"made it{hint}"
         )
-    counts = np.bincount(tokens, minlength=vocab_size)
-    return Shard(path.name, len(tokens), int(counts[end_of_text]), sha256_of(path), offset), counts
+    at_start = before is None or bool(read_tokens(before)[0][-1] == end_of_text)
+    documents = write_index(path, tokens, end_of_text, at_start)
+    return Shard(path.name, len(tokens), documents, sha256_of(path), offset), np.bincount(tokens, minlength=vocab_size)

@@ -1,4 +1,4 @@
-"""Shards that other programs wrote are read once, on first use."""
+"""Shards that other programs wrote are indexed on first use."""
 
 import json
 import shutil

@@ -101,7 +101,7 @@ def test_killed_at_random_moments(tmp_path, workers):
         assert before.items() <= now.items()  # nothing finished was written again
         before = now
     prepare(*config, progress=False)
-    assert contents(dir) == contents(tmp_path / "undisturbed")  # shards, tokenizer and manifest
+    assert contents(dir) == contents(tmp_path / "undisturbed")  # shards, indexes, tokenizer and manifest
     assert verify(dir) == [] and not partial.exists()
 
 

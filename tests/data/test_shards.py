@@ -8,7 +8,6 @@ import pytest
 
 from configs.errors import ConfigError
 from data.shards import ShardWriter, TokenShards, read_manifest, verify
-from data.tokenizers import load_tokenizer
 
 
 @pytest.fixture
@@ -32,6 +31,10 @@ def test_round_trip_is_exact(tmp_path):
     np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(documents))
     assert sorted(path.name for path in tmp_path.glob("*.bin")) == [f"train_{i:06d}.bin" for i in range(5)]
     assert not list(tmp_path.glob(".*"))
+    lengths, starts = np.cumsum([0, *map(len, documents)])[:-1], []
+    for number in range(5):
+        starts += (1000 * number + np.load(tmp_path / f"train_{number:06d}.index.npy")).tolist()
+    assert starts == lengths.tolist()
 
 
 def test_llm_c_header(tmp_path):
@@ -163,18 +166,8 @@ def test_a_writer_resumes_from_its_state(tmp_path, older):
         assert path.read_bytes() == (tmp_path / "torn" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_documents_start_where_the_last_one_ends(small, split):
-    shards = TokenShards(small[1], split)
-    lengths = np.cumsum([0, *map(len, shards.arrays)])
-    starts = [offset + start for offset, found in zip(lengths, shards.documents(), strict=False) for start in found]
-    ends = np.flatnonzero(np.concatenate(shards.arrays) == load_tokenizer(small[0][1], small[1]).end_of_text)
-    assert starts == [0, *(ends[:-1] + 1)]
-
-
-def test_verify_finds_a_wrong_number_of_documents(copy):
-    fields = dataclasses.asdict(read_manifest(copy))
-    fields["splits"]["val"]["shards"][0]["documents"] += 1
-    (copy / "manifest.json").write_text(json.dumps(fields))
+def test_verify_finds_a_wrong_index(copy):
+    np.save(copy / "train_000001.index.npy", np.array([3], dtype=np.uint32))
+    (copy / "val_000000.index.npy").unlink()
     first, second = verify(copy)
-    assert "documents end in it, the manifest has" in first and "documents, its shards have" in second
+    assert "train_000001.index.npy: is not the index" in first and "val_000000.index.npy: cannot be read" in second
