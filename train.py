@@ -149,7 +149,7 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
                 }
             if is_due(step, trainer.eval_every) or is_last:
                 sequences = run.watchdog.watched(val_data, "validation")
-                logged |= validate(engine, sequences, device, manifest.bytes_per_token("val"))
+                logged |= validate(engine, sequences, device, manifest.splits["val"].bytes_per_token)
             if metrics and logged:
                 metrics.log(step, step * trainer.tokens_per_step, logged)
                 benchmarks.collect()

@@ -1,13 +1,11 @@
 """From a stream of documents to a folder of shards, in bounded memory, so that a killed build can resume.
 
-Only this process writes. What it has done is in `journal.json`: where the source stands, and how much of each open
-shard belongs to the documents before that. What was written after the journal is cut off when the build resumes, and
-the same documents make the same bytes again.
+Only this process writes. `journal.json` says where the source stands, and how much of each open shard belongs to the
+documents before that. What was written after the journal is cut off when the build resumes.
 
-A build may be done by several processes at once, on one machine or many: N parts, which the last one to finish joins.
-Part I is the I-th contiguous share of the files of the source, tokenised with the tokenizer of the whole source and
-split by its threshold, into shards of its own in `<data.dir>.parts-<hash>/<I>`. Joining reads the parts in order and
-writes their tokens with the writer of an undivided build, so shards, indexes and manifest are the same to the byte.
+Several processes, on one machine or many, may build N parts, which the last one to finish joins. Part I is the I-th
+contiguous share of the source's files, tokenised and split like the whole source, into shards of its own in
+`<data.dir>.parts-<hash>/<I>`. Joining writes the tokens of the parts in order, with the writer of an undivided build.
 """
 
 import hashlib
@@ -16,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -27,10 +25,10 @@ import numpy as np
 
 from configs.errors import ConfigError
 from data.config import DataConfig, TokenizerConfig
-from data.documents import SPLITS, NotText, Tokenised, Tokeniser, encoded, place_of
-from data.files import remove_partial, write_atomic
-from data.parallel import Rates, ordered_map, report
-from data.shards import MANIFEST_FILE, Manifest, ShardWriter, Split, fingerprint_of, map_tokens, read_manifest
+from data.documents import SPLITS, Tokenised, Tokeniser, good_documents
+from data.files import write_atomic
+from data.parallel import ordered_map, report, with_rates
+from data.shards import MANIFEST_FILE, Manifest, ShardWriter, Split, fingerprint_of, map_tokens
 from data.sources.base import Source, Stream, batches, documents_of, source_of
 from data.tokenizers import Tokenizer, load_tokenizer, new_tokenizer, train_sentencepiece
 
@@ -57,11 +55,8 @@ class Job:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the shards: another identity is another build."""
-        return {
-            "settings": self.data.settings(),
-            "tokenizer": self.tokenizer.model_dump(),
-            "source": self.source.fingerprint(),
-        }
+        settings, tokenizer = self.data.settings(), self.tokenizer.model_dump()
+        return {"settings": settings, "tokenizer": tokenizer, "source": self.source.fingerprint()}
 
     @property
     def parts_dir(self) -> Path:
@@ -72,21 +67,15 @@ class Job:
     def part_dir(self, part: int) -> Path:
         return self.parts_dir / f"{part:05d}"
 
-    def part_identity(self, part: int) -> dict[str, Any]:
-        return self.identity | {"part": part}
-
     def finished_part(self, part: int) -> dict[str, Any] | None:
         """Return the journal of a finished part, None if it is not finished."""
-        journal = read_journal(self.part_dir(part), self.part_identity(part))
+        journal = read_journal(self.part_dir(part), self.identity | {"part": part})
         return journal if journal and journal["stream_state"] == END else None
 
 
 class Preparation:
-    """The shards of both splits in `dir`, and everything else that is counted along the way.
-
-    It is as an earlier start with the same `identity` has left it, or a new one, in an emptied folder in which the
-    tokenizer that `make` returns is stored.
-    """
+    """The shards of both splits in `dir`, and what is counted along the way, as an earlier start with the same
+    `identity` has left them; else new ones, in an emptied folder that holds the tokenizer that `make` returns."""
 
     def __init__(self, dir: Path, job: Job, identity: dict[str, Any], make: Callable[[], Tokenizer]):
         self.dir, self.job, self.identity = dir, job, identity
@@ -101,25 +90,16 @@ class Preparation:
         self.documents, self.bytes = Counter(), Counter()  # by split
         self.skipped = Counter()  # by reason
         self.token_counts = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)  # of the train split
-        self.stream_state = None
+        self.stream_state = journal and journal["stream_state"]
         if journal:
-            remove_partial(dir)
-            self.stream_state = journal["stream_state"]
+            for partial in dir.glob(".*.partial"):  # of a process that was killed in the middle of `write_atomic`
+                partial.unlink()
             self.count(*journal["counts"])
             for split, writer in self.writers.items():
                 writer.restore(journal["writers"][split])
-            report(f"{dir}: resuming after {self.tokens:,} tokens", job.progress)
+            tokens = sum(writer.tokens for writer in self.writers.values())
+            report(f"{dir}: resuming after {tokens:,} tokens", job.progress)
         self.save()
-
-    @property
-    def seen(self) -> int:
-        """The number of documents so far, skipped ones included."""
-        return self.documents.total() + self.skipped.total()
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens written so far."""
-        return sum(writer.tokens for writer in self.writers.values())
 
     def count(self, documents: dict, bytes: dict, skipped: dict, token_counts: np.ndarray | list[int]) -> None:
         self.documents.update(documents)
@@ -141,7 +121,7 @@ class Preparation:
             self.save()
 
     def save(self) -> None:
-        """Write the journal, then give finished shards their names."""
+        """Write the journal."""
         fields = {
             "job": self.identity,
             "stream_state": self.stream_state,
@@ -149,14 +129,12 @@ class Preparation:
             "counts": [self.documents, self.bytes, self.skipped, self.token_counts.tolist()],
         }
         write_atomic(self.dir / JOURNAL_FILE, json.dumps(fields))
-        for writer in self.writers.values():
-            writer.publish()
         self._saved = time.monotonic()
 
     def close(self) -> None:
         """Finish the last shards."""
         for writer in self.writers.values():
-            writer.close()
+            writer.finish_shard()
         self.save()
 
     def finish(self) -> Manifest:
@@ -167,10 +145,7 @@ class Preparation:
         for split, writer in self.writers.items():
             size = self.bytes[split]
             splits[split] = Split(writer.shards, writer.tokens, self.documents[split], size, size / writer.tokens)
-        skipped = dict(sorted(self.skipped.items()))
-        manifest = write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, skipped, self.dtype)
-        (self.dir / JOURNAL_FILE).unlink()
-        return manifest
+        return write_manifest(self.dir, self.job, self.tokenizer, splits, self.token_counts, self.skipped, self.dtype)
 
 
 def is_unfinished(dir: Path) -> bool:
@@ -198,12 +173,13 @@ def write_manifest(
         splits=splits,
         tokenizer=job.identity["tokenizer"] | {"fingerprint": tokenizer.fingerprint},
         unigram_entropy=float(-(share * np.log(share)).sum()),
-        skipped=skipped,
+        skipped=dict(sorted(skipped.items())),
         fingerprint=fingerprint_of(splits, tokenizer.fingerprint),
         source=job.identity["source"],
         token_dtype=dtype,
+        version=2,
     )
-    manifest.save(dir)
+    write_atomic(dir / MANIFEST_FILE, json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
 
 
@@ -216,19 +192,9 @@ def read_journal(dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return journal if journal.get("job") == identity else None
 
 
-def read_finished(dir: Path, identity: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a build that was killed when only the name of its folder was missing."""
-    if not (dir / MANIFEST_FILE).is_file() or (dir / JOURNAL_FILE).exists():
-        return None
-    manifest = read_manifest(dir)
-    return manifest if manifest.identity() == identity else None
-
-
 def build(job: Job, dir: Path) -> Manifest:
     """Make shards, tokenizer and manifest in `dir`, resuming from what an earlier start has left there."""
     stream = job.source.open()
-    if found := read_finished(dir, job.identity):
-        return found
     val_up_to = validation_up_to(stream, job.data)
     made = Preparation(dir, job, job.identity, lambda: make_tokenizer(job, stream, val_up_to))
     tokenise_all(stream, made, val_up_to)
@@ -242,11 +208,13 @@ def tokenise_all(stream: Stream, made: Preparation, val_up_to: float) -> None:
         stream.load_state_dict(made.stream_state)
     tokeniser = Tokeniser(job.tokenizer, made.dir, val_up_to, job.data.max_document_bytes)
     tasks = batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)
-    with Rates("Tokenising", job.progress, documents=made.seen, tokens=made.tokens) as rates:
-        for done, state in ordered_map(tokeniser, tasks, job.data.workers):
-            made.add(done, state)
-            documents = done.documents.total() + done.skipped.total()
-            rates.advance(documents=documents, tokens=sum(map(len, done.tokens.values())))
+    counts = {
+        "documents": lambda result: result[0].documents.total() + result[0].skipped.total(),
+        "tokens": lambda result: sum(map(len, result[0].tokens.values())),
+    }
+    results = ordered_map(tokeniser, tasks, job.data.workers)
+    for done, state in with_rates(results, "Tokenising", job.progress, **counts):
+        made.add(done, state)
     if ending := getattr(stream, "ending", None):
         report(ending, job.progress)
 
@@ -264,23 +232,13 @@ def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None
         )
 
 
-def good_documents(stream: Stream, data: DataConfig, skipped: Counter) -> Iterator[tuple[dict, float]]:
-    """Yield (document, its place) of those that hold text; count the others by reason in `skipped`."""
-    for document in documents_of(stream):
-        content = encoded(document["text"], data.max_document_bytes)
-        if isinstance(content, NotText):
-            skipped[content.reason] += 1
-        else:
-            yield document, place_of(document, content)
-
-
 def validation_up_to(stream: Stream, data: DataConfig) -> float:
     """Return the place up to which documents are validation: `val_fraction`, or the lowest place if none lies there.
 
     Reads the source until both splits have a document, or to its end: hashes alone, before any work is done.
     """
     skipped, total, lowest, highest = Counter(), 0, 1.0, 0.0
-    for _, place in good_documents(stream, data, skipped):
+    for _, _, place in good_documents(documents_of(stream), data.max_document_bytes, skipped):
         total, lowest, highest = total + 1, min(lowest, place), max(highest, place)
         if lowest <= data.val_fraction < highest:
             return data.val_fraction
@@ -295,8 +253,8 @@ def make_tokenizer(job: Job, stream: Stream, val_up_to: float) -> Tokenizer:
     if tokenizer := new_tokenizer(job.tokenizer):
         return tokenizer
     report(f"Training {job.tokenizer.name} on the train split", job.progress)
-    documents = good_documents(stream, job.data, Counter())
-    return train_sentencepiece((each["text"] for each, place in documents if place > val_up_to), job.tokenizer)
+    good = good_documents(documents_of(stream), job.data.max_document_bytes, Counter())
+    return train_sentencepiece((text for text, _, place in good if place > val_up_to), job.tokenizer)
 
 
 def prepare_part(job: Job, part: int) -> None:
@@ -322,35 +280,33 @@ def prepare_part(job: Job, part: int) -> None:
         if job.finished_part(part):
             report(f"{folder}: finished already", job.progress)
             return
-        made = Preparation(folder, job, job.part_identity(part), lambda: load_tokenizer(job.tokenizer, store))
+        identity = job.identity | {"part": part}
+        made = Preparation(folder, job, identity, lambda: load_tokenizer(job.tokenizer, store))
         tokenise_all(job.source.open().shard(num_shards=job.parts, index=part, contiguous=True), made, val_up_to)
         made.stream_state = END
         made.close()
 
 
 def join(job: Job, dir: Path) -> Manifest:
-    """Make in `dir` what an undivided build makes there, from the finished parts."""
-    if found := read_finished(dir, job.identity):
-        return found
-    identity, store = job.identity | {"parts": job.parts}, job.parts_dir / "tokenizer"
-    made = Preparation(dir, job, identity, lambda: load_tokenizer(job.tokenizer, store))
+    """Make in `dir` what `build` makes there, from the finished parts."""
+    store, parts = job.parts_dir / "tokenizer", [job.finished_part(part) for part in range(job.parts)]
+    made = Preparation(dir, job, job.identity | {"parts": job.parts}, lambda: load_tokenizer(job.tokenizer, store))
     if made.stream_state is None:  # otherwise they are counted
-        for part in range(job.parts):
-            made.count(*job.finished_part(part)["counts"])
+        for part in parts:
+            made.count(*part["counts"])
     done = made.stream_state or 0
-    with Rates("Joining", job.progress, tokens=made.tokens) as rates:
-        for number, (split, tokens) in enumerate(islice(chunks(job, made.dtype), done, None), done + 1):
-            made.write({split: tokens}, number)
-            rates.advance(tokens=len(tokens))
+    left = islice(chunks(job, parts, made.dtype), done, None)
+    counted = with_rates(left, "Joining", job.progress, tokens=lambda chunk: len(chunk[1]))
+    for number, (split, tokens) in enumerate(counted, done + 1):
+        made.write({split: tokens}, number)
     return made.finish()
 
 
-def chunks(job: Job, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (split, tokens) of the finished parts in order."""
-    for part in range(job.parts):
-        writers = job.finished_part(part)["writers"]
+def chunks(job: Job, parts: list[dict[str, Any]], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (split, tokens) of the finished parts, whose journals are given, in order."""
+    for number, part in enumerate(parts):
         for split in SPLITS:
-            for shard in writers[split]["shards"]:
-                tokens = map_tokens(job.part_dir(part) / shard["file"], dtype)
+            for shard in part["writers"][split]["shards"]:
+                tokens = map_tokens(job.part_dir(number) / shard["file"], dtype)
                 for start in range(0, len(tokens), CHUNK):
                     yield split, tokens[start : start + CHUNK]

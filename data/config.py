@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from configs.errors import Mistakes
 from configs.load import Block, Command
@@ -75,21 +75,15 @@ def check_vocabulary(data: DataConfig, tokenizer: TokenizerConfig) -> None:
         )
 
 
-class DataCommand(Command):
+OTHER_KEYS = ("run", "model", "size", "core", "optim", "schedule", "deepspeed", "wandb", "trainer", "device")
+Run = create_model("Run", __base__=Command, **dict.fromkeys(OTHER_KEYS, (Any, None)))
+
+
+class DataCommand(Run):
     """A command that works on data: it takes all overrides of a run and reads those of two blocks."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
-    run: Any = None
-    model: Any = None
-    size: Any = None
-    core: Any = None
-    optim: Any = None
-    schedule: Any = None
-    deepspeed: Any = None
-    wandb: Any = None
-    trainer: Any = None
-    device: Any = None
 
     @model_validator(mode="after")
     def _resolve(self):

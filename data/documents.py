@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,21 +59,26 @@ def place(content: bytes) -> float:
     return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
-def place_of(document: dict, content: bytes) -> float:
-    """Return where a document falls between train and validation: by its name if it has one, else by its text."""
-    return place(document["name"].encode() if "name" in document else content)
+def good_documents(documents: Iterable[dict], max_bytes: int, skipped: Counter) -> Iterator[tuple[str, int, float]]:
+    """Yield (text, its bytes in UTF-8, its place) of the documents that hold text; count the others by reason.
+
+    The place, by which documents are split, depends on the name of a document if it has one, else on its text.
+    """
+    for document in documents:
+        content = encoded(document["text"], max_bytes)
+        if isinstance(content, NotText):
+            skipped[content.reason] += 1
+        else:
+            yield document["text"], len(content), place(document.get("name", "").encode() or content)
 
 
 @dataclass
 class Tokeniser:
-    """Turn (documents, the state of the source after them) into (what has become of them, that state).
-
-    Documents whose place is at most `val_up_to` are validation. Each process loads the tokenizer for itself.
-    """
+    """Turn (documents, the state of the source after them) into (what has become of them, that state)."""
 
     config: TokenizerConfig
     dir: Path  # where the tokenizer is stored
-    val_up_to: float
+    val_up_to: float  # documents whose place is at most this are validation
     max_bytes: int
 
     @cached_property
@@ -82,30 +88,26 @@ class Tokeniser:
 
     def __call__(self, item: tuple[list[dict], dict]) -> tuple[Tokenised, dict]:
         documents, state = item
-        found: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}  # (text, its bytes)
         done = Tokenised()
-        for document in documents:
-            content = encoded(document["text"], self.max_bytes)
-            if isinstance(content, NotText):
-                done.skipped[content.reason] += 1
-                continue
-            split = "val" if place_of(document, content) <= self.val_up_to else "train"
-            found[split].append((document["text"], len(content)))
-        dtype = np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32
+        found: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}  # (text, its bytes)
+        for text, size, where in good_documents(documents, self.max_bytes, done.skipped):
+            found["val" if where <= self.val_up_to else "train"].append((text, size))
         for split, texts in found.items():
             try:
-                tokens = self.tokenizer.encode_documents([text for text, _ in texts])
+                done.tokens[split] = self.encode(texts)
             except Exception:  # of the library, at a text such as a million spaces in a row
-                good = [text for text in texts if self.can_encode(text[0])]
+                good = [text for text in texts if self.can_encode(text)]
                 done.skipped["cannot be tokenised"] += len(texts) - len(good)
-                texts, tokens = good, self.tokenizer.encode_documents([text for text, _ in good])
-            done.tokens[split] = tokens.astype(dtype)
+                texts, done.tokens[split] = good, self.encode(good)
             done.documents[split], done.bytes[split] = len(texts), sum(size for _, size in texts)
         return done, state
 
-    def can_encode(self, text: str) -> bool:
+    def encode(self, texts: list[tuple[str, int]]) -> np.ndarray:
+        return self.tokenizer.encode_documents([text for text, _ in texts])
+
+    def can_encode(self, text: tuple[str, int]) -> bool:
         try:
-            self.tokenizer.encode_documents([text])
+            self.encode([text])
         except Exception:
             return False
         return True

@@ -26,12 +26,6 @@ def write_atomic(path: str | Path, content: str | bytes | Iterable[bytes]) -> No
         raise
 
 
-def remove_partial(dir: Path) -> None:
-    """Remove what a process that was killed in the middle of `write_atomic` has left in a folder."""
-    for partial in dir.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
-
-
 def sha256_of(path: str | Path) -> str:
     """Return the checksum of a whole file, in hexadecimal."""
     with open(path, "rb") as file:

@@ -9,6 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -34,7 +35,6 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Return the images of `index` (integers in [0, n)) under the permutation of range(n) that `key` picks.
 
     A Feistel network permutes the smallest range 4^k that holds n; what lands outside [0, n) walks on along its cycle.
-    Needs no memory beyond `index`.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -49,10 +49,6 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
         result[walking] = (left << half) | right
         walking = result >= n
     return result.astype(np.int64)
-
-
-def epoch_key(seed: int, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "little")
 
 
 class Samples:
@@ -79,46 +75,34 @@ class Samples:
         return rows
 
 
-def split_targets(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def split_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (tokens [B, T], targets [B, T]) of samples [B, T + 1]."""
-    rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+@dataclass(eq=False)
 class TrainLoader:
     """Training batches: step s (from 0) sees the global samples [s * global_batch_size, (s + 1) * global_batch_size).
+    Global sample g is at place g % n_samples of the permutation of epoch g // n_samples."""
 
-    Global sample g is at place g % n_samples of the permutation of epoch g // n_samples.
-    """
+    shards: TokenShards
+    seq_len: int
+    seed: int
+    micro_batch_size: int
+    global_batch_size: int
+    rank: int = 0
+    world_size: int = 1
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        seq_len: int,
-        seed: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        if global_batch_size % (micro_batch_size * world_size):
-            raise ConfigError(
-                f"trainer.global_batch_size={global_batch_size}: must be a multiple of "
-                f"trainer.micro_batch_size={micro_batch_size} x {world_size} processes"
-            )
-        self.samples = Samples(shards, seq_len)
+    def __post_init__(self):
+        self.samples = Samples(self.shards, self.seq_len)
         self.n_samples = self.samples.count  # in one epoch
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.n_samples / self.global_batch_size
+        self.accumulation_steps, rest = divmod(self.global_batch_size, self.micro_batch_size * self.world_size)
+        if rest:
+            raise ValueError("global_batch_size must be a multiple of micro_batch_size x world_size")
 
     def epochs(self, step: int) -> float:
         """Return the number of passes over the data after `step` steps."""
-        return step / self.steps_per_epoch
+        return step * self.global_batch_size / self.n_samples
 
     def numbers(self, step: int, micro: int) -> np.ndarray:
         """Return which samples are this rank's micro-batch `micro` of step `step`: [micro_batch_size]."""
@@ -127,7 +111,8 @@ class TrainLoader:
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            numbers[here] = permute(places[here], self.n_samples, epoch_key(self.seed, int(epoch)))
+            key = int.from_bytes(hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()[:8], "little")
+            numbers[here] = permute(places[here], self.n_samples, key)
         return numbers
 
     def micro_batch(self, step: int, micro: int) -> np.ndarray:
@@ -158,9 +143,10 @@ class TrainLoader:
             while ahead:
                 rows = ahead.popleft().result()
                 ahead.extend(thread.submit(read, *place) for place in islice(places, 1))
-                yield split_targets(rows, device)
+                yield split_targets(rows.to(device, non_blocking=True))
 
 
+@dataclass(eq=False)
 class EvalLoader:
     """A fixed set of samples, each read once by one of the ranks: the same for every seed, world size and batch size.
 
@@ -169,29 +155,25 @@ class EvalLoader:
     forward pass: a rank that has run out of samples yields targets that are all IGNORED.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        seq_len: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        max_samples: int | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.samples = Samples(shards, seq_len)
-        self.micro_batch_size, self.device = micro_batch_size, torch.device(device)
-        self.n_samples = self.samples.count if max_samples is None else min(max_samples, self.samples.count)
-        numbers = permute(np.arange(self.n_samples), self.samples.count, EVAL_KEY)
-        self.numbers = numbers[rank::world_size]
-        self.n_batches = -(-self.n_samples // (world_size * micro_batch_size))
+    shards: TokenShards
+    seq_len: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    max_samples: int | None = None
+
+    def __post_init__(self):
+        self.samples = Samples(self.shards, self.seq_len)
+        count = self.samples.count
+        self.n_samples = count if self.max_samples is None else min(self.max_samples, count)
+        self.numbers = permute(np.arange(self.n_samples), count, EVAL_KEY)[self.rank :: self.world_size]
 
     def __len__(self) -> int:
-        return self.n_batches
+        return -(-self.n_samples // (self.world_size * self.micro_batch_size))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, self.n_batches * self.micro_batch_size, self.micro_batch_size):
+        for start in range(0, len(self) * self.micro_batch_size, self.micro_batch_size):
             numbers = self.numbers[start : start + self.micro_batch_size]
             rows = self.samples.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
-            tokens, targets = split_targets(torch.from_numpy(rows), self.device)
+            tokens, targets = split_targets(torch.from_numpy(rows))
             yield tokens, targets if len(numbers) else torch.full_like(targets, IGNORED)

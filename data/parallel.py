@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from configs.errors import ConfigError
 
@@ -67,34 +68,21 @@ def report(text: str, enabled: bool = True) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-class Rates:
-    """Counts and their rates, reported now and then, and at the end.
+def with_rates(items: Iterable, label: str, enabled: bool, **counts: Callable[[Any], int]) -> Iterator:
+    """Yield `items`; report now and then, and at the end, the totals of `counts` over them, and their rates."""
+    start = last_report = time.monotonic()
+    totals = Counter(dict.fromkeys(counts, 0))
+    try:
+        for item in items:
+            yield item
+            totals.update({unit: count(item) for unit, count in counts.items()})
+            if time.monotonic() - last_report > REPORT_EVERY:
+                last_report = time.monotonic()
+                report(f"{label}: {rates(totals, last_report - start)}", enabled)
+    finally:
+        report(f"{label}: {rates(totals, time.monotonic() - start)}", enabled)
 
-    `done` is what an earlier start counted, which is not in the rates. Use it as a context and count as in
-    `advance(documents=5, tokens=9)`.
-    """
 
-    def __init__(self, label: str, enabled: bool, **done: int):
-        self.label, self.enabled = label, enabled
-        self.counts, self.done = Counter(done), done
-
-    def __enter__(self) -> "Rates":
-        self.start = self.last_report = time.monotonic()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.report()
-
-    def advance(self, **counts: int) -> None:
-        self.counts.update(counts)
-        if time.monotonic() - self.last_report > REPORT_EVERY:
-            self.report()
-
-    def report(self) -> None:
-        self.last_report = time.monotonic()
-        seconds = max(self.last_report - self.start, 1e-9)
-        counts = (
-            f"{count:,} {unit} ({(count - self.done.get(unit, 0)) / seconds:,.0f}/s)"
-            for unit, count in self.counts.items()
-        )
-        report(f"{self.label}: {', '.join(counts)} in {seconds:.1f} s", self.enabled)
+def rates(totals: dict[str, int], seconds: float) -> str:
+    shown = (f"{count:,} {unit} ({count / max(seconds, 1e-9):,.0f}/s)" for unit, count in totals.items())
+    return f"{', '.join(shown)} in {seconds:.1f} s"

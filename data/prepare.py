@@ -20,7 +20,7 @@ from pydantic import Field
 from configs.app import app, choices, configured
 from configs.errors import ConfigError, writing
 from configs.load import shown
-from data.build import Job, build, is_unfinished, join, prepare_part
+from data.build import JOURNAL_FILE, Job, build, is_unfinished, join, prepare_part
 from data.config import DataCommand, DataConfig, TokenizerConfig, fill_data_dir
 from data.parallel import report
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest
@@ -41,7 +41,6 @@ def prepare(
     """Make the shards of `data` with `tokenizer` in `data.dir`, unless they are there already; return the manifest.
 
     With `parts`, make one part, and join all of them if the others are finished; return None if they are not.
-
     ConfigError if the folder holds data made with other settings, something else, or a broken shard.
     """
     dir, job = Path(data.dir), Job(data, tokenizer, progress, parts)
@@ -59,19 +58,18 @@ def prepare(
                 return None
         with alone(lock, f"{dir}: waiting for another process that is preparing it", progress):
             try:
-                if found := prepared(data, tokenizer):
-                    report(f"{dir}: prepared by another process, {describe(found)}", progress)
-                    return found
-                if job.source.in_place:
+                manifest = prepared(data, tokenizer)  # by the process that had the lock
+                if not manifest and job.source.in_place:
                     manifest = job.source.adopt(job)
-                else:  # whoever else wrote into the unfinished folder is gone, because this process has the lock
+                elif not manifest:  # and no other process writes into the unfinished folder
                     manifest = join(job, unfinished) if parts > 1 else build(job, unfinished)
                     unfinished.rename(dir)
+                    (dir / JOURNAL_FILE).unlink()
                     for finished in dir.parent.glob(f"{glob.escape(dir.name)}.parts-{'[0-9a-f]' * 8}"):
                         shutil.rmtree(finished, ignore_errors=True)
             finally:
                 if any(unfinished.glob("*.bin")):
-                    report(f"{unfinished}: finished shards are kept; the same command resumes", progress)
+                    report(f"{unfinished}: what is done is kept; the same command resumes", progress)
                 elif is_unfinished(unfinished):
                     shutil.rmtree(unfinished, ignore_errors=True)
     report(f"{dir}: prepared, {describe(manifest)}", progress)
@@ -101,10 +99,7 @@ def alone(path: Path, words: str, progress: bool) -> Iterator[None]:
 
 
 def ensure_prepared(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True) -> Manifest:
-    """Return the manifest of the prepared data, preparing it if its source allows that on first use.
-
-    ConfigError, which names the command to run, if another source is not prepared.
-    """
+    """Return the manifest, preparing the data if its source allows that on first use, else ConfigError."""
     if found := prepared(data, tokenizer):
         return found
     if not source_of(data).on_first_use:
@@ -120,7 +115,7 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     manifest = read_manifest(dir)
     ours = data.settings() | tokenizer_settings(tokenizer)
     theirs = manifest.settings | tokenizer_settings(manifest.tokenizer_config())
-    not_ours = manifest.is_foreign or source_of(data).in_place
+    not_ours = not manifest.source or source_of(data).in_place
     remedy = f"choose another data.dir or remove {f'its {MANIFEST_FILE}' if not_ours else 'the folder'}"
     errors = [
         f"data.dir={dir}: was prepared with {key}={shown(theirs.get(key))}, not {shown(value)}; {remedy}"
@@ -155,8 +150,10 @@ def not_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> ConfigError:
 
 def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:
     """Return the command that prepares exactly this: the closest choices, and the keys in which they differ."""
-    words = [f"data={closest('data', data.name, data.source)}"]
-    words += [f"tokenizer={closest('tokenizer', tokenizer.name, tokenizer.kind)}"]
+    words = []
+    for group, names in (("data", (data.name, data.source)), ("tokenizer", (tokenizer.name, tokenizer.kind))):
+        known = choices(group)
+        words.append(f"{group}={next(name for name in (*names, *known) if name in known)}")
     command = configured(DataCommand, words)
     left_out = {"workers", "document_mask"}  # they do not change what is prepared
     if data == fill_data_dir(data.replace(dir=None), tokenizer):
@@ -167,11 +164,6 @@ def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:
             if value != getattr(chosen, key) and not follows:
                 words.append(f"{group}.{key}={shlex.quote(hydra_value(value))}")
     return " ".join(["python -m data.prepare", *words])
-
-
-def closest(group: str, *names: str) -> str:
-    """Return the first of the names that is a choice of the group, or any choice."""
-    return next(name for name in (*names, *choices(group)) if name in choices(group))
 
 
 def hydra_value(value: Any) -> str:
@@ -190,7 +182,7 @@ def tokenizer_settings(tokenizer: TokenizerConfig) -> dict:
 
 
 def describe(manifest: Manifest) -> str:
-    parts = (f"{manifest.tokens(key):,} {key} tokens in {manifest.documents(key):,} documents" for key in SPLITS)
+    parts = (f"{each.tokens:,} {name} tokens in {each.documents:,} documents" for name, each in manifest.splits.items())
     skipped = sum(manifest.skipped.values())
     return ", ".join(parts) + (f"; skipped {skipped:,} ({manifest.skipped})" if skipped else "")
 

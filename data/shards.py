@@ -1,19 +1,17 @@
 """Token shards on disk: the .bin files of llm.c, their writer and reader, and the manifest that describes them.
 
-A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens: magic 20240520 and
-version 1 for uint16, 20240801 and 7 for uint32, as llm.c has them for the vocabularies of GPT-2 and Llama 3. Next to
+A shard is a header of 256 int32 (magic, version, the number of tokens, zeros) and its tokens, uint16 or uint32. Next to
 it, `<shard>.index.npy` holds the offsets (uint32) at which its documents start. The data in a folder exists when its
 `manifest.json` does.
 """
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -24,11 +22,9 @@ from data.documents import SPLITS
 from data.files import sha256_of, write_atomic
 from data.tokenizers import load_tokenizer
 
-FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # magic and version
+FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # llm.c's magic and version: of GPT-2's, of Llama 3's
 HEADER_BYTES = 256 * 4
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 2
-OPEN = ".open"  # the ending of a shard that the journal does not know as finished
 PREPARE_AGAIN = "remove it and prepare the data again (with its folder, unless another program wrote the shards)"
 
 
@@ -50,7 +46,7 @@ class Split:
     bytes_per_token: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Manifest:
     """What a data folder holds."""
 
@@ -63,31 +59,10 @@ class Manifest:
     fingerprint: str  # of all tokens and the tokenizer
     source: str  # fingerprint of the documents; empty if another program wrote the shards
     token_dtype: str = "uint16"
-    version: int = MANIFEST_VERSION
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether another program wrote the shards, so that they cannot be made again here."""
-        return not self.source
-
-    def tokens(self, split: str) -> int:
-        return self.splits[split].tokens
-
-    def documents(self, split: str) -> int:
-        return self.splits[split].documents
-
-    def bytes_per_token(self, split: str) -> float:
-        return self.splits[split].bytes_per_token
+    version: Literal[2]  # another number for another format
 
     def tokenizer_config(self) -> TokenizerConfig:
         return TokenizerConfig(**{key: value for key, value in self.tokenizer.items() if key != "fingerprint"})
-
-    def identity(self) -> dict[str, Any]:
-        """Return what decided these shards: data prepared with another identity are other data."""
-        return {"settings": self.settings, "tokenizer": self.tokenizer_config().model_dump(), "source": self.source}
-
-    def save(self, dir: Path) -> None:
-        write_atomic(dir / MANIFEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def fingerprint_of(splits: dict[str, Split], tokenizer_fingerprint: str) -> str:
@@ -113,81 +88,70 @@ def index_file(shard: Path) -> Path:
     return shard.with_suffix(".index.npy")
 
 
-def save_index(shard: Path, starts: np.ndarray) -> None:
-    """Write the offsets at which documents start next to a shard."""
+def write_index(shard: Path, tokens: np.ndarray, end_of_text: int, at_start: bool) -> int:
+    """Write the offsets at which documents start next to a shard; return the number of documents that end in it."""
+    starts, documents = document_index(tokens, end_of_text, at_start)
     content = io.BytesIO()
     np.save(content, starts)
     write_atomic(index_file(shard), content.getvalue())
+    return documents
 
 
 def read_manifest(dir: str | Path) -> Manifest:
     """Return the manifest of a data folder. ConfigError if there is none, or one that this code did not write."""
     path = Path(dir) / MANIFEST_FILE
     try:
-        fields = json.loads(path.read_bytes())
+        return TypeAdapter(Manifest).validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"data.dir={dir}: not prepared: run `python -m data.prepare data=NAME`") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON ({error}); {PREPARE_AGAIN}") from error
-    version = fields.get("version") if isinstance(fields, dict) else None
-    if version != MANIFEST_VERSION:
-        raise ConfigError(f"{path}: has version {version}, must be {MANIFEST_VERSION}; {PREPARE_AGAIN}")
-    try:
-        return TypeAdapter(Manifest).validate_python(fields)
     except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
-        raise ConfigError(f"{path}: is not a whole manifest (see {wrong}); {PREPARE_AGAIN}") from error
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in error.errors())
+        raise ConfigError(f"{path}: is not a manifest of this version ({wrong}); {PREPARE_AGAIN}") from error
 
 
 def problem_with(path: Path, shard: Shard, dtype: str) -> str | None:
     """Return what is wrong with the size or the header of a shard, None if nothing is."""
     try:
-        size = path.stat().st_size
-        start = np.fromfile(path, dtype="<i4", count=3)
+        size, start = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3).tolist()
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     expected = shard.offset + np.dtype(dtype).itemsize * shard.tokens
     if size != expected:
         return f"{path}: has {size} bytes, must have {expected} ({shard.tokens} tokens)"
-    if not shard.offset:
-        return None
-    kind = list(FORMATS[dtype])
-    if list(start[:2]) != kind:
-        return f"{path}: starts with {list(map(int, start[:2]))}, must start with {kind}: not a shard of {dtype} tokens"
-    if start[2] != shard.tokens:
-        return f"{path}: its header has {start[2]} tokens, the manifest {shard.tokens}"
+    header = [*FORMATS[dtype], shard.tokens]
+    if shard.offset and start != header:
+        return f"{path}: its header is {start}, must be {header}: the format of {dtype} tokens, and how many there are"
     return None
 
 
 class ShardWriter:
     """Write the tokens of one split into `<split>_000000.bin`, ..., of `shard_tokens` tokens each except the last.
 
-    Each gets a document index next to it. Tokens are appended to an open file. `state()` tells how much of it counts,
-    and a writer with `restore(state)` cuts off the rest. Finished shards get their names in `publish()`, to be called
-    after the state has been saved: a file with the name of a shard is finished and is never written again.
+    Tokens are appended to the last one, the open shard. `state()` tells how much of it counts, and a writer with
+    `restore(state)` cuts off the rest. What the state calls finished is never written again.
     """
 
     def __init__(self, dir: str | Path, split: str, shard_tokens: int, vocab_size: int, end_of_text: int, dtype: str):
         self.dir, self.split, self.shard_tokens, self.vocab_size = Path(dir), split, shard_tokens, vocab_size
         self.end_of_text, self.dtype = end_of_text, np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
-        self._open_tokens = 0  # in the open shard
-        self._at_start = True  # the open shard begins with a document
-        self._file = None
+        self._file = None  # the open shard
+        self._open_tokens, self._at_start = 0, True  # the tokens in it, and whether it begins with a document
 
     def write(self, tokens: np.ndarray) -> bool:
-        """Append tokens, the end-of-text of each document included. Return whether a shard was finished.
-
-        ValueError for a token outside the vocabulary.
-        """
+        """Append tokens; return whether a shard was finished. ValueError for a token outside the vocabulary."""
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"token {tokens.max()} is outside the vocabulary of {self.vocab_size}")
         before = len(self.shards)
-        while len(tokens) > (room := self.shard_tokens - self._open_tokens):
-            self._append(tokens[:room])
-            self._finish()
-            tokens = tokens[room:]
-        self._append(tokens)
+        while len(tokens):
+            if self._open_tokens == self.shard_tokens:
+                self.finish_shard()
+            if self._file is None:
+                self._file = open(self._open_path(), "wb+")
+                self._file.write(bytes(HEADER_BYTES))
+            here, tokens = np.split(tokens, [self.shard_tokens - self._open_tokens])
+            self._file.write(here.astype(self.dtype, copy=False).data)
+            self._open_tokens += len(here)
         return len(self.shards) > before
 
     @property
@@ -195,53 +159,32 @@ class ShardWriter:
         """The number of tokens so far."""
         return sum(shard.tokens for shard in self.shards) + self._open_tokens
 
-    def close(self) -> list[Shard]:
-        """Finish the last shard and return the shards of the split."""
-        if self._open_tokens:
-            self._finish()
-        return self.shards
-
     def state(self) -> dict[str, Any]:
-        """Return, as plain values, how far the files go that are on disk by then."""
+        """Return, as plain values, how much of the files is on disk by then."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return {
-            "shards": [asdict(shard) for shard in self.shards],
-            "tokens": self._open_tokens,
-            "at_start": self._at_start,
-        }
+        shards = [asdict(shard) for shard in self.shards]
+        return {"shards": shards, "tokens": self._open_tokens, "at_start": self._at_start}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a saved state: publish its shards, cut off what came after."""
+        """Resume from a saved state: cut off what came after."""
+        for path in self.dir.glob(f"{self.split}_*.bin.open"):  # as they were named until they were finished
+            path.rename(path.with_suffix(""))
         self.shards = [Shard(**shard) for shard in state["shards"]]
         self._open_tokens, self._at_start = state["tokens"], state["at_start"]
-        self.publish()
         if self._open_tokens:
             self._file = open(self._open_path(), "r+b")
             self._file.truncate(HEADER_BYTES + self._open_tokens * self.dtype.itemsize)
             self._file.seek(0, os.SEEK_END)
 
-    def publish(self) -> None:
-        """Give the finished shards their names."""
-        for shard in self.shards:
-            unnamed = self.dir / f"{shard.file}{OPEN}"
-            if unnamed.exists():
-                os.replace(unnamed, self.dir / shard.file)
-
     def _open_path(self) -> Path:
-        return self.dir / f"{self.split}_{len(self.shards):06d}.bin{OPEN}"
+        return self.dir / f"{self.split}_{len(self.shards):06d}.bin"
 
-    def _append(self, tokens: np.ndarray) -> None:
-        if not len(tokens):
+    def finish_shard(self) -> None:
+        """Finish the open shard, if there is one."""
+        if not self._file:
             return
-        if self._file is None:
-            self._file = open(self._open_path(), "wb+")
-            self._file.write(bytes(HEADER_BYTES))
-        self._file.write(tokens.astype(self.dtype, copy=False).data)
-        self._open_tokens += len(tokens)
-
-    def _finish(self) -> None:
         path = self._open_path()
         self._file.seek(0)
         self._file.write(np.array([*FORMATS[self.dtype.name], self._open_tokens], dtype="<i4").data)
@@ -250,18 +193,14 @@ class ShardWriter:
         self._file.close()
         self._file = None
         tokens = map_tokens(path, self.dtype)
-        starts, documents = document_index(tokens, self.end_of_text, self._at_start)
-        file = path.name.removesuffix(OPEN)
-        save_index(self.dir / file, starts)
-        self.shards.append(Shard(file, self._open_tokens, documents, sha256_of(path)))
+        documents = write_index(path, tokens, self.end_of_text, self._at_start)
+        self.shards.append(Shard(path.name, self._open_tokens, documents, sha256_of(path)))
         self._open_tokens, self._at_start = 0, bool(tokens[-1] == self.end_of_text)
 
 
 class TokenShards:
     """The shards of one split, mapped into memory: `arrays` holds an array of tokens (uint16 or uint32) for each shard.
-
-    ConfigError if the data is not prepared, or a shard has the wrong size or header.
-    """
+    ConfigError if the data is not prepared, or a shard has the wrong size or header."""
 
     def __init__(self, dir: str | Path, split: str):
         self.dir, self.split = Path(dir), split
@@ -270,11 +209,10 @@ class TokenShards:
         problems = [found for shard in shards if (found := problem_with(self.dir / shard.file, shard, dtype))]
         if problems:
             again = f"remove {dir} and run `python -m data.prepare data={self.manifest.name}` to make it again"
-            if self.manifest.is_foreign:
+            if not self.manifest.source:
                 again = f"copy the shard again or, if it is a new one, remove {self.dir / MANIFEST_FILE}"
             raise ConfigError(*(f"{problem}; {again}" for problem in problems))
         self.arrays = [map_tokens(self.dir / shard.file, dtype, shard.offset) for shard in shards]
-        self.tokens = self.manifest.tokens(split)
 
     def documents(self) -> list[np.ndarray]:
         """Return the index of each shard: the offsets (uint32) at which its documents start."""
@@ -282,10 +220,7 @@ class TokenShards:
 
 
 def verify(dir: str | Path) -> list[str]:
-    """Read everything and return what differs from the checksums and counts of the manifest, a line for each problem.
-
-    Document indexes are compared with the tokens, if the tokenizer can be loaded.
-    """
+    """Read everything and return what differs from the checksums and counts of the manifest, a line each."""
     dir, problems, end_of_text = Path(dir), [], None
     try:
         manifest = read_manifest(dir)

@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,6 +41,7 @@ class Tokenizer:
     vocab_size: int
     end_of_text: int  # the id that ends a document
     fingerprint: str  # SHA-256 of what the tokenizer is
+    decode_list: Callable[[list[int]], str]  # of the library
 
     @classmethod
     def read(cls, config: TokenizerConfig) -> "Tokenizer | None":
@@ -47,7 +49,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Iterable[int]) -> str: ...
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_list([int(token) for token in ids])
 
     def encode_all(self, texts: list[str]) -> Iterable[Sequence[int]]:
         """Return the tokens of each of `texts`, as fast as the library can."""
@@ -56,8 +59,8 @@ class Tokenizer:
     def encode_documents(self, texts: list[str]) -> np.ndarray:
         """Return the tokens of all `texts` in a row, uint32, with end-of-text after each."""
         end = np.array([self.end_of_text], dtype=np.uint32)
-        parts = [part for tokens in self.encode_all(texts) for part in (np.asarray(tokens, dtype=np.uint32), end)]
-        return np.concatenate(parts) if parts else end[:0]
+        parts = [part for ids in self.encode_all(texts) for part in (np.asarray(ids, dtype=np.uint32), end)]
+        return np.concatenate([end[:0], *parts])
 
     def save(self, dir: Path) -> None:
         """Write it where `load_tokenizer` finds it."""
@@ -70,13 +73,12 @@ class SentencePieceTokenizer(Tokenizer):
     file = "tokenizer.model"
 
     def __init__(self, model: bytes):
-        self.content = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._processor.vocab_size()
-        self.end_of_text = self._processor.eos_id()
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.content, self.fingerprint = model, hashlib.sha256(model).hexdigest()
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size, self.end_of_text = self.processor.vocab_size(), self.processor.eos_id()
+        self.decode_list = self.processor.decode
         # sentencepiece writes a space as U+2581: a real one in the text is encoded as bytes, or it would become a space
-        self._marker = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+        self.marker = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
 
     @classmethod
     def read(cls, config: TokenizerConfig) -> "SentencePieceTokenizer | None":
@@ -93,14 +95,8 @@ class SentencePieceTokenizer(Tokenizer):
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        first, *rest = text.split("\u2581")
-        ids = self._processor.encode(first)
-        for part in rest:
-            ids += self._marker + self._processor.encode(part)
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(token) for token in ids])
+        first, *rest = map(self.processor.encode, text.split("\u2581"))
+        return first + [token for part in rest for token in self.marker + part]
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -109,9 +105,8 @@ class TiktokenTokenizer(Tokenizer):
     file = "tokenizer.tiktoken.json"
 
     def __init__(self, encoding: tiktoken.Encoding):
-        self._encoding = encoding
-        self.vocab_size = encoding.n_vocab
-        self.end_of_text = encoding.eot_token
+        self.encoding, self.encode, self.decode_list = encoding, encoding.encode_ordinary, encoding.decode
+        self.vocab_size, self.end_of_text = encoding.n_vocab, encoding.eot_token
         digest = hashlib.sha256(encoding.name.encode())
         tokens = {rank: token for token, rank in encoding._mergeable_ranks.items()}
         tokens |= {rank: token.encode() for token, rank in encoding._special_tokens.items()}
@@ -144,83 +139,65 @@ class TiktokenTokenizer(Tokenizer):
 
     @property
     def content(self) -> bytes:
-        encoding = self._encoding
-        fields = {
-            "name": encoding.name,
-            "pat_str": encoding._pat_str,
-            "special_tokens": encoding._special_tokens,
-            "mergeable_ranks": {base64.b64encode(t).decode(): rank for t, rank in encoding._mergeable_ranks.items()},
-        }
-        return json.dumps(fields).encode()
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        encoding = self.encoding
+        ranks = {base64.b64encode(token).decode(): rank for token, rank in encoding._mergeable_ranks.items()}
+        fields = {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        return json.dumps(fields | {"mergeable_ranks": ranks}).encode()
 
     def encode_all(self, texts: list[str]) -> Iterable[np.ndarray]:
-        return (self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)  # no Python integers
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding.decode([int(token) for token in ids])
+        return (self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)  # no Python integers
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of Hugging Face's `tokenizers`, from the text of its tokenizer.json."""
+    """A tokenizer of Hugging Face's `tokenizers`, and the text of its tokenizer.json."""
 
     file = "tokenizer.json"
 
-    def __init__(self, text: str, end_of_text: str):
-        self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # control tokens in a document are text
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+    def __init__(self, tokenizer: tokenizers.Tokenizer, text: str, end_of_text: str):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # control tokens in a document are text
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         if end_of_text not in vocabulary:
-            special = [added.content for added in self._tokenizer.get_added_tokens_decoder().values() if added.special]
+            special = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
             raise ConfigError(
                 f"tokenizer.end_of_text={end_of_text!r}: is not a token of this tokenizer; its special tokens are "
                 + (", ".join(map(repr, sorted(special)[:20])) or "none")
             )
-        self.end_of_text = vocabulary[end_of_text]
+        self.tokenizer, self.decode_list = tokenizer, partial(tokenizer.decode, skip_special_tokens=False)
+        self.vocab_size, self.end_of_text = max(vocabulary.values()) + 1, vocabulary[end_of_text]
         self.content = text.encode()
         self.fingerprint = hashlib.sha256(f"{text}\0{end_of_text}".encode()).hexdigest()
 
     @classmethod
     def read(cls, config: TokenizerConfig) -> "HuggingFaceTokenizer":
-        path = Path(config.path)
-        file = path / cls.file if path.is_dir() else path
+        file = Path(config.path, cls.file) if Path(config.path).is_dir() else Path(config.path)
         try:
             if file.is_file():
                 text = file.read_text(encoding="utf-8")
-                tokenizers.Tokenizer.from_str(text)
             else:
                 text = tokenizers.Tokenizer.from_pretrained(config.path).to_str()
+            tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # `tokenizers` raises a bare Exception
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(
                 f"tokenizer.path={config.path}: is neither a {cls.file}, a folder that holds one, nor a repository "
                 f"with one on the Hugging Face hub ({reason})"
             ) from error
-        return cls(text, config.end_of_text)
+        return cls(tokenizer, text, config.end_of_text)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: list[str]) -> Iterable[list[int]]:
-        return (encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+        return (encoded.ids for encoded in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
 
 KINDS = {"sentencepiece": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer, "huggingface": HuggingFaceTokenizer}
 
 
 def new_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
-    """Return the tokenizer that `config` names, None if it is to be trained first.
-
-    ConfigError if it is unavailable, or its vocabulary has another size.
-    """
+    """Return the tokenizer that `config` names, None if it is to be trained. ConfigError if it has another size."""
     tokenizer = KINDS[config.kind].read(config)
     if tokenizer and tokenizer.vocab_size != config.vocab_size:
         raise ConfigError(
@@ -231,16 +208,12 @@ def new_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
 
 
 def load_tokenizer(config: TokenizerConfig, dir: str | Path) -> Tokenizer:
-    """Return the tokenizer stored with the data in `dir`. An encoding of tiktoken is found without being stored.
-
-    ConfigError if there is no tokenizer, or its vocabulary has another size than in `config`.
-    """
+    """Return the tokenizer stored with the data in `dir`; an encoding of tiktoken is found without being stored.
+    ConfigError if there is none, or its vocabulary has another size than in `config`."""
     path = Path(dir) / KINDS[config.kind].file
-    if path.is_file():
-        return new_tokenizer(config.replace(path=str(path)))
-    if config.kind == "tiktoken":
-        return new_tokenizer(config)
-    raise ConfigError(f"data.dir={dir}: holds no {path.name}; run `python -m data.prepare data=NAME` to store one")
+    if not path.is_file() and config.kind != "tiktoken":
+        raise ConfigError(f"data.dir={dir}: holds no {path.name}; run `python -m data.prepare data=NAME` to store one")
+    return new_tokenizer(config.replace(path=str(path)) if path.is_file() else config)
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -258,9 +231,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
     """Train a BPE vocabulary of `config.vocab_size` on `texts`; the same texts give the same model.
-
-    ConfigError if there is too little text for the vocabulary, or it has more characters than the vocabulary holds.
-    """
+    ConfigError if there is too little text for the vocabulary, or it has more characters than the vocabulary holds."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -276,10 +247,8 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> Senten
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n", "\n\n", "\t"],
             max_sentence_length=MAX_LINE,
-            unk_id=0,
             eos_id=1,
             bos_id=-1,
-            pad_id=-1,
             eos_piece="<|endoftext|>",
             num_threads=2,
             minloglevel=3,

@@ -86,7 +86,7 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
 
 def text_of(shards: TokenShards) -> Text:
     """Return the text of a validation split."""
-    name, bytes_per_token = f"{shards.manifest.name}, validation", shards.manifest.bytes_per_token("val")
+    name, bytes_per_token = f"{shards.manifest.name}, validation", shards.manifest.splits["val"].bytes_per_token
     return Text(name, shards.arrays, shards.documents(), bytes_per_token, whole_windows=True)
 
 

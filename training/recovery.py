@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.shards import SPLITS, Manifest
+from data.shards import Manifest
 from model.transformer import Transformer
 from training import checkpoint
 from training.config import Config, TrainerConfig
@@ -112,8 +112,8 @@ def open_record(config: Config, run: Session, start_step: int, data: Manifest, f
     metrics = Metrics(config, start_step)
     facts = facts | {"unigram_entropy": data.unigram_entropy, "data_fingerprint": data.fingerprint}
     facts["tokenizer_fingerprint"] = data.tokenizer["fingerprint"]
-    for split in SPLITS:
-        facts |= {f"data/{split}/tokens": data.tokens(split), f"data/{split}/documents": data.documents(split)}
+    for name, split in data.splits.items():
+        facts |= {f"data/{name}/tokens": split.tokens, f"data/{name}/documents": split.documents}
     metrics.wandb.note(facts)
     if not run.preemption.training:
         log_event(Path(config.run.dir), "start", start_step, world_size=world_size(), deepspeed=config.deepspeed.name)

@@ -42,7 +42,7 @@ class Report:
     ) -> None:
         """Show what is about to run, on what, from which step."""
         trainer, model, size, dtype = config.trainer, config.model, config.size, dtype_name(runtime.dtype)
-        tokens, entropy = manifest.tokens("train"), manifest.unigram_entropy
+        tokens, entropy = manifest.splits["train"].tokens, manifest.unigram_entropy
         rows = {
             "run": config.run.dir + (f", resumed from step {start_step}" if start_step else ""),
             "model": f"{model.name} {size.name}, {counts['params'] / 1e6:.1f}M parameters, {model.n_heads} heads, "

@@ -1,4 +1,1 @@
-"""Where documents come from: one file a source, with one class derived from `data.sources.base.Source`.
-
-A file here and a YAML in configs/data that names it (`source: <file name>`) make a new source.
-"""
+"""Where documents come from: one file a source, with a class derived from `Source`, and a YAML in configs/data."""

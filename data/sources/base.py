@@ -12,34 +12,27 @@ from pydantic import Field, field_validator, model_validator
 from configs.errors import ConfigError, Mistakes
 from configs.load import Block
 
-IDENTITY_KEYS = (
-    "name", "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
-    "document_mask",
-)  # fmt: skip
-SETTINGS_KEYS = (
-    "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
-    "max_document_bytes", "shard_tokens", "token_dtype",
-)  # fmt: skip
+DOCUMENT_KEYS = ("source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction")
 
 
 class Stream(Protocol):
     """Documents `{"text": ..., "name": ...}` (only some have a name), in an order that can be resumed.
 
-    A Hugging Face `IterableDataset` is one. Nothing has to fit in memory.
+    A Hugging Face `IterableDataset` is one. `state_dict` returns where the iteration stands, as plain values, and after
+    `load_state_dict` the next one starts there.
     """
 
     def __iter__(self) -> Iterator[dict]: ...
 
-    def state_dict(self) -> dict:
-        """Return where the iteration stands, as plain values."""
+    def state_dict(self) -> dict: ...
 
-    def load_state_dict(self, state: dict) -> None:
-        """Make the next iteration start at `state`."""
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class SourceConfig(Block):
     """The keys of `data` that sources read."""
 
+    in_mixture: ClassVar[bool] = False
     source: str  # a file in data/sources
     dir: str | None = None  # where the shards are; default: data/shards/<data.name>-<tokenizer.name>
     files: list[str] = Field(default_factory=list)  # globs of parquet, jsonl or text files
@@ -56,7 +49,7 @@ class SourceConfig(Block):
     @field_validator("source")
     @classmethod
     def _check_source(cls, value: str) -> str:
-        *names, last = source_names()
+        *names, last = [name for name in source_names() if source_class(name).mixable or not cls.in_mixture]
         if value not in (*names, last):
             raise ValueError(f"must be {', '.join(names)} or {last}")
         return value
@@ -76,8 +69,10 @@ class Source:
     mixable: ClassVar[bool] = True  # it can be part of a mixture
     divisible: ClassVar[bool] = False  # it consists of files and can be prepared in parts
     in_place: ClassVar[bool] = False  # its shards are in data.dir already; its `adopt(job)` indexes them
-    identity_keys: ClassVar[tuple[str, ...]] = IDENTITY_KEYS  # what of `data` makes a run that run
-    settings_keys: ClassVar[tuple[str, ...]] = SETTINGS_KEYS  # what of `data` decides the contents of shards
+    identity_keys: ClassVar[tuple[str, ...]] = ("name", *DOCUMENT_KEYS, "document_mask")  # what makes a run that run
+    settings_keys: ClassVar[tuple[str, ...]] = (  # what decides the contents of shards
+        *DOCUMENT_KEYS, "max_document_bytes", "shard_tokens", "token_dtype"
+    )  # fmt: skip
 
     def __init__(self, config: SourceConfig, progress: bool = False):
         self.config, self.progress = config, progress  # report what takes long

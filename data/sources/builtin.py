@@ -8,18 +8,20 @@ import ast
 import functools
 import importlib.util
 import inspect
+import itertools
 import re
 import sysconfig
 import textwrap
 import tokenize
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 
-from data.parallel import Rates, ordered_map
+from data.parallel import ordered_map, with_rates
 from data.sources.base import Source, Stream
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -29,8 +31,7 @@ DOC_CALLS = ("docstr", "newdoc")  # torch's add_docstr(..., "text") and numpy's 
 NOT_PROSE = re.compile(r"#!|#.*coding[:=]")
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """A folder of Python source; its documents are named `<name>/<path in the folder>`."""
 
     name: str
@@ -56,47 +57,31 @@ class Builtin(Source):
 @functools.cache
 def builtin_corpus(workers: int | None = None, progress: bool = False) -> list[dict[str, str]]:
     """Return the corpus as [{"name", "text"}], sorted by name, whatever the number of workers; read once a process."""
-    return collect(installed(), workers, progress)
-
-
-def installed() -> list[Tree]:
-    """Return the standard library, and torch and numpy if they are installed."""
     trees = [Tree("stdlib", Path(sysconfig.get_path("stdlib")), comments=True)]
     for package in ("torch", "numpy"):
         spec = importlib.util.find_spec(package)
         if spec and spec.submodule_search_locations:
             trees.append(Tree(package, Path(spec.submodule_search_locations[0])))
-    return trees
+    return collect(trees, workers, progress)
 
 
 def collect(trees: list[Tree], workers: int | None = None, progress: bool = False) -> list[dict[str, str]]:
     """Return a document for each module of `trees`: paragraphs in source order, each once in the corpus."""
-    files = sorted((name, path, tree.comments) for tree in trees for name, path in python_files(tree))
-    found = []
-    with Rates("Reading the built-in corpus", progress) as rates:
-        for module in ordered_map(extract, files, workers):
-            found.extend(module)
-            rates.advance(modules=1)
-    seen: set[str] = set()
-    documents = []
-    for name, paragraphs in sorted(found):
-        fresh = []
+    files = sorted(
+        (f"{tree.name}/{path.relative_to(tree.root).as_posix()}", path, tree.comments)
+        for tree in trees
+        for path in tree.root.rglob("*.py")
+        if not SKIPPED_FOLDERS.intersection(path.relative_to(tree.root).parts)
+    )
+    found = ordered_map(extract, files, workers)
+    modules = with_rates(found, "Reading the built-in corpus", progress, modules=lambda _: 1)
+    first: dict[str, tuple[str, str]] = {}  # words: the document that has them first, and the paragraph
+    for name, paragraphs in sorted(itertools.chain.from_iterable(modules)):
         for paragraph in paragraphs:
-            words = " ".join(paragraph.split())
-            if words not in seen:
-                seen.add(words)
-                fresh.append(paragraph)
-        text = "\n\n".join(fresh)
-        if len(text) >= MIN_DOCUMENT:
-            documents.append({"name": name, "text": text})
-    return documents
-
-
-def python_files(tree: Tree) -> Iterator[tuple[str, Path]]:
-    for path in tree.root.rglob("*.py"):
-        inside = path.relative_to(tree.root)
-        if not SKIPPED_FOLDERS.intersection(inside.parts):
-            yield f"{tree.name}/{inside.as_posix()}", path
+            first.setdefault(" ".join(paragraph.split()), (name, paragraph))
+    documents = itertools.groupby(first.values(), key=itemgetter(0))
+    texts = {name: "\n\n".join(paragraph for _, paragraph in group) for name, group in documents}
+    return [{"name": name, "text": text} for name, text in texts.items() if len(text) >= MIN_DOCUMENT]
 
 
 def extract(file: tuple[str, Path, bool]) -> list[tuple[str, list[str]]]:
@@ -109,21 +94,11 @@ def extract(file: tuple[str, Path, bool]) -> list[tuple[str, list[str]]]:
             module = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    if name.endswith("pydoc_data/topics.py"):
-        return [(f"pydoc/topics/{topic}", list(paragraphs_of(text))) for topic, text in topics(module)]
-    passages = list(prose_strings(module))
-    if comments:
-        passages += comment_blocks(source, module)
+    if name.endswith("pydoc_data/topics.py"):  # which assigns a dictionary
+        topics = ast.literal_eval(module.body[-1].value)
+        return [(f"pydoc/topics/{topic}", list(paragraphs_of(text))) for topic, text in topics.items()]
+    passages = [*prose_strings(module), *(comment_blocks(source, module) if comments else ())]
     return [(name, [paragraph for _, text in sorted(passages) for paragraph in paragraphs_of(text)])]
-
-
-def topics(module: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield the entries of pydoc's `topics = {name: text}`."""
-    for node in ast.walk(module):
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    yield key.value, value.value
 
 
 def prose_strings(module: ast.Module) -> Iterator[tuple[int, str]]:
@@ -132,14 +107,11 @@ def prose_strings(module: ast.Module) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if text := ast.get_docstring(node, clean=False):
                 yield node.body[0].lineno, text
-        elif isinstance(node, ast.Call) and any(part in called(node) for part in DOC_CALLS):
-            for part in ast.walk(node):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    yield part.lineno, part.value
-
-
-def called(call: ast.Call) -> str:
-    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+            inside = ast.walk(node) if any(part in called for part in DOC_CALLS) else ()
+            strings = (part for part in inside if isinstance(part, ast.Constant) and isinstance(part.value, str))
+            yield from ((part.lineno, part.value) for part in strings)
 
 
 def comment_blocks(source: str, module: ast.Module) -> Iterator[tuple[int, str]]:

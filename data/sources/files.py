@@ -29,10 +29,16 @@ class Files(Source):
     divisible = True
 
     def check(self) -> None:
-        matching_files(self.config.files)
+        self.files()
+
+    def files(self) -> list[str]:
+        """Return the paths of the files. ConfigError if a pattern matches none."""
+        if not self.config.files:
+            raise ConfigError("data.files=[]: must name the files to read, for example data.files='[texts/*.parquet]'")
+        return sorted(set(itertools.chain.from_iterable(each(matches, self.config.files))))
 
     def open(self) -> Stream:
-        config, files = self.config, matching_files(self.config.files)
+        config, files = self.config, self.files()
         kind = kind_of(files)
         wrong = f"data.files={config.files}: cannot be read as {kind}"
         if kind == "parquet":
@@ -49,15 +55,8 @@ class Files(Source):
         return lines
 
     def facts(self) -> list:
-        stats = [(file, Path(file).stat()) for file in matching_files(self.config.files)]
+        stats = [(file, Path(file).stat()) for file in self.files()]
         return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-
-
-def matching_files(patterns: list[str]) -> list[str]:
-    """Return the files that the patterns match, sorted. ConfigError if a pattern matches none."""
-    if not patterns:
-        raise ConfigError("data.files=[]: must name the files to read, for example data.files='[texts/*.parquet]'")
-    return sorted(set(itertools.chain.from_iterable(each(matches, patterns))))
 
 
 def matches(pattern: str) -> list[str]:
@@ -80,10 +79,8 @@ def kind_of(files: list[str]) -> str:
     """Return how the files are read, a value of READERS. ConfigError for an unknown extension, or several kinds."""
     found: dict[str, str] = {}  # kind: an example
     for file in files:
-        suffixes = Path(file).suffixes
-        if suffixes and suffixes[-1] in PACKED:
-            suffixes.pop()
-        extension = suffixes[-1].lower() if suffixes else ""
+        path = Path(file)
+        extension = Path(path.stem if path.suffix in PACKED else path).suffix.lower()
         if extension not in READERS:
             raise ConfigError(
                 f"data.files: {file} has no known extension: must be one of {', '.join(READERS)} "
@@ -103,7 +100,7 @@ def check_column(lines: Stream, column: str, wrong: str, file: str) -> None:
     first = list(itertools.islice(lines, PEEK))
     if not first:
         raise ConfigError(f"{wrong}: it is empty")
-    if all(isinstance(document["text"], NotText) for document in first):
+    if not any(isinstance(document["text"], str) for document in first):
         with unpacked(file) as content:
             beginning = without_mark(content.readline(1_000_000))
         if beginning.lstrip().startswith(b"["):
@@ -182,19 +179,15 @@ def json_lines(files: list[str], column: str, limit: int) -> Iterator[dict]:
                         pass
                     yield {"text": NotText("too long")}
                 elif line.strip():
-                    yield {"text": text_of(parsed(line), column)}
+                    row = parsed(line)
+                    yield {"text": row.get(column) if isinstance(row, dict) else row}
                 line = file.readline(limit)
 
 
-def parsed(line: bytes):
+def parsed(line: bytes) -> dict | NotText:
+    """Return the object on a line, or why there is none."""
     try:
-        return json.loads(line.decode("utf-8", "surrogateescape"))
+        row = json.loads(line.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return NotText("not JSON")
-
-
-def text_of(row, column: str):
-    """Return the value of the column of a parsed line, or why there is none."""
-    if isinstance(row, dict):
-        return row.get(column, NotText("missing"))
-    return row if isinstance(row, NotText) else NotText("not text")
+    return row if isinstance(row, dict) else NotText("not text")

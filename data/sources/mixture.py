@@ -4,25 +4,18 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from configs.errors import ConfigError
 from configs.load import load
-from data.sources.base import Source, SourceConfig, Stream, source_class, source_names, source_of
+from data.sources.base import Source, SourceConfig, Stream, source_of
 
 
 class Part(SourceConfig):
     """One of the sources of a mixture."""
 
+    in_mixture = True
     weight: float = Field(gt=0)
-
-    @field_validator("source")
-    @classmethod
-    def _check_source(cls, value: str) -> str:
-        mixable = [name for name in source_names() if source_class(name).mixable]
-        if value not in mixable:
-            raise ValueError(f"must be {', '.join(mixable[:-1])} or {mixable[-1]}")
-        return value
 
 
 class Mixture(Source):
@@ -44,33 +37,28 @@ class Mixture(Source):
         return load({**shared, "source": None, **part}, Part)
 
     @cached_property
-    def parts(self) -> list[tuple[float, Source]]:
-        """The sources with their weights."""
-        return [(part.weight, source_of(part, self.progress)) for part in map(self.read_part, self.config.mixture)]
+    def sources(self) -> list[Source]:
+        return [source_of(self.read_part(part), self.progress) for part in self.config.mixture]
 
     def check(self) -> None:
-        for _, source in self.parts:
+        for source in self.sources:
             source.check()
 
     def open(self) -> Stream:
-        return MixedStream([(weight, source.open()) for weight, source in self.parts])
+        weights = [float(part["weight"]) for part in self.config.mixture]
+        return MixedStream(weights, [source.open() for source in self.sources])
 
     def facts(self) -> list:
         weights = [part["weight"] for part in self.config.mixture]  # as they are written, 3 and not 3.0
-        return [[weight, source.fingerprint()] for weight, (_, source) in zip(weights, self.parts, strict=True)]
+        return [[weight, source.fingerprint()] for weight, source in zip(weights, self.sources, strict=True)]
 
 
 class MixedStream:
-    """Documents of several streams, as many of each as its weight says, in a fixed order.
+    """Documents of several streams: next is always the one that is furthest behind its share, until it has no more."""
 
-    Next is always the stream that is furthest behind its share. The mixture ends when that one has no more, so that
-    the shares hold to the end.
-    """
-
-    def __init__(self, parts: list[tuple[float, Stream]]):
-        self.weights = [weight for weight, _ in parts]
-        self.streams = [stream for _, stream in parts]
-        self.start = {"taken": [0] * len(parts), "streams": [None] * len(parts)}
+    def __init__(self, weights: list[float], streams: list[Stream]):
+        self.weights, self.streams = weights, streams
+        self.start = {"taken": [0] * len(streams), "streams": [None] * len(streams)}
         self.taken = self.start["taken"]
         self.ending = ""  # why there are no more
 
@@ -80,9 +68,8 @@ class MixedStream:
         while True:
             after_next = [(taken + 1) / weight for taken, weight in zip(self.taken, self.weights, strict=True)]
             which = after_next.index(min(after_next))
-            try:
-                document = next(iterators[which])
-            except StopIteration:
+            document = next(iterators[which], None)
+            if document is None:
                 taken = ", ".join(f"{count:,}" for count in self.taken)
                 self.ending = (
                     f"data.mixture[{which}] has no more documents, so the mixture ends with {taken} documents of its "
@@ -93,13 +80,10 @@ class MixedStream:
             yield {"text": document["text"]}
 
     def state_dict(self) -> dict:
-        # A stream from which nothing was taken since the start has no state of its own yet.
-        states = [
-            stream.state_dict() if taken > before else state
-            for stream, taken, before, state in zip(
-                self.streams, self.taken, self.start["taken"], self.start["streams"], strict=True
-            )
-        ]
+        states = list(self.start["streams"])
+        for number, stream in enumerate(self.streams):
+            if self.taken[number] > self.start["taken"][number]:  # otherwise it has no state of its own yet
+                states[number] = stream.state_dict()
         return {"taken": list(self.taken), "streams": states}
 
     def load_state_dict(self, state: dict) -> None:

@@ -1,11 +1,11 @@
 """Token shards that another program wrote: the .bin files of llm.c, or those of nanoGPT, which have no header.
 
-They come without manifest and tokenizer. The configuration names the tokenizer, and on first use the shards are read
-once to make what is missing: the document indexes, the counts and the manifest.
+The configuration names their tokenizer, and on first use they are read once to make indexes and manifest.
 """
 
 import re
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ from data.build import Job, write_manifest
 from data.config import DataConfig
 from data.documents import SPLITS
 from data.files import sha256_of
-from data.parallel import Rates, ordered_map, report
-from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, document_index, map_tokens, save_index
+from data.parallel import ordered_map, report, with_rates
+from data.shards import FORMATS, HEADER_BYTES, Manifest, Shard, Split, map_tokens, write_index
 from data.sources.base import Source, Stream
 from data.tokenizers import Tokenizer, new_tokenizer
 
@@ -52,15 +52,13 @@ class Shards(Source):
         missing = [split for split in SPLITS if not found[split]]
         if missing:
             names = " and ".join(f"*{split}*.bin" for split in missing)
-            raise ConfigError(
-                f"data.dir={dir}: holds no {names} (as a word of the name); set data.dir to the folder of the shards"
-            )
+            raise ConfigError(f"data.dir={dir}: holds no {names} (a word of the name); set data.dir to their folder")
         return found
 
     def adopt(self, job: Job) -> Manifest:
-        """Index the shards and write tokenizer and manifest next to them.
+        """Write indexes, tokenizer and manifest next to the shards.
 
-        ConfigError if they are not whole, or do not match the tokenizer, or the folder cannot be written to.
+        ConfigError if they are not whole or not the tokenizer's.
         """
         files, dir = self.files(), Path(self.config.dir)
         tokenizer = new_tokenizer(job.tokenizer)
@@ -71,28 +69,29 @@ class Shards(Source):
             )
         tokenizer.save(dir)
         dtype = common_dtype(files, job.data, tokenizer)
+        options = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+        indexing = partial(index, token_dtype=job.data.token_dtype, **options)
         splits, counts = {}, {}
-        with Rates("Indexing", job.progress) as rates:
-            for split, paths in files.items():
-                shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
-                at_start = [True, *(bool(read_tokens(path, dtype)[-1] == tokenizer.end_of_text) for path in paths[:-1])]
-                options = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
-                indexing = partial(index, dtype=dtype, **options)
-                for shard, seen in ordered_map(indexing, zip(paths, at_start, strict=True), self.config.workers):
-                    shards.append(shard)
-                    counts[split] += seen
-                    rates.advance(shards=1, tokens=shard.tokens)
-                tokens, documents = (sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents"))
-                beginning = tokenizer.decode(read_tokens(paths[0], dtype)[:DECODED_AT_START])
-                report(f"{paths[0]}: read as {dtype}, begins with {beginning!r}", job.progress)
-                ratio = bytes_per_token(read_tokens(paths[0], dtype)[:DECODED_TOKENS], tokenizer)
-                splits[split] = Split(shards, tokens, documents, round(ratio * tokens), ratio)
+        for split, paths in files.items():
+            indexed = ordered_map(indexing, pairwise([None, *paths]), self.config.workers)
+            shards, counts[split] = [], np.zeros(tokenizer.vocab_size, dtype=np.int64)
+            counted = with_rates(indexed, f"Indexing {split}", job.progress, tokens=lambda pair: pair[0].tokens)
+            for shard, seen in counted:
+                shards.append(shard)
+                counts[split] += seen
+            tokens, documents = (sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents"))
+            first = read_tokens(paths[0], dtype)[0][:DECODED_TOKENS]
+            beginning = tokenizer.decode(first[:DECODED_AT_START])
+            report(f"{paths[0]}: read as {dtype}, begins with {beginning!r}", job.progress)
+            text = tokenizer.decode(first[first != tokenizer.end_of_text])
+            ratio = len(text.encode()) / len(first)
+            splits[split] = Split(shards, tokens, documents, round(ratio * tokens), ratio)
         return write_manifest(dir, job, tokenizer, splits, counts["train"], {}, dtype)
 
 
 def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Tokenizer) -> str:
     """Return the dtype of all files. ConfigError if they differ, or do not match the configuration."""
-    dtypes = {file_format(path, data.token_dtype)[0] for paths in files.values() for path in paths}
+    dtypes = {read_tokens(path, data.token_dtype)[0].dtype.name for paths in files.values() for path in paths}
     if len(dtypes) > 1:
         raise ConfigError(f"data.dir={data.dir}: holds shards of uint16 and of uint32; keep one kind in a folder")
     dtype = dtypes.pop()
@@ -106,23 +105,17 @@ def common_dtype(files: dict[str, list[Path]], data: DataConfig, tokenizer: Toke
     return dtype
 
 
-def file_format(path: Path, token_dtype: str) -> tuple[str, int]:
-    """Return (dtype, offset of the tokens); without a header of llm.c `token_dtype`, or uint16 for auto."""
-    start = tuple(np.fromfile(path, dtype="<i4", count=2).tolist())
-    without = "uint16" if token_dtype == "auto" else token_dtype
-    return next(((dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start == known), (without, 0))
+def read_tokens(path: Path, token_dtype: str) -> tuple[np.ndarray, int]:
+    """Return (the tokens of a file, mapped into memory; their offset). ConfigError if it is not whole.
 
-
-def read_tokens(path: Path, token_dtype: str) -> np.ndarray:
-    """Return the tokens of a file, mapped into memory. ConfigError if it is not whole, or its tokens are wider.
-
-    Nothing in a file without a header says how wide its tokens are. If they are wider than they are read, every second
-    one is 0.
+    Without a header of llm.c nothing in a file says how wide its tokens are: `token_dtype` does, or uint16 for auto. If
+    they are wider than they are read, every second one is 0: a ConfigError.
     """
-    dtype, offset = file_format(path, token_dtype)
+    start = np.fromfile(path, dtype="<i4", count=3).tolist()
+    formats = [(dtype, HEADER_BYTES) for dtype, known in FORMATS.items() if start[:2] == list(known)]
+    dtype, offset = formats[0] if formats else ("uint16" if token_dtype == "auto" else token_dtype, 0)
     size, width = path.stat().st_size - offset, np.dtype(dtype).itemsize
-    whole = size > 0 and size % width == 0
-    if not whole or (offset and np.fromfile(path, dtype="<i4", count=3)[2] != size // width):
+    if size <= 0 or size % width or (offset and start[2:] != [size // width]):
         raise ConfigError(f"{path}: is not whole: it has {size + offset} bytes; copy it again")
     tokens = map_tokens(path, dtype, offset)
     sample = tokens[:DECODED_TOKENS]
@@ -132,27 +125,24 @@ def read_tokens(path: Path, token_dtype: str) -> np.ndarray:
             f"{path}: has no header of llm.c, and read as {dtype} every second token is 0, so its tokens are wider: "
             f"{others}others must be saved again as uint16 or uint32"
         )
-    return tokens
+    return tokens, offset
 
 
-def index(task: tuple[Path, bool], dtype: str, vocab_size: int, end_of_text: int) -> tuple[Shard, np.ndarray]:
-    """Write the index of one shard, (file, whether it starts with a document).
+def index(
+    task: tuple[Path | None, Path], token_dtype: str, vocab_size: int, end_of_text: int
+) -> tuple[Shard, np.ndarray]:
+    """Write the index of the second of two consecutive shards, None and it if it is the first.
 
     Return the shard and how often each token occurs [vocab_size].
     """
-    path, at_start = task
-    tokens, offset = read_tokens(path, dtype), file_format(path, dtype)[1]
+    before, path = task
+    tokens, offset = read_tokens(path, token_dtype)
     if tokens.max() >= vocab_size:
-        hint = "" if offset else f" (it has no header of llm.c, and is read as {dtype}: data.token_dtype)"
+        hint = "" if offset else f" (it has no header of llm.c, and is read as {tokens.dtype}: data.token_dtype)"
         raise ConfigError(
             f"{path}: holds token {tokens.max()}, and tokenizer.vocab_size={vocab_size}; choose the tokenizer that "
             f"made it{hint}"
         )
-    starts, documents = document_index(tokens, end_of_text, at_start)
-    save_index(path, starts)
+    at_start = before is None or bool(read_tokens(before, token_dtype)[0][-1] == end_of_text)
+    documents = write_index(path, tokens, end_of_text, at_start)
     return Shard(path.name, len(tokens), documents, sha256_of(path), offset), np.bincount(tokens, minlength=vocab_size)
-
-
-def bytes_per_token(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
-    text = tokenizer.decode(tokens[tokens != tokenizer.end_of_text])
-    return len(text.encode()) / len(tokens)

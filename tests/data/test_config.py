@@ -125,7 +125,7 @@ def test_a_source_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "poems.json").write_text(json.dumps([{"text": text} for text in texts(60)]))
     overrides = [f"data.path={tmp_path}/poems.json", f"data.dir={tmp_path}/shards", "tokenizer.vocab_size=320"]
     made = ensure_prepared(*blocks("data.source=poems", "data.workers=1", *overrides), progress=False)
-    assert made.documents("train") + made.documents("val") == 60
+    assert made.splits["train"].documents + made.splits["val"].documents == 60
     part = f"{{weight:1,source:poems,path:{tmp_path}/poems.json}}"
     mixed, _ = blocks("data=mixture", f"data.mixture=[{part},{part}]")
     assert len(list(source_of(mixed).open())) == 120

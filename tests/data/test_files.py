@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from data.files import remove_partial, sha256_of, write_atomic
+from data.files import sha256_of, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,3 @@ def test_many_writers_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert path.read_text() in texts and os.listdir(tmp_path) == ["file"]
-
-
-def test_what_a_killed_writer_left_is_removed(tmp_path):
-    (tmp_path / ".file.0123.partial").write_text("half")
-    (tmp_path / "other.partial").write_text("not ours")
-    remove_partial(tmp_path)
-    assert os.listdir(tmp_path) == ["other.partial"]

@@ -51,9 +51,9 @@ def test_published_shards_drop_in(tmp_path, kind):
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     manifest = ensure_prepared(*config(tmp_path, "data.workers=2"), progress=False)
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert manifest.tokens("train") == len(tokens) and manifest.documents("train") == 40
+    assert manifest.splits["train"].tokens == len(tokens) and manifest.splits["train"].documents == 40
     text_bytes = sum(len(text.encode()) for text in texts(40))
-    assert manifest.bytes_per_token("train") == pytest.approx(text_bytes / len(tokens), rel=0.01)
+    assert manifest.splits["train"].bytes_per_token == pytest.approx(text_bytes / len(tokens), rel=0.01)
     train = TokenShards(tmp_path, "train")
     np.testing.assert_array_equal(np.concatenate(train.arrays), tokens)
     starts = np.concatenate([train.documents()[0], half + train.documents()[1]])
@@ -86,7 +86,7 @@ def test_tokens_of_another_width_are_not_read_as_uint16(tmp_path, dtype, remedy,
             ensure_prepared(*wide, progress=False)
         return
     manifest = ensure_prepared(*wide, progress=True)
-    assert manifest.tokens("train") == len(rows()) and manifest.token_dtype == "uint32"
+    assert manifest.splits["train"].tokens == len(rows()) and manifest.token_dtype == "uint32"
     np.testing.assert_array_equal(TokenShards(tmp_path, "train").arrays[0], rows())
     assert f"train.bin: read as uint32, begins with '<|endoftext|>{texts(40)[0][:9]}" in capsys.readouterr().err
 
@@ -96,7 +96,7 @@ def test_a_split_is_a_word_of_the_name(tmp_path):
     for name, count in (("retrieval_train", 40), ("retrieval_val", 20), ("test", 9)):
         write(tmp_path / f"{name}.bin", [1, END] * count)
     manifest = ensure_prepared(*config(tmp_path), progress=False)
-    assert [manifest.tokens(split) for split in ("train", "val")] == [80, 40]
+    assert [manifest.splits[split].tokens for split in ("train", "val")] == [80, 40]
     (tmp_path / "manifest.json").unlink()
     write(tmp_path / "train_val.bin", [1, END])
     with pytest.raises(ConfigError, match="train_val.bin: is named after both train and val; rename it"):

@@ -33,11 +33,11 @@ def test_shards_hold_the_documents(small):
     manifest = read_manifest(dir)
     train, val = decoded(config, dir, "train"), decoded(config, dir, "val")
     assert sorted(train + val) == sorted(texts(200)) and 20 < len(val) < 60
-    assert (manifest.documents("train"), manifest.documents("val")) == (len(train), len(val))
+    assert (manifest.splits["train"].documents, manifest.splits["val"].documents) == (len(train), len(val))
     for split, documents in (("train", train), ("val", val)):
         size = sum(len(text.encode()) for text in documents)
         assert manifest.splits[split].bytes == size
-        assert manifest.bytes_per_token(split) == size / manifest.tokens(split)
+        assert manifest.splits[split].bytes_per_token == size / manifest.splits[split].tokens
     assert verify(dir) == [] and not list(dir.parent.glob("*.partial")) and not list(dir.parent.glob("*.lock"))
     assert {path.name.split("_")[0] for path in dir.iterdir()} == {"train", "val", "manifest.json", "tokenizer.model"}
 
@@ -126,7 +126,7 @@ def test_failed_preparation_leaves_nothing(tmp_path):
 def test_a_source_of_any_size_has_a_validation_document(tmp_path, count):
     file = write_jsonl(tmp_path / "some.jsonl", [f"{text} {number}" for number, text in enumerate(texts(1) * count)])
     manifest = prepare(*make_config(tmp_path / "shards", [file], val_fraction=1e-6, vocab_size=300), progress=False)
-    assert (manifest.documents("val"), manifest.documents("train")) == (1, count - 1)
+    assert (manifest.splits["val"].documents, manifest.splits["train"].documents) == (1, count - 1)
 
 
 def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("data.shards.ShardWriter._append", full)
+    monkeypatch.setattr("data.shards.ShardWriter.write", full)
     with pytest.raises(ConfigError, match="data.dir=.*/shards: cannot write .No space left.*same command resumes"):
         prepare(*config, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["some.jsonl"]
@@ -155,7 +155,7 @@ def test_skipped_documents_are_in_the_manifest(tmp_path):
     file = write_jsonl(tmp_path / "some.jsonl", [*texts(50), None, "", {"no": "text"}])
     manifest = prepare(*make_config(tmp_path / "shards", [file]), progress=False)
     assert manifest.skipped == {"empty": 1, "missing": 1, "not text": 1}
-    assert manifest.documents("train") + manifest.documents("val") == 50
+    assert manifest.splits["train"].documents + manifest.splits["val"].documents == 50
 
 
 def test_gpt2(small, tmp_path):
@@ -198,10 +198,10 @@ def test_two_at_once_prepare_once(tmp_path):
 def test_inspect(small, tmp_path):
     dir = small[1]
     console = Console(record=True, width=120, file=open(os.devnull, "w"))
-    assert inspect(dir, console, seq_len=100, out=tmp_path / "plot.png") == []
+    assert inspect(dir, console, out=tmp_path / "plot.png") == []
     shown = console.export_text()
     for part in ("unigram entropy", "bytes per token", "all shards match", "Document 0.", "plot.png",
-                 "documents that fit into seq_len=100", "most frequent tokens"):  # fmt: skip
+                 "tokens of the median document"):  # fmt: skip
         assert part in shown, part
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     [problem] = inspect(tmp_path, console)
@@ -213,7 +213,7 @@ def test_inspect(small, tmp_path):
 def test_document_lengths(small):
     config, dir = small
     tokenizer, shards = load_tokenizer(config[1], dir), TokenShards(dir, "train")
-    lengths = np.concatenate(list(document_lengths(shards)))
+    lengths = document_lengths(shards)
     assert lengths.tolist() == [len(tokenizer.encode(text)) + 1 for text in decoded(config, dir, "train")]
 
 

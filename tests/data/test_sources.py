@@ -305,7 +305,7 @@ def test_the_shipped_hub_configuration_prepares_a_local_copy(tmp_path):
     command = configured(DataCommand, [*overrides, f"data.dir={tmp_path}/undisturbed"])
     undisturbed = prepare(command.data, command.tokenizer, progress=False)
     config = command.data.replace(dir=str(tmp_path / "shards")), command.tokenizer
-    assert undisturbed.documents("train") + undisturbed.documents("val") == 1500
+    assert undisturbed.splits["train"].documents + undisturbed.splits["val"].documents == 1500
 
     def killed_after(tasks):
         original, calls = Preparation.add, itertools.count(1)
