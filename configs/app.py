@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import ConfigError, did_you_mean, each
-from configs.load import Command, load, to_dict
+from configs.load import RENAMED, Command, load, to_dict
 
 CONFIGS = Path(__file__).parent.resolve()
 INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -41,6 +41,8 @@ def config_errors() -> Iterator[None]:
         yield
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").partition("/")
+        if new := RENAMED.get(f"{group}={name}"):
+            raise ConfigError(f"{group}={name}: has a new name; use {new}") from error
         raise ConfigError(
             f"{group}={name}: there is no configs/{group}/{name}.yaml; {did_you_mean(name, choices(group))}"
         ) from error

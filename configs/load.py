@@ -32,6 +32,11 @@ REMEDIES = {  # by pydantic's type of an error, or by the type's first word
     "dict": "a mapping",
     "model": "a group of keys, as in KEY.SUBKEY=VALUE",
 }
+RENAMED = {  # what older command lines have: what does the same now
+    "core=sdpa": "core=full",
+    "core=flash_tpa": "core=full core.kernel=factors",
+    "factors": "core.kernel=factors",
+}
 T = TypeVar("T", bound="Block")
 
 
@@ -159,6 +164,8 @@ def explain(error: dict[str, Any], tree: Mapping, schema: type[Block]) -> list[t
     if isinstance(cause, Mistakes):
         dot = f"{key}." if key else ""
         return [(re.match(r"[\w.]*", f"{dot}{line}")[0], f"{dot}{line}") for line in cause.errors]
+    if key in RENAMED:
+        return [(key, f"{key}: is no key any more; use {RENAMED[key]}")]
     if error["type"] == "extra_forbidden":
         return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(parents, tree, schema), prefix)}")]
     if error["type"] == "missing" or error["input"] is None:

@@ -81,6 +81,8 @@ def test_the_other_commands_compose(schema):
         ("data.dir=${nowhere}", "data.dir: Interpolation key 'nowhere' not found"),
         ("model._target_=model.nothing.Here", "model._target_=model.nothing.Here: cannot be imported"),
         ("model._target_=model.cores.full.Full", "model._target_=model.cores.full.Full: must be a class derived from "),
+        ("core=sdpa", "core=sdpa: has a new name; use core=full"),
+        ("core=flash_tpa", "core=flash_tpa: has a new name; use core=full core.kernel=factors"),
         ("core.kernel=triton", "core.kernel=triton: must be auto, sdpa or factors"),
         ("optim.name=adamx", "optim.name=adamx: no such optimizer; did you mean adam"),
         ("wandb.tags=baseline", "wandb.tags=baseline: must be a list, as in [A,B]"),

@@ -139,7 +139,7 @@ def test_what_is_missing_or_wrong_once_the_size_has_decided():
     ):
         with pytest.raises(Mistakes) as found:
             decide(LatentConfig(name="mla", by_size=by_size), Full(), size, seq_len=128)
-        for line, start in zip(found.value.lines, mistakes, strict=True):
+        for line, start in zip(found.value.errors, mistakes, strict=True):
             assert line.startswith(start)
 
 
