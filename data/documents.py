@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,21 +94,16 @@ class Tokeniser:
         for text, size, where in good_documents(documents, self.max_bytes, done.skipped):
             found["val" if where <= self.val_up_to else "train"].append((text, size))
         for split, texts in found.items():
-            try:
-                done.tokens[split] = self.encode(texts)
-            except Exception:  # of the library, at a text such as a million spaces in a row
-                good = [text for text in texts if self.can_encode(text)]
+            tokens = self.encoded(texts)
+            if tokens is None:  # one of them cannot be, such as a million spaces in a row
+                good = [text for text in texts if self.encoded([text]) is not None]
                 done.skipped["cannot be tokenised"] += len(texts) - len(good)
-                texts, done.tokens[split] = good, self.encode(good)
-            done.documents[split], done.bytes[split] = len(texts), sum(size for _, size in texts)
+                texts, tokens = good, self.encoded(good)
+            done.tokens[split], done.documents[split] = tokens, len(texts)
+            done.bytes[split] = sum(size for _, size in texts)
         return done, state
 
-    def encode(self, texts: list[tuple[str, int]]) -> np.ndarray:
-        return self.tokenizer.encode_documents([text for text, _ in texts])
-
-    def can_encode(self, text: tuple[str, int]) -> bool:
-        try:
-            self.encode([text])
-        except Exception:
-            return False
-        return True
+    def encoded(self, texts: list[tuple[str, int]]) -> np.ndarray | None:
+        """Return the tokens of (text, size) pairs, None if the library fails."""
+        with suppress(Exception):
+            return self.tokenizer.encode_documents([text for text, _ in texts])

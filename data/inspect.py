@@ -16,9 +16,8 @@ from configs.app import app
 from configs.errors import writing
 from data.config import DataCommand
 from data.files import write_atomic
-from data.prepare import ensure_prepared, not_prepared
+from data.prepare import ensure_prepared
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest, verify
-from data.sources.base import source_of
 from data.tokenizers import Tokenizer, load_tokenizer
 
 SAMPLES, SAMPLE_TOKENS = 3, 100
@@ -106,10 +105,8 @@ def plot_lengths(lengths: dict[str, np.ndarray], title: str, path: Path) -> None
 
 
 def main(config: InspectConfig) -> int:
-    if source_of(config.data).in_place:  # inspecting is a first use
-        ensure_prepared(config.data, config.tokenizer)
     if not (Path(config.data.dir) / MANIFEST_FILE).is_file():
-        raise not_prepared(config.data, config.tokenizer)
+        ensure_prepared(config.data, config.tokenizer)  # inspecting is a first use
     return 1 if inspect(config.data.dir, Console(soft_wrap=True), config.out) else 0
 
 

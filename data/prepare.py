@@ -103,7 +103,7 @@ def ensure_prepared(data: DataConfig, tokenizer: TokenizerConfig, progress: bool
     if found := prepared(data, tokenizer):
         return found
     if not source_of(data).on_first_use:
-        raise not_prepared(data, tokenizer)
+        raise ConfigError(f"data.dir={data.dir}: not prepared: run `{preparing_command(data, tokenizer)}`")
     return prepare(data, tokenizer, progress)
 
 
@@ -141,11 +141,6 @@ def check_before_work(data: DataConfig, tokenizer: TokenizerConfig) -> None:
                 f"data.dir={dir}: holds files but no {MANIFEST_FILE}; choose another data.dir or remove the folder"
             )
     source.check()
-
-
-def not_prepared(data: DataConfig, tokenizer: TokenizerConfig) -> ConfigError:
-    """Return the error for data without shards."""
-    return ConfigError(f"data.dir={data.dir}: not prepared: run `{preparing_command(data, tokenizer)}`")
 
 
 def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:

@@ -102,9 +102,12 @@ def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_op
         tasks = [run.task(run.overrides) for run in unfinished]
         jobs.append(Job("train", name, folder, f"slurm-{number}.log", tasks, [*train_options, *sbatch_options]))
     if unfinished and suites:
-        suite = [f"suite={suites[0]}"] if len(suites) == 1 else ["-m", f"suite={','.join(suites)}"]
+        several = ["-m"] if len(suites) > 1 else []  # before the keys: Hydra takes it nowhere between them
         tasks = [
-            run.task([verbatim(f"run={run.dir}", ("run",)), *suite], T6_RUN=str(Path(run.dir).absolute()))
+            run.task(
+                [*several, verbatim(f"run={run.dir}", ("run",)), f"suite={','.join(suites)}"],
+                T6_RUN=str(Path(run.dir).absolute()),
+            )
             for run in unfinished
         ]
         options = shared + [option for option in sbatch_options if option == "--gpus-per-task=0"]

@@ -23,17 +23,7 @@ from data.files import write_atomic
 from training.config import Config, upgrade
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers: nobody has them
-
 PACKAGES_VARIABLE = "T6_PACKAGES"  # names packages of the user's, separated by commas
-
-
-class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a short file can become a huge tree."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases, which no run folder needs")
-        return super().compose_node(parent, index)
 
 
 def read_config(run_dir: str | Path) -> Config:
@@ -42,7 +32,10 @@ def read_config(run_dir: str | Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{run_dir}: is not a run folder (it has no config.yaml)")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise yaml.YAMLError("it has aliases, by which a short file can become a huge tree")
+        tree = yaml.safe_load(text)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree, dict):

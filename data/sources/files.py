@@ -102,7 +102,7 @@ def check_column(lines: Stream, column: str, wrong: str, file: str) -> None:
         raise ConfigError(f"{wrong}: it is empty")
     if not any(isinstance(document["text"], str) for document in first):
         with unpacked(file) as content:
-            beginning = without_mark(content.readline(1_000_000))
+            beginning = content.readline(1_000_000).removeprefix(codecs.BOM_UTF8)
         if beginning.lstrip().startswith(b"["):
             raise ConfigError(f"{wrong}: {file} is one JSON array; write one object a line: jq -c '.[]' {file}")
         line = parsed(beginning)
@@ -158,21 +158,16 @@ def whole_texts(files: list[str], limit: int) -> Iterator[dict]:
     """
     for file in files:
         with unpacked(file) as stream:
-            content = without_mark(stream.read(limit + len(codecs.BOM_UTF8) + 1))  # a packed file may hold gigabytes
+            content = stream.read(limit + 4).removeprefix(codecs.BOM_UTF8)  # a packed file may hold gigabytes
         is_long = len(content) > limit
         yield {"text": NotText("too long") if is_long else content.decode("utf-8", "surrogateescape")}
-
-
-def without_mark(content: bytes) -> bytes:
-    """Return the beginning of a file without the mark that some programs put there for UTF-8."""
-    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def json_lines(files: list[str], column: str, limit: int) -> Iterator[dict]:
     """Yield one document a line, of at most `limit` bytes. A broken line yields NotText, and the rest is still read."""
     for name in files:
         with unpacked(name) as file:
-            line = without_mark(file.readline(limit))
+            line = file.readline(limit).removeprefix(codecs.BOM_UTF8)  # which some programs begin a file with
             while line:
                 if len(line) == limit and not line.endswith(b"\n"):
                     while (rest := file.readline(limit)) and not rest.endswith(b"\n"):
