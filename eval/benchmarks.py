@@ -171,7 +171,7 @@ def score_table(
         [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys.values())],
         ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys.values())],
     ]
-    if suite in published.suites() and published.tasks(suite).keys() >= counted.keys():
+    if suite in published.SUITES and published.tasks(suite).keys() >= counted.keys():
         size = published.nearest(suite, params)
         for row in published.rows(suite, size):
             scores = {task: row["scores"][task] for task in counted}

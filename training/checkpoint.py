@@ -132,11 +132,6 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def has_saved(run_dir: Path) -> bool:
-    """Return whether a run has ever had a complete checkpoint."""
-    return os.path.lexists(Path(run_dir) / "latest")
-
-
 def check_source(source: str) -> None:
     """Raise a ConfigError unless `trainer.init_from` names a folder in which `find` may find a checkpoint."""
     if not (any(Path(source).glob("manifest.json")) or any(Path(source).glob("checkpoints/step_*/manifest.json"))):

@@ -1,8 +1,8 @@
 """Where a run starts, what a checkpoint says of it, and how it goes back, past the data that spoiled it, or ends."""
 
 import math
+import os
 import statistics
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,8 +78,8 @@ class Rollbacks:
 def load_start(config: Config, model: Transformer, data: Manifest, report: Report) -> Path | None:
     """Load the weights the run starts from, if not its own; return the checkpoint from which it resumes, if any."""
     run_dir = Path(config.run.dir)
-    own, is_lost = from_main(lambda: find_own(run_dir, report.say))
-    if is_lost:
+    own = from_main(lambda: checkpoint.newest(run_dir, report.say))
+    if own is None and from_main(lambda: os.path.lexists(run_dir / "latest")):  # which the first checkpoint leaves
         raise Ended(LOST.format(run_dir), 1)
     if own:
         checkpoint.check_same_run(own, config.identity(), data.fingerprint)
@@ -89,12 +89,6 @@ def load_start(config: Config, model: Transformer, data: Manifest, report: Repor
         checkpoint.check_same_architecture(other, config.identity(), data.tokenizer["fingerprint"])
         checkpoint.load_weights(model, other)
     return own
-
-
-def find_own(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path | None, bool]:
-    """Return the checkpoint to resume from, if any, and whether there should be one, but none can be read."""
-    found = checkpoint.newest(run_dir, warn)
-    return found, found is None and checkpoint.has_saved(run_dir)
 
 
 def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[int, Health]:

@@ -18,33 +18,22 @@ class Hub(Source):
             yield "path is not set: give the name of a data set on the Hugging Face hub"
 
     def open(self) -> Stream:
-        config = self.config
+        config, column = self.config, self.config.column
         wrong = f"data.path={config.path}: cannot be read as a Hugging Face data set"
         options = {"name": config.subset, "split": config.split, "revision": config.revision}
-        stream = load_dataset(config.path, wrong, streaming=config.streaming, **options)
-        return column_of(stream if config.streaming else stream.to_iterable_dataset(), config.column, wrong)
+        try:
+            stream = datasets.load_dataset(config.path, streaming=config.streaming, **options)
+            first = next(iter(stream), {})
+        except Exception as error:  # whatever a wrong name, no network or a broken file makes the library raise
+            reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
+            raise ConfigError(f"{wrong}: {reason}") from error
+        if not first:
+            raise ConfigError(f"{wrong}: it is empty")
+        if column not in first:
+            names = ", ".join(first)
+            raise ConfigError(f"data.column={column}: no such column in the documents; columns there: {names}")
+        stream = (stream if config.streaming else stream.to_iterable_dataset()).select_columns([column])
+        return stream if column == "text" else stream.rename_columns({column: "text"})
 
     def facts(self) -> list:
         return [self.config.path, self.config.subset, self.config.split, self.config.revision]
-
-
-def load_dataset(path: str, wrong: str, streaming: bool = True, split: str = "train", **options):
-    """Return what `datasets.load_dataset` does, after a look at its first row. ConfigError begins with `wrong`."""
-    try:
-        stream = datasets.load_dataset(path, split=split, streaming=streaming, **options)
-        next(iter(stream), None)
-        return stream
-    except Exception as error:  # whatever a wrong name, no network or a broken file makes the library raise
-        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"{wrong}: {reason}") from error
-
-
-def column_of(stream: datasets.IterableDataset, column: str, wrong: str) -> Stream:
-    """Return the stream's `column` alone, renamed to text."""
-    names = stream.column_names or list(next(iter(stream), {}))
-    if not names:
-        raise ConfigError(f"{wrong}: it is empty")
-    if column not in names:
-        raise ConfigError(f"data.column={column}: no such column in the documents; columns there: {', '.join(names)}")
-    stream = stream.select_columns([column])
-    return stream if column == "text" else stream.rename_columns({column: "text"})

@@ -13,7 +13,7 @@ def evaluations(methods: list[Method], confidence: float) -> dict[str, Table]:
     """Return the tables of all suites that a run has been evaluated on, by their headings."""
     tables = {}
     for suite in sorted({suite for method in methods for run in method.runs for suite in run.results}):
-        counted = published.tasks(suite) if suite in published.suites() else {}
+        counted = published.tasks(suite) if suite in published.SUITES else {}
         if not counted:
             for method in methods:
                 for record in method.records(suite):
@@ -50,7 +50,7 @@ def benchmark(suite: str, counted: dict[str, str], methods: list[Method]) -> Tab
     steps = {record.get("step") for record in everything}
     if len(steps) > 1:
         notes.append(f"Not all at the same step: {', '.join(sorted(map(str, steps)))}.")
-    if suite in published.suites():
+    if suite in published.SUITES:
         size = published.nearest(suite, max(method.first.counts["params"] for method in methods))
         for row in published.rows(suite, size):
             scores = [*row["scores"].values(), *([row["average"]] if "average" in keys else [])]

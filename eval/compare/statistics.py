@@ -76,8 +76,6 @@ def smooth(values: Sequence[float], share: float) -> list[float]:
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Return the names that no other beats (less in one number and not more in the other), by the first number."""
-
-    def is_beaten(x: float, y: float) -> bool:
-        return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
-
-    return sorted((name for name, point in points.items() if not is_beaten(*point)), key=points.get)
+    others = points.values()
+    unbeaten = (n for n, (x, y) in points.items() if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in others))
+    return sorted(unbeaten, key=points.get)

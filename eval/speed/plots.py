@@ -52,7 +52,7 @@ def draw(axes, lines: list[dict]) -> None:
 
 
 def draw_published(axes, batch: int, models: set[str]) -> None:
-    rows = [row for row in published.decoding() if row["batch"] == batch]
+    rows = [row for row in published.DECODING if row["batch"] == batch]
     for model, name in published.NAMES.items():
         if model in models and rows and name in rows[0]:
             look = {"color": colour_of(model), "linestyle": "", "marker": "x", "alpha": 0.7}
