@@ -122,12 +122,9 @@ class Preparation:
 
     def save(self) -> None:
         """Write the journal."""
-        fields = {
-            "job": self.identity,
-            "stream_state": self.stream_state,
-            "writers": {split: writer.state() for split, writer in self.writers.items()},
-            "counts": [self.documents, self.bytes, self.skipped, self.token_counts.tolist()],
-        }
+        writers = {split: writer.state() for split, writer in self.writers.items()}
+        counts = [self.documents, self.bytes, self.skipped, self.token_counts.tolist()]
+        fields = {"job": self.identity, "stream_state": self.stream_state, "writers": writers, "counts": counts}
         write_atomic(self.dir / JOURNAL_FILE, json.dumps(fields))
         self._saved = time.monotonic()
 
@@ -280,8 +277,7 @@ def prepare_part(job: Job, part: int) -> None:
         if job.finished_part(part):
             report(f"{folder}: finished already", job.progress)
             return
-        identity = job.identity | {"part": part}
-        made = Preparation(folder, job, identity, lambda: load_tokenizer(job.tokenizer, store))
+        made = Preparation(folder, job, job.identity | {"part": part}, lambda: load_tokenizer(job.tokenizer, store))
         tokenise_all(job.source.open().shard(num_shards=job.parts, index=part, contiguous=True), made, val_up_to)
         made.stream_state = END
         made.close()

@@ -127,10 +127,8 @@ class TrainLoader:
         passed_over: Callable[[int], int] = lambda step: 0,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (tokens [B, T], targets [B, T]): `accumulation_steps` micro-batches for each step in
-        range(start_step, last_step), read ahead by a thread that ends with the iterator.
-
-        A step for which `passed_over` is n reads the data of n steps later.
-        """
+        range(start_step, last_step), read ahead by a thread that ends with the iterator. A step for which `passed_over`
+        is n reads the data of n steps later."""
         device = torch.device(device)
         places = ((step, micro) for step in range(start_step, last_step) for micro in range(self.accumulation_steps))
 
@@ -150,9 +148,8 @@ class TrainLoader:
 class EvalLoader:
     """A fixed set of samples, each read once by one of the ranks: the same for every seed, world size and batch size.
 
-    There are `n_samples`: `max_samples` of them, spread over the data, or all. Iterating yields (tokens [B, T],
-    targets [B, T]); the last batch may be smaller. Every rank yields `len` batches, so that all can take part in every
-    forward pass: a rank that has run out of samples yields targets that are all IGNORED.
+    There are `n_samples`: `max_samples` of them, spread over the data, or all. Every rank yields `len` batches (tokens
+    [B, T], targets [B, T]) of at most `micro_batch_size`; if it has run out of samples, its targets are all IGNORED.
     """
 
     shards: TokenShards

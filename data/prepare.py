@@ -113,8 +113,10 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     if not (dir / MANIFEST_FILE).is_file():
         return None
     manifest = read_manifest(dir)
-    ours = data.settings() | tokenizer_settings(tokenizer)
-    theirs = manifest.settings | tokenizer_settings(manifest.tokenizer_config())
+    ours, theirs = (
+        settings | {f"tokenizer.{key}": value for key, value in block.model_dump(exclude={"name"}).items()}
+        for settings, block in ((data.settings(), tokenizer), (manifest.settings, manifest.tokenizer_config()))
+    )
     not_ours = not manifest.source or source_of(data).in_place
     remedy = f"choose another data.dir or remove {f'its {MANIFEST_FILE}' if not_ours else 'the folder'}"
     errors = [
@@ -170,10 +172,6 @@ def hydra_value(value: Any) -> str:
     if isinstance(value, str) and not PLAIN.fullmatch(value):
         return f"'{value}'" if '"' in value else f'"{value}"'
     return shown(value)
-
-
-def tokenizer_settings(tokenizer: TokenizerConfig) -> dict:
-    return {f"tokenizer.{key}": value for key, value in tokenizer.model_dump().items() if key != "name"}
 
 
 def describe(manifest: Manifest) -> str:

@@ -1,8 +1,5 @@
-"""The built-in corpus: the English that comes with every Python.
-
-Docstrings and comments of the standard library, the topics of pydoc, and the docstrings of the installed torch and
-numpy, read from their source with `ast`. Nothing is imported, and the same versions give the same documents.
-"""
+"""The built-in corpus: the English in the source of the standard library (docstrings, comments, topics of pydoc) and of
+the installed torch and numpy (docstrings). Nothing is imported, and the same versions give the same documents."""
 
 import ast
 import functools
@@ -94,8 +91,8 @@ def extract(file: tuple[str, Path, bool]) -> list[tuple[str, list[str]]]:
             module = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    if name.endswith("pydoc_data/topics.py"):  # which assigns a dictionary
-        topics = ast.literal_eval(module.body[-1].value)
+    if name.endswith("pydoc_data/topics.py"):
+        topics = ast.literal_eval(module.body[-1].value)  # the module assigns a dictionary
         return [(f"pydoc/topics/{topic}", list(paragraphs_of(text))) for topic, text in topics.items()]
     passages = [*prose_strings(module), *(comment_blocks(source, module) if comments else ())]
     return [(name, [paragraph for _, text in sorted(passages) for paragraph in paragraphs_of(text)])]
