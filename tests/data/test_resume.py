@@ -167,11 +167,21 @@ def test_an_interrupted_command_resumes(tmp_path):
 def test_other_settings_or_other_files_start_again(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", texts(400))
     partial = tmp_path / "shards.partial"
+
+    def run():
+        original, saves = Preparation.save, itertools.count(1)
+
+        def killed(self):
+            original(self)
+            if next(saves) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Preparation.save = killed
+        prepare(*make_config(tmp_path / "shards", [file], shard_tokens=2000), progress=False)
+
     for change in ("file", "settings"):
-        process = start(make_config(tmp_path / "shards", [file], shard_tokens=2000))
-        while process.is_alive() and not finished(partial):
-            time.sleep(0.001)
-        process.kill()
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
         process.join()
         assert finished(partial)
         if change == "file":
