@@ -259,14 +259,10 @@ def prepare_part(job: Job, part: int) -> None:
     if not 0 <= part < job.parts:
         raise ConfigError(f"part={part}: must lie between 0 and parts - 1 = {job.parts - 1}")
     if not job.source.divisible:
-        raise ConfigError(
-            f"parts={job.parts}: data.source={job.data.source} is prepared in one piece; leave part and parts out"
-        )
+        raise ConfigError(f"parts={job.parts}: data.source={job.data.source} is prepared in one piece; leave parts out")
     stream = job.source.open()
     if stream.num_shards < job.parts:
-        raise ConfigError(
-            f"parts={job.parts}: the source has {stream.num_shards} file(s), and a part is at least one file"
-        )
+        raise ConfigError(f"parts={job.parts}: the source has {stream.num_shards} file(s); a part is at least one")
     val_up_to = validation_up_to(stream, job.data)
     folder, store = job.part_dir(part), job.parts_dir / "tokenizer"
     store.mkdir(parents=True, exist_ok=True)

@@ -52,9 +52,8 @@ class DataConfig(SourceConfig):
 
     def dtype_for(self, vocab_size: int) -> str:
         """Return the dtype of shards whose vocabulary has this size."""
-        if self.token_dtype != "auto":
-            return self.token_dtype
-        return "uint16" if vocab_size <= UINT16_TOKENS else "uint32"
+        smallest = "uint16" if vocab_size <= UINT16_TOKENS else "uint32"
+        return smallest if self.token_dtype == "auto" else self.token_dtype
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the contents of the shards, by configuration key."""

@@ -17,7 +17,6 @@ from lm_eval.api.task import ConfigurableTask
 from configs.errors import ConfigError
 from data.documents import place
 from data.loader import EVAL_KEY, permute
-from data.shards import TokenShards
 from data.sources.builtin import builtin_corpus
 from eval.loading import LoadedRun
 from eval.texts import text_of
@@ -63,7 +62,7 @@ def texts_of(name: str, run: LoadedRun) -> Iterable[str]:
 
 def shard_texts(run: LoadedRun) -> Iterator[str]:
     """Yield documents of the run's validation split, at most DOCUMENTS of them, spread over it."""
-    documents = text_of(TokenShards(run.config.data.dir, "val")).documents()
+    documents = text_of(run.validation()).documents()
     for number in sorted(permute(np.arange(min(DOCUMENTS, len(documents))), len(documents), EVAL_KEY)):
         ids = documents[number].tolist()
         yield run.tokenizer.decode(token for token in ids if token != run.tokenizer.end_of_text)

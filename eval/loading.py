@@ -7,6 +7,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.load import Block, load, to_dict
+from data.shards import TokenShards
 from data.tokenizers import Tokenizer, load_tokenizer
 from model.attention.base import AttentionCore
 from model.transformer import Transformer
@@ -30,11 +31,21 @@ class LoadedRun:
     tokenizer: Tokenizer
     runtime: Runtime
     lockstep: bool = False
+    data_fingerprint: str | None = None  # of what it was trained on
 
     @property
     def context(self) -> int:
         """The number of tokens that the model was trained to see."""
         return self.config.trainer.seq_len
+
+    def validation(self) -> TokenShards:
+        """Return the validation split of the run's data. ConfigError if data.dir holds other data now."""
+        shards = TokenShards(self.config.data.dir, "val")
+        if self.data_fingerprint not in (None, shards.manifest.fingerprint):
+            raise ConfigError(
+                f"run={self.dir}: was trained on other data than {shards.dir} holds now; prepare it again"
+            )
+        return shards
 
     def scale_rope(self, kind: str, factor: float | None) -> None:
         """Read texts `factor` times as long as in training from here on; `none` undoes it.
@@ -77,15 +88,19 @@ def load_run(
     runtime = find_runtime(device, dtype, config.deepspeed.bf16_engine)
     check_core(config.core, config.model, runtime)
     checkpoint = from_main(lambda: find_checkpoint(folder, step))
-    tokenizer = load_tokenizer(config.tokenizer, config.data.dir)
+    facts, kept = read_manifest(checkpoint), any(folder.glob("tokenizer.*"))  # older runs have no copy of their own
+    tokenizer = load_tokenizer(config.tokenizer, folder if kept else config.data.dir)
+    if tokenizer.fingerprint != facts["tokenizer_fingerprint"]:
+        place = folder if kept else f"data.dir={config.data.dir}"
+        raise ConfigError(f"run={run}: was trained with another tokenizer than {place} holds now; bring that one back")
     try:
         model = Transformer(config.network(tokenizer.end_of_text), runtime.autocast_dtype)
     except ValueError as error:
         raise ConfigError(f"run={run}: {error}") from None
     load_weights(model, checkpoint)
-    facts = read_manifest(checkpoint)
     model = model.to(runtime.device).eval()
-    return LoadedRun(folder, config, facts["step"], facts["tokens"], model, tokenizer, runtime)
+    done = (facts["step"], facts["tokens"])
+    return LoadedRun(folder, config, *done, model, tokenizer, runtime, data_fingerprint=facts["data_fingerprint"])
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:

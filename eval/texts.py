@@ -73,13 +73,12 @@ def read_text(source: TextSource, run: LoadedRun) -> Text:
     """Return the text that `source` names, in the run's tokens. ConfigError if there is none."""
     if source.files or source.path:
         return encode_documents(source, run)
-    folder = source.data_dir or run.config.data.dir
-    shards = open_shards(folder)
-    manifest = shards.manifest
-    if source.data_dir and manifest.tokenizer.get("fingerprint") != run.tokenizer.fingerprint:
+    shards = open_shards(source.data_dir) if source.data_dir else run.validation()
+    tokenizer = shards.manifest.tokenizer
+    if tokenizer["fingerprint"] != run.tokenizer.fingerprint:
         raise ConfigError(
-            f"suite.data_dir={folder}: was tokenised by {manifest.tokenizer.get('name')}, which is not the tokenizer "
-            f"of {run.dir}; prepare it again with that one, or give the text itself with suite.files="
+            f"suite.data_dir={source.data_dir}: was tokenised by {tokenizer['name']}, which is not the tokenizer of "
+            f"{run.dir}; prepare it again with that one, or give the text itself with suite.files="
         )
     return text_of(shards)
 

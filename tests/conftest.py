@@ -84,8 +84,8 @@ SMALL_MLA = ["model.q_lora_rank=32", "model.kv_lora_rank=16", "model.qk_rope_hea
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be off
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Return one more than there are cores, up to four: many tests wait for processes of their own."""
-    return min(4, (os.cpu_count() or 1) + 1)
+    """Return two more than there are cores, up to four: many tests wait for processes of their own."""
+    return min(4, (os.cpu_count() or 1) + 2)
 
 
 def pytest_configure(config) -> None:

@@ -56,6 +56,7 @@ def test_a_run_leaves_the_folder_of_the_contract(small_run, tmp_path):
         "loss.png",
         "samples.txt",
         "summary.json",
+        "tokenizer.model",
         "wandb",
     }
     assert (folder / "latest").read_text() == "step_00000008"

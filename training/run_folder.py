@@ -20,6 +20,7 @@ from configs.app import as_yaml
 from configs.errors import ConfigError, writing
 from configs.load import load, to_dict
 from data.files import write_atomic
+from data.tokenizers import load_tokenizer
 from training.config import Config, upgrade
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers: nobody has them
@@ -67,10 +68,11 @@ def is_finished(run_dir: str | Path) -> bool:
 
 
 def create_run_folder(config: Config) -> None:
-    """Make the folder and its config.yaml. ConfigError if it cannot be written."""
+    """Make the folder, its config.yaml and its copy of the tokenizer. ConfigError if it cannot be written."""
     folder = Path(config.run.dir)
     with writing("run.dir", folder, "; choose another with run.dir="):
         folder.mkdir(parents=True, exist_ok=True)
+        load_tokenizer(config.tokenizer, config.data.dir).save(folder)
         write_atomic(folder / "config.yaml", as_yaml(to_dict(config)))
 
 

@@ -27,7 +27,4 @@ class Lenient:
 
 def make_streams_lenient() -> None:
     """Let this process write on, from here to its end, when its standard streams fail."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, Lenient):
-            setattr(sys, name, Lenient(stream))
+    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)

@@ -69,9 +69,7 @@ def matches(pattern: str) -> list[str]:
     if found := [path for path in paths if Path(path).is_file()]:
         return found
     if Path(pattern).is_dir():
-        raise ConfigError(
-            f"data.files: {pattern!r} is a folder: give a pattern, for example {pattern.rstrip('/')}/*.txt"
-        )
+        raise ConfigError(f"data.files: {pattern!r} is a folder: give a pattern, such as {pattern.rstrip('/')}/*.txt")
     raise ConfigError(f"data.files: no file matches {pattern!r} in {Path.cwd()}")
 
 
@@ -107,9 +105,7 @@ def check_column(lines: Stream, column: str, wrong: str, file: str) -> None:
             raise ConfigError(f"{wrong}: {file} is one JSON array; write one object a line: jq -c '.[]' {file}")
         line = parsed(beginning)
         if isinstance(line, dict) and column not in line:
-            raise ConfigError(
-                f"data.column={column}: no such column in the files of data.files; columns there: {', '.join(line)}"
-            )
+            raise ConfigError(f"data.column={column}: no such column in data.files; columns there: {', '.join(line)}")
 
 
 def check_parquet(files: list[str], column: str, wrong: str) -> None:

@@ -174,7 +174,7 @@ def main(config: BenchmarkConfig) -> None:
         val_up_to = validation_up_to(Listed(texts), job.data)
         make_tokenizer(job, Listed(texts), val_up_to).save(dir)
         preparing = {
-            "data.prepare": lambda: prepare(texts, job, dir, val_up_to).tokens,
+            "data.prepare": lambda: sum(one.tokens for one in prepare(texts, job, dir, val_up_to).writers.values()),
             "process pool, 16 documents at a time": partial(plain_pool, texts, job, dir),
             f"{name} alone on {workers} processes": partial(tokenizer_alone, texts, job, dir, workers),
             f"{name} alone on 1 process": partial(tokenizer_alone, one_share, job, dir, 1),

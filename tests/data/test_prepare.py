@@ -147,7 +147,7 @@ def test_a_full_or_unwritable_disk_is_one_message(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_no_pattern(tmp_path):
-    with pytest.raises(ConfigError, match=r"data.files: '.*' is a folder: give a pattern, for example .*/\*.txt"):
+    with pytest.raises(ConfigError, match=r"data.files: '.*' is a folder: give a pattern, such as .*/\*.txt"):
         prepare(*make_config(tmp_path / "shards", [tmp_path]), progress=False)
 
 

@@ -2,15 +2,19 @@
 
 import json
 import math
+import pydoc_data.topics
+import shutil
 
 import pytest
 import torch
+import yaml
 
 import train
 from configs.app import configured
 from configs.errors import ConfigError
 from data.loader import EvalLoader
 from data.shards import TokenShards
+from data.tokenizers import train_sentencepiece
 from eval import run as eval_run
 from eval.config import EvalConfig
 from eval.loading import load_run
@@ -18,6 +22,7 @@ from eval.perplexity import evaluate
 from tests.conftest import SMALL_RUN
 from training.config import Config
 from training.jsonl import read_lines
+from training.run_folder import read_config
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,28 @@ def test_the_loss_does_not_depend_on_batches_or_ranks(finished):
     rows = torch.tensor(EvalLoader(shards, 64, 1).samples.read(EvalLoader(shards, 64, 1, max_samples=25).numbers))
     logp = run.model.logits(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])
     assert whole[0] == pytest.approx(-logp.mean().item(), abs=1e-5)
+
+
+def test_an_evaluation_has_the_tokenizer_and_the_data_of_training(finished, tmp_path):
+    run, data = tmp_path / "run", tmp_path / "data"
+    config = read_config(finished)
+    shutil.copytree(finished, run)
+    shutil.copytree(config.data.dir, data)
+    other = train_sentencepiece(list(pydoc_data.topics.topics.values())[:20], config.tokenizer)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["data"]["dir"] = str(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "other"}))
+    loaded = load_run(str(run))
+    with pytest.raises(ConfigError, match="was trained on other data than .*data holds now"):
+        loaded.validation()
+    other.save(data)  # makes no difference, since the run has a copy of its own
+    assert load_run(str(run)).tokenizer.fingerprint == loaded.tokenizer.fingerprint
+    other.save(run)
+    with pytest.raises(ConfigError, match="was trained with another tokenizer than .*run holds now"):
+        load_run(str(run))
 
 
 def test_what_is_not_a_run_is_refused(finished, tmp_path):

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import varlen
 
 from configs.errors import ConfigError
 from model.attention.base import Dense
@@ -97,13 +97,15 @@ def test_packed_documents_equal_the_mask_spelt_out():
 def test_the_kernel_for_packed_documents_is_given_what_it_takes(monkeypatch):
     """Only its shapes, forward and backward: the kernel itself needs a GPU (`test_on_gpu.py`)."""
 
+    kernel = varlen.varlen_attn
+
     def checked(q, k, v, *bounds_and_longest, **options):
         assert q.size(-1) == k.size(-1) == v.size(-1) == 16  # one width, a multiple of 8
         assert [x.tolist() for x in bounds_and_longest[:2]] == [[0, 3, 5, 9, 17, 18]] * 2
         assert all(x.dtype == torch.int32 for x in bounds_and_longest[:2]) and bounds_and_longest[2:] == (8, 8)
-        return varlen_attn(q, k, v, *bounds_and_longest, **options)
+        return kernel(q, k, v, *bounds_and_longest, **options)
 
-    monkeypatch.setattr(sdpa, "varlen_attn", checked)
+    monkeypatch.setattr(varlen, "varlen_attn", checked)
     qkv, documents = packed_inputs("meta")
     out = sdpa.attend_documents(Dense(*qkv), AttentionMask(documents=documents), 0.4, window=3)
     assert out.is_meta and out.shape == (2, 9, 4, 6)

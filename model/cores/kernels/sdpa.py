@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from model.attention.base import Dense
 from model.mask import AttentionMask
@@ -37,10 +36,11 @@ def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: fl
         options["attn_mask"] = mask.allowed(n_queries, n_keys, q.device)
     if n_queries == 1:  # the heads of a group are queries of one key head: no key is copied for them
         q = q.reshape(q.size(0), n_groups, n_heads // n_groups, -1)
-    elif q.is_cpu or (has_flash(q, v) and "attn_mask" not in options):
-        options["enable_gqa"] = n_heads != n_groups
-    elif n_heads != n_groups:  # a GPU would fall back to the path that forms all scores
-        k, v = (x.repeat_interleave(n_heads // n_groups, dim=1) for x in (k, v))
+    elif n_heads != n_groups:  # a branch, since a compiled step may know these numbers as symbols only
+        if q.is_cpu or (has_flash(q, v) and "attn_mask" not in options):
+            options["enable_gqa"] = True
+        else:  # a GPU would fall back to the path that forms all scores
+            k, v = (x.repeat_interleave(n_heads // n_groups, dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, **options)
     return out.reshape(out.size(0), n_heads, n_queries, -1)
 
@@ -62,7 +62,7 @@ def as_wide(*qkv: Tensor) -> list[Tensor]:
     return [F.pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in qkv]
 
 
-@torch.compiler.disable  # the number of documents, and their lengths, are new in every batch
+@torch._disable_dynamo  # its lengths are new in every batch; `torch.compiler.disable` takes a second to import
 def attend_documents(dense: Dense, mask: AttentionMask, scale: float, window: int | None = None) -> Tensor:
     """Return `attend_packed` for whole rows of the mask's documents."""
     return attend_packed(dense, mask.document_lengths, mask.document_bounds, scale, window)
@@ -80,6 +80,8 @@ def attend_packed(dense: Dense, lengths: list[int], bounds: Tensor, scale: float
         out = torch.cat([attend_heads(*sequence, AttentionMask(), scale) for sequence in sequences], dim=2)
         out = out[0].transpose(0, 1)
     else:
+        from torch.nn.attention.varlen import varlen_attn  # importing it takes a second
+
         reach = (-1 if window is None else window - 1, 0)  # keys before a query, and after it
         options = {"scale": scale, "window_size": reach, "enable_gqa": q.size(1) != k.size(1)}
         out = varlen_attn(*as_wide(q, k, v), bounds, bounds, max(lengths), max(lengths), **options)
