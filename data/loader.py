@@ -124,16 +124,16 @@ class TrainLoader:
         start_step: int,
         last_step: int,
         device: torch.device | str = "cpu",
-        passed_over: Callable[[int], int] = lambda step: 0,
+        skipped: Callable[[int], int] = lambda step: 0,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (tokens [B, T], targets [B, T]): `accumulation_steps` micro-batches for each step in
-        range(start_step, last_step), read ahead by a thread that ends with the iterator. A step for which `passed_over`
+        range(start_step, last_step), read ahead by a thread that ends with the iterator. A step for which `skipped`
         is n reads the data of n steps later."""
         device = torch.device(device)
         places = ((step, micro) for step in range(start_step, last_step) for micro in range(self.accumulation_steps))
 
         def read(step: int, micro: int) -> torch.Tensor:
-            rows = torch.from_numpy(self.micro_batch(step + passed_over(step), micro))
+            rows = torch.from_numpy(self.micro_batch(step + skipped(step), micro))
             return rows.pin_memory() if device.type == "cuda" else rows
 
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:

@@ -78,7 +78,7 @@ def test_order_does_not_depend_on_world_size_or_micro_batch():
 
 @pytest.mark.parametrize("case", range(25))
 def test_random_machines_and_restarts_see_the_same_global_batches(case):
-    """A run on random machines, stopped at random steps and started on others, beside one process that never stops."""
+    """Compare a run on random machines, stopped at random steps and started on others, with one that never stops."""
     generator = random.Random(case)
     shards = made_up(*(generator.randint(SEQ_LEN + 1, 900) for _ in range(generator.randint(1, 5))))
     total, steps, seed = generator.choice([4, 6, 8, 12, 24]), generator.randint(3, 12), generator.randint(0, 99)

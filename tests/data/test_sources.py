@@ -298,7 +298,7 @@ def test_mistakes_in_a_mixture_are_named():
 
 
 def test_the_shipped_hub_configuration_prepares_a_local_copy(tmp_path):
-    """`data=fineweb_edu_10b` as it is, but for a path that is a folder, killed in the middle and resumed."""
+    """`data=fineweb_edu_10b` as it is, except that its path is a folder, killed in the middle and resumed."""
     on_the_hub(tmp_path / "set", texts(1500), column="text", subset="sample-10BT")
     overrides = ["data=fineweb_edu_10b", f"data.path={tmp_path}/set", "data.val_fraction=0.01", "data.workers=1",
                  "tokenizer.vocab_size=320", "data.shard_tokens=5000"]  # fmt: skip

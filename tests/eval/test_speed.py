@@ -53,7 +53,7 @@ def test_a_line_for_every_mechanism_and_point(capsys, tmp_path):
     }
 
 
-def test_folds_are_timed_over_a_block_beside_the_whole_length(capsys):
+def test_folds_are_timed_over_a_block_next_to_the_whole_length(capsys):
     assert main(decoding("models=[gqa,t6]", "lengths=[32]", "scopes=[model]", "folds=[[4,8],[2,4,4]]")) == 0
     found = printed(capsys)
     assert len(found) == 2 * 3 + 1

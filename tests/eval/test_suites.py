@@ -94,7 +94,7 @@ def benchmarks(tmp_path):
     return folder
 
 
-def test_a_paper_suite_stands_beside_the_papers_numbers(trained, benchmarks, capsys):
+def test_a_paper_suite_is_shown_next_to_the_papers_numbers(trained, benchmarks, capsys):
     arguments = ["suite=paper_zeroshot", "suite.tasks=[arc_easy,sciq]", f"suite.data_dir={benchmarks}", "limit=4"]
     assert eval_run.main(evaluation(f"run={trained}", *arguments)) == 0
     record = json.loads((trained / "results/paper_zeroshot.json").read_text())

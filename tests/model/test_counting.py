@@ -42,7 +42,7 @@ def test_head_counts_are_the_papers(model):
     for size, heads in zip(("small", "medium", "large", "xl"), PAPER_HEADS[model], strict=True):
         net = network(f"model={model}", f"size={size}")
         assert net.attention.n_heads == heads
-        # The closest count is the table's everywhere, but for TPA at small.
+        # The closest count is the table's everywhere, except for TPA at small.
         exceptions = {("t6", "small"): 33, ("t6_kvonly", "small"): 21}
         assert match_params(net.attention, net.d_model).n_heads == exceptions.get((model, size), heads)
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is passed over, by name."""
+"""A checkpoint is complete, or it is skipped and named."""
 
 import json
 import random
@@ -56,7 +56,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_broken_checkpoint_is_named_and_passed_over(finished, tmp_path, damage):
+def test_a_broken_checkpoint_is_named_and_skipped(finished, tmp_path, damage):
     shutil.copytree(finished, tmp_path / "run")
     newest = tmp_path / "run/checkpoints/step_00000008"
     said = []
@@ -229,8 +229,8 @@ def test_a_disk_without_room_for_a_byte_costs_nothing_once_there_is_room(small_r
 
 
 @pytest.mark.parametrize("damage", ["torn manifest", "truncated", "flipped weights"])
-def test_a_broken_checkpoint_takes_no_whole_ones_place(finished, small_data, tmp_path, damage, capsys):
-    """Step 8 is broken; the run goes on from step 4 to save step 6: of the two that are kept none is step 8."""
+def test_a_broken_checkpoint_does_not_take_the_place_of_a_complete_one(finished, small_data, tmp_path, damage, capsys):
+    """Step 8 is broken; the run resumes from step 4 and saves step 6: of the two that are kept none is step 8."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run/summary.json").unlink()
     checkpoints = tmp_path / "run/checkpoints"

@@ -66,7 +66,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_in_the_weights(small_run, tmp
     assert manifest["optimizer_scalars"] == {"step": 6.0}
 
 
-def test_after_too_many_it_goes_back_and_passes_over_the_data(small_run, tmp_path, poison, capsys):
+def test_after_too_many_it_goes_back_and_skips_the_data(small_run, tmp_path, poison, capsys):
     read = poison({4, 5, 6})
     assert run([*small_run, "trainer.max_bad_steps=2"]) == 0
     # From step 6 (batch 5) back to step 4, past batches 4 and 5; batch 6 alone is skipped.
@@ -111,7 +111,7 @@ def test_a_spike_goes_back_too(small_run, tmp_path, poison, monkeypatch):
     rollback = events(tmp_path / "run")[1]
     assert (rollback["event"], rollback["step"], rollback["to_step"]) == ("rollback", 7, 4)
     assert "more than trainer.max_loss_spike=3.0 over its mean" in rollback["reason"]
-    assert read[-4:] == [7, 8, 9, 10]  # batches 4, 5 and 6 are passed over
+    assert read[-4:] == [7, 8, 9, 10]  # batches 4, 5 and 6 are skipped
     poison({6}, lambda loss: loss * 3)
     assert run([*small_run, f"run.dir={tmp_path}/any", "trainer.max_loss_spike=null"]) == 0
     assert [e["event"] for e in events(tmp_path / "any")] == ["start"]
@@ -127,7 +127,7 @@ def test_it_gives_up_where_going_back_does_not_help(small_run, tmp_path, poison,
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 3
 
 
-def test_the_window_of_losses_goes_on_from_a_checkpoint():
+def test_the_window_of_losses_is_restored_from_a_checkpoint():
     config = configured(Config, []).trainer
     watched = recovery.Health(config)
     for _ in range(recovery.WINDOW):
