@@ -20,15 +20,18 @@ Commands run in a copy of the tracked files that also has a trained `runs/first`
 a fence one after the other in one test. Fences of docs/*.md are tested if such a comment precedes them.
 """
 
+import contextlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -158,6 +161,17 @@ def run(folder: Path, line: str) -> None:
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
+def print_configuration(folder: Path, words: list[str]) -> None:
+    """Run `python [-m] PROGRAM ... --cfg job` in this process, which has imported what takes longest."""
+    is_module = words[1] == "-m"
+    program, *arguments = words[1 + is_module :]
+    with contextlib.chdir(folder), patch.object(sys, "argv", [program, *arguments]):
+        if is_module:
+            runpy.run_module(program, run_name="__main__")
+        else:
+            runpy.run_path(program, run_name="__main__")
+
+
 @pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.line)
 def test_training_commands_compose_as_they_stand(command):
     overrides, processes = training(command.words)
@@ -172,7 +186,7 @@ def test_commands_run(fence, checkout, sets):
         if how == "with":
             run(checkout, shlex.join(shrunk(command.words, changes, sets)))
         elif how == "compose":
-            run(checkout, shlex.join(composing(command.words)))
+            print_configuration(checkout, composing(command.words))
         else:
             run(checkout, command.line)
 
