@@ -1,5 +1,6 @@
 """Work in many processes with the results in order, and reports of how far it is."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -19,10 +20,9 @@ _function: Callable | None = None  # what a worker process does with each item
 
 
 def ordered_map(function: Callable, items: Iterable, workers: int | None) -> Iterator:
-    """Yield `function(item)` in the order of `items`; None workers are as many as this process may use cores.
+    """Yield `function(item)` in the order of `items`, of which only a few are under way at any time.
 
-    Only a few items are under way at any time, so neither the items nor the results have to fit in memory. One worker
-    works in this process. Worker processes keep their `function`, and end with this process, however it ends.
+    None workers are as many as this process may use cores; one worker is this process, others end with it.
     """
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -51,6 +51,7 @@ def ordered_map(function: Callable, items: Iterable, workers: int | None) -> Ite
 def start_worker(function: Callable) -> None:
     global _function
     _function = function
+    gc.freeze()  # what a fork has inherited, threads among it, is not this process's to tidy up
     threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
 
 
