@@ -46,6 +46,8 @@ SLOW = (
     "tests/model/test_document_mask.py::test_a_compiled_model_learns_the_same",
     "tests/model/test_factors.py::test_the_operation_is_one_that_torch_compile_can_call",
     # Kernels in Triton's interpreter, at more sizes than the fast tests have
+    "tests/model/test_two_tracks.py::test_a_hop_and_its_gradients_equal_those_of_sdpa",
+    "tests/model/test_two_tracks.py::test_the_core_equals_the_loops",
     "tests/model/test_two_tracks.py::test_every_size_of_blocks_gives_the_same",
     "tests/model/test_two_tracks.py::test_it_is_an_operation_that_pytorch_can_trace",
     "tests/model/test_two_tracks.py::test_large_scores_and_half_precision",
@@ -68,6 +70,7 @@ SLOW = (
     "tests/training/test_checkpoint.py::test_a_log_that_cannot_be_written_does_not_end_a_run",
     "tests/training/test_health.py::test_a_rollback_is_remembered_by_the_next_start",
     "tests/training/test_lock.py::test_ctrl_c_while_a_command_starts_is_no_traceback",
+    "tests/eval/test_in_training.py::test_benchmarks_are_logged_at_their_step_and_leave_no_trace_in_training",
     "tests/eval/test_in_training.py::test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps",
     "tests/slurm/test_submit.py::test_a_snapshot_runs_and_is_never_written_again",
 )
