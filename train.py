@@ -24,7 +24,7 @@ from eval.perplexity import bits_per_byte, evaluate, perplexity
 from eval.sample import sample_texts
 from model import counting
 from model.transformer import Transformer
-from training import checkpoint
+from training import checkpoint, recovery
 from training.checks import check_before_start, check_sweep
 from training.config import Config
 from training.device import Runtime, memory_gb, peak_flops
@@ -32,16 +32,6 @@ from training.engine import build_engine, release_memory, seed_step
 from training.optim import build_optimizer, finite_or_nan, learning_rate, optimizer_step
 from training.preflight import preflight
 from training.ranks import agree, from_main
-from training.recovery import (
-    GO_BACK,
-    Rollbacks,
-    checkpoint_facts,
-    end_preempted,
-    go_back,
-    load_start,
-    open_record,
-    restore_run,
-)  # fmt: skip
 from training.report import Report
 from training.run_folder import is_finished
 from training.saver import CheckpointSaver
@@ -59,7 +49,7 @@ def main(config: Config) -> int:
     benchmarks = Benchmarks(config, runtime, report.say)
     try:
         with session(config, runtime, report.say, lambda: ensure_prepared(config.data, config.tokenizer)) as run:
-            while (code := train(config, runtime, run, benchmarks, report)) == GO_BACK:
+            while (code := train(config, runtime, run, benchmarks, report)) == recovery.GO_BACK:
                 release_memory()
             return code
     except Ended as ended:
@@ -91,16 +81,16 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
     # Model, optimizer, engine: the weights are in place before DeepSpeed shards them, the optimizer's state after.
     torch.manual_seed(config.run.seed)
     model = Transformer(network, runtime.autocast_dtype, recompute=trainer.activation_checkpointing)
-    resumed = load_start(config, model, manifest, report)
+    resumed = recovery.load_start(config, model, manifest, report)
     model.to(device)
     engine = build_engine(config, runtime, model, build_optimizer(model, config.optim))
-    start_step, health = restore_run(engine, resumed, trainer)
-    rollbacks = from_main(lambda: Rollbacks(run_dir))
+    start_step, health = recovery.restore_run(engine, resumed, trainer)
+    rollbacks = from_main(lambda: recovery.Rollbacks(run_dir))
 
     # The run folder, and what is written there and shown.
     counts = counting.summary(network, trainer.seq_len)
     machine_peak = peak_flops(device, runtime.dtype) * runtime.world_size
-    metrics = open_record(config, run, start_step, manifest, counts) if runtime.is_main else None
+    metrics = recovery.open_record(config, run, start_step, manifest, tokenizer, counts) if runtime.is_main else None
     report.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
     keep = benchmarks.keep(checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best))
     saver = CheckpointSaver(run_dir, keep, report.say, run.watchdog.mark)
@@ -157,14 +147,15 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
 
             if trouble:
                 saver.finish()
-                return go_back(config, step, trouble, rollbacks, metrics, report)
+                return recovery.go_back(config, step, trouble, rollbacks, metrics, report)
             is_preempted = is_preempted and not is_last
             if is_due(step, trainer.checkpoint_every) or benchmarks.due(step) or is_last or is_preempted:
+                facts = recovery.checkpoint_facts(config, manifest, health, step, logged.get("val/loss"))
                 with run.preemption.saving():
-                    saver.save(engine, step, checkpoint_facts(config, manifest, health, step, logged.get("val/loss")))
+                    saver.save(engine, step, facts)
             benchmarks.after_step(step, is_preempted)
             if is_preempted:
-                return end_preempted(step, run, saver, metrics, report)
+                return recovery.end_preempted(step, run, saver, metrics, report)
         if not saver.finish():
             return 1
 

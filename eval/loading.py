@@ -99,8 +99,8 @@ def load_run(
         raise ConfigError(f"run={run}: {error}") from None
     load_weights(model, checkpoint)
     model = model.to(runtime.device).eval()
-    done = (facts["step"], facts["tokens"])
-    return LoadedRun(folder, config, *done, model, tokenizer, runtime, data_fingerprint=facts["data_fingerprint"])
+    trained = {key: facts[key] for key in ("step", "tokens", "data_fingerprint")}
+    return LoadedRun(folder, config, model=model, tokenizer=tokenizer, runtime=runtime, **trained)
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:

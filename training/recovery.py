@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from data.shards import Manifest
+from data.tokenizers import Tokenizer
 from model.transformer import Transformer
 from training import checkpoint
 from training.config import Config, TrainerConfig
@@ -100,9 +101,11 @@ def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[in
     return facts["step"], Health(trainer, **facts["health"])
 
 
-def open_record(config: Config, run: Session, start_step: int, data: Manifest, facts: dict[str, float]) -> Metrics:
+def open_record(
+    config: Config, run: Session, start_step: int, data: Manifest, tokenizer: Tokenizer, facts: dict[str, float]
+) -> Metrics:
     """Make the run folder and open its record, with `facts` in W&B's summary; a start is an event, a return is not."""
-    create_run_folder(config)
+    create_run_folder(config, tokenizer)
     metrics = Metrics(config, start_step)
     facts = facts | {"unigram_entropy": data.unigram_entropy, "data_fingerprint": data.fingerprint}
     facts["tokenizer_fingerprint"] = data.tokenizer["fingerprint"]

@@ -20,7 +20,7 @@ from configs.app import as_yaml
 from configs.errors import ConfigError, writing
 from configs.load import load, to_dict
 from data.files import write_atomic
-from data.tokenizers import load_tokenizer
+from data.tokenizers import Tokenizer
 from training.config import Config, upgrade
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers: nobody has them
@@ -67,12 +67,12 @@ def is_finished(run_dir: str | Path) -> bool:
     return (Path(run_dir) / "summary.json").exists()
 
 
-def create_run_folder(config: Config) -> None:
+def create_run_folder(config: Config, tokenizer: Tokenizer) -> None:
     """Make the folder, its config.yaml and its copy of the tokenizer. ConfigError if it cannot be written."""
     folder = Path(config.run.dir)
     with writing("run.dir", folder, "; choose another with run.dir="):
         folder.mkdir(parents=True, exist_ok=True)
-        load_tokenizer(config.tokenizer, config.data.dir).save(folder)
+        tokenizer.save(folder)
         write_atomic(folder / "config.yaml", as_yaml(to_dict(config)))
 
 

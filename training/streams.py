@@ -27,4 +27,6 @@ class Lenient:
 
 def make_streams_lenient() -> None:
     """Let this process write on, from here to its end, when its standard streams fail."""
-    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
+    if not isinstance(sys.stdout, Lenient):  # as they are from the second run of a sweep on
+        sys.stdout = Lenient(sys.stdout)
+        sys.stderr = Lenient(sys.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
@@ -61,7 +62,7 @@ class SourceConfig(Block):
         return self
 
 
-class Source:
+class Source(ABC):
     """A source as `data` describes it. A source that reads a key of its own adds it to `SourceConfig`, and to
     `identity_keys` and `settings_keys` if it decides what the documents are."""
 
@@ -84,17 +85,18 @@ class Source:
     def check(self) -> None:
         """Raise ConfigError if a quick look finds no documents."""
 
+    @abstractmethod
     def open(self) -> Stream:
         """Return the documents from the first one. ConfigError if there are none, or they lack the column."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self) -> list:
-        """Return, as plain values, what changes whenever the documents do."""
-        raise NotImplementedError
+        """Return, as plain values, what changes whenever the documents do; nothing if it is not made from documents."""
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the facts."""
-        return hashlib.sha256(json.dumps(self.facts()).encode()).hexdigest()
+        """Return the SHA-256 of the facts; empty without any, as for shards that another program wrote."""
+        facts = self.facts()
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else ""
 
 
 def source_names() -> list[str]:

@@ -39,8 +39,8 @@ class Shards(Source):
     def open(self) -> Stream:
         raise ConfigError("data.source=shards: holds tokens and no documents; choose another source")
 
-    def fingerprint(self) -> str:
-        return ""  # by which a manifest shows that another program wrote the shards
+    def facts(self) -> list:
+        return []  # by which a manifest shows that another program wrote the shards
 
     def files(self) -> dict[str, list[Path]]:
         """Return the files of each split, sorted by name. ConfigError if a split has none."""

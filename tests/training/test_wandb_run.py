@@ -14,6 +14,7 @@ import wandb
 import train
 from configs.app import configured
 from configs.load import flatten, to_dict
+from data.tokenizers import load_tokenizer
 from eval import run as eval_run
 from eval.config import EvalConfig
 from tests.conftest import ROOT, SMALL_RUN
@@ -302,7 +303,7 @@ def test_a_requeued_run_is_one_run_without_a_gap(requeued):
 
 def test_the_training_process_passes_on_what_an_evaluation_adds(small_run):
     config = configured(Config, [*small_run, *OFFLINE])
-    create_run_folder(config)
+    create_run_folder(config, load_tokenizer(config.tokenizer, config.data.dir))
     record = Metrics(config, 0)
     record.log(1, 10, {"train/loss": 2.0})
     append_line(record.path, {"step": 1, "tokens": 10, "eval/task/acc": 0.5})
@@ -320,7 +321,7 @@ def test_wandb_that_cannot_start_or_fails_later_does_not_stop_a_run(small_run, m
         raise OSError("no room")
 
     config = configured(Config, [*small_run, "wandb.mode=offline"])
-    create_run_folder(config)
+    create_run_folder(config, load_tokenizer(config.tokenizer, config.data.dir))
     with monkeypatch.context() as patch:
         patch.setattr(wandb, "init", refuse)
         record = Metrics(config, 0)
