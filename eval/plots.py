@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from itertools import pairwise, product
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 # Where a label may stand next to its point, the best place first: directions, at each of the distances in points.
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
@@ -15,6 +14,8 @@ VERTICAL = {1: "bottom", 0: "center", -1: "top"}
 
 def plain_ticks(axis, values: Iterable[float] = ()) -> None:
     """Write the ticks of an axis as plain numbers; with `values`, there and nowhere else."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # takes 0.2 s
+
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}")
     axis.set_major_formatter(plain)
     axis.set_minor_formatter(plain)

@@ -16,8 +16,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
-
 from data.parallel import ordered_map, with_rates
 from data.sources.base import Source, Stream
 
@@ -42,6 +40,8 @@ class Builtin(Source):
     on_first_use = True
 
     def open(self) -> Stream:
+        import datasets  # takes half a second
+
         return datasets.Dataset.from_list(self.corpus()).to_iterable_dataset()
 
     def facts(self) -> list:

@@ -6,11 +6,10 @@ import io
 import itertools
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
 import pyarrow.parquet
 
 from configs.errors import ConfigError, each
@@ -43,20 +42,23 @@ class Files(Source):
         wrong = f"data.files={config.files}: cannot be read as {kind}"
         if kind == "parquet":
             check_parquet(files, config.column, wrong)
-            options = {"files": files, "column": config.column}
-            return datasets.IterableDataset.from_generator(parquet_rows, gen_kwargs=options)
+            return generated(parquet_rows, files=files, column=config.column)
         if kind == "text":
-            options = {"files": files, "limit": config.max_document_bytes}
-            return datasets.IterableDataset.from_generator(whole_texts, gen_kwargs=options)
+            return generated(whole_texts, files=files, limit=config.max_document_bytes)
         limit = 2 * config.max_document_bytes + 10_000  # of a line: escapes may double the bytes of the text
-        options = {"files": files, "column": config.column, "limit": limit}
-        lines = datasets.IterableDataset.from_generator(json_lines, gen_kwargs=options)
+        lines = generated(json_lines, files=files, column=config.column, limit=limit)
         check_column(lines, config.column, wrong, files[0])
         return lines
 
     def facts(self) -> list:
         stats = [(file, Path(file).stat()) for file in self.files()]
         return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+def generated(documents: Callable[..., Iterator[dict]], **arguments) -> Stream:
+    import datasets  # takes half a second
+
+    return datasets.IterableDataset.from_generator(documents, gen_kwargs=arguments)
 
 
 def matches(pattern: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-import datasets
-
 from configs.errors import ConfigError
 from data.sources.base import Source, Stream
 
@@ -18,6 +16,8 @@ class Hub(Source):
             yield "path is not set: give the name of a data set on the Hugging Face hub"
 
     def open(self) -> Stream:
+        import datasets  # takes half a second
+
         config, column = self.config, self.config.column
         wrong = f"data.path={config.path}: cannot be read as a Hugging Face data set"
         options = {"name": config.subset, "split": config.split, "revision": config.revision}
@@ -30,8 +30,7 @@ class Hub(Source):
         if not first:
             raise ConfigError(f"{wrong}: it is empty")
         if column not in first:
-            names = ", ".join(first)
-            raise ConfigError(f"data.column={column}: no such column in the documents; columns there: {names}")
+            raise ConfigError(f"data.column={column}: no such column in the documents; there are {', '.join(first)}")
         stream = (stream if config.streaming else stream.to_iterable_dataset()).select_columns([column])
         return stream if column == "text" else stream.rename_columns({column: "text"})
 

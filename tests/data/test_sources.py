@@ -236,7 +236,7 @@ def test_the_hubs_loader(tmp_path, streaming, monkeypatch):
 
 def test_the_hubs_mistakes(tmp_path):
     on_the_hub(tmp_path / "set", texts(3), column="words")
-    with pytest.raises(ConfigError, match="data.column=content: no such column in the documents; columns there: words"):
+    with pytest.raises(ConfigError, match="data.column=content: no such column in the documents; there are words"):
         source_of(hub(tmp_path / "set")).open()
     wrong = hub(tmp_path / "set", split="test")
     with pytest.raises(ConfigError, match="data.path=.*set: cannot be read as a Hugging Face data set: .*test"):

@@ -20,7 +20,7 @@ def test_agreement_reports_what_does_not_agree(monkeypatch):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(capsys, monkeypatch):
     monkeypatch.setattr(torture, "MOMENTS", ("saving",))
     monkeypatch.setattr(torture, "STEPS_A_LIFE", 6)
-    assert torture.main(kills="1") == 0
+    assert torture.main(kills="1", processes="1") == 0
     out = capsys.readouterr().out
     assert "1 kills (1 while saving)" in out and "equal those of the undisturbed run" in out
 
