@@ -3,17 +3,16 @@
 A configuration class stands next to the code that reads it; a default stands there and nowhere else.
 """
 
-import inspect
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
+from pydantic import ValidationError
 
+from configs.block import Block, target_of, to_dict
 from configs.errors import ConfigError, Mistakes, did_you_mean
 
 REMEDIES = {  # by pydantic's type of an error, or by the type's first word
@@ -22,11 +21,14 @@ REMEDIES = {  # by pydantic's type of an error, or by the type's first word
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
+    "enum": "{expected}",
     "finite_number": "a finite number",
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
-    "string_pattern_mismatch": "a plain folder name (use run.dir for a path)",
+    "string_pattern_mismatch": "a plain file name",
+    "string_too_short": "at least {min_length} characters",
+    "string_too_long": "at most {max_length} characters",
     "string": "text",
     "list": "a list, as in [A,B]",
     "dict": "a mapping",
@@ -37,60 +39,13 @@ RENAMED = {  # what older command lines have: what does the same now
     "core=flash_tpa": "core=full core.kernel=factors",
     "factors": "core.kernel=factors",
 }
-T = TypeVar("T", bound="Block")
-
-
-class Block(BaseModel):
-    """A group of configuration keys. Unknown keys, wrong types and numbers that are not finite are mistakes."""
-
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
-
-    def replace(self: T, **changes: Any) -> T:
-        """Return a copy with `changes`, which are not validated again."""
-        return self.model_copy(update=changes)
-
-
-class Choice(Block):
-    """A block whose `_target_` names the class, derived from the expected one, that validates the other keys."""
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _choose(cls, value: Any, handler):
-        if not isinstance(value, Mapping) or "_target_" not in value:
-            if inspect.isabstract(cls) and not isinstance(value, cls):
-                raise Mistakes(f"_target_ is not set: it names a class derived from {cls.__name__}")
-            return handler(value)
-        rest = {key: item for key, item in value.items() if key != "_target_"}
-        return target_of(value, cls).model_validate(rest)
-
-    @model_serializer(mode="wrap")
-    def _name(self, handler) -> dict[str, Any]:
-        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"} | handler(self)
+T = TypeVar("T", bound=Block)
 
 
 class Command(Block):
     """The whole configuration of a command, composed from `configs/<yaml>.yaml`."""
 
     yaml: ClassVar[str] = "train"
-
-
-def target_of(node: Mapping, expected: type[T]) -> type[T]:
-    """Return the class that `node["_target_"]` names, or `expected` without one. Mistakes if it cannot be that."""
-    name = node.get("_target_")
-    if name is None:
-        return expected
-    try:
-        found = get_object(name)
-    except Exception as error:  # whatever importing a stranger's module raises
-        raise Mistakes(f"_target_={name}: cannot be imported ({error})") from error
-    if not (isinstance(found, type) and issubclass(found, expected)):
-        raise Mistakes(f"_target_={name}: must be a class derived from {expected.__name__}")
-    return found
-
-
-def to_dict(block: Block) -> dict[str, Any]:
-    """Return a configuration as plain values, from which `load` makes it again."""
-    return block.model_dump(serialize_as_any=True)
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -170,7 +125,8 @@ def explain(error: dict[str, Any], tree: Mapping, schema: type[Block]) -> list[t
         return [(key, f"{key}: unknown key; {did_you_mean(str(last), known_at(parents, tree, schema), prefix)}")]
     if error["type"] == "missing" or error["input"] is None:
         return [(key, f"{key} is not set: give it as {key}=...")]
-    return [(key, f"{key}={shown(error['input'])}: {remedy(error)}")]
+    value = shown(error["input"])
+    return [(key, f"{key}={value if value.isprintable() else repr(value)}: {remedy(error)}")]
 
 
 def known_at(path: list, tree: Mapping, schema: type[Block]) -> list[str]:
