@@ -25,8 +25,8 @@ import numpy as np
 
 from configs.errors import ConfigError
 from data.config import DataConfig, TokenizerConfig
-from data.documents import SPLITS, Tokenised, Tokeniser, good_documents
-from data.files import write_atomic
+from data.documents import SPLITS, Division, Tokenised, Tokeniser, good_documents
+from data.files import seal, write_atomic
 from data.parallel import ordered_map, report, with_rates
 from data.shards import MANIFEST_FILE, Manifest, ShardWriter, Split, fingerprint_of, map_tokens
 from data.sources.base import Source, Stream, batches, documents_of, source_of
@@ -36,6 +36,7 @@ JOURNAL_FILE = "journal.json"
 JOURNAL_EVERY = 20  # seconds; and after each finished shard
 TASK_DOCUMENTS, TASK_CHARACTERS = 512, 500_000  # of a work item, whichever comes first
 CHUNK = 4_000_000  # tokens joined at a time
+CHANGED = "the documents (the names, sizes or times of their files) have changed"
 END = "end"  # where the source of a finished part stands
 
 
@@ -135,8 +136,10 @@ class Preparation:
         self.save()
 
     def finish(self) -> Manifest:
-        """Finish the last shards and write the manifest. ConfigError if a split is empty."""
+        """Finish the last shards and write the manifest. ConfigError if a split is empty, or the documents changed."""
         check_splits(self.documents, self.skipped, self.job.data)
+        if self.job.source.has_changed(self.job.identity["source"]):
+            raise ConfigError(f"data.dir={self.job.data.dir}: {CHANGED} while they were prepared; start again")
         self.close()
         splits = {}
         for split, writer in self.writers.items():
@@ -176,6 +179,7 @@ def write_manifest(
         token_dtype=dtype,
         version=2,
     )
+    manifest.checksum = seal(asdict(manifest))
     write_atomic(dir / MANIFEST_FILE, json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
 
@@ -192,18 +196,18 @@ def read_journal(dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def build(job: Job, dir: Path) -> Manifest:
     """Make shards, tokenizer and manifest in `dir`, resuming from what an earlier start has left there."""
     stream = job.source.open()
-    val_up_to = validation_up_to(stream, job.data)
-    made = Preparation(dir, job, job.identity, lambda: make_tokenizer(job, stream, val_up_to))
-    tokenise_all(stream, made, val_up_to)
+    division = divide(stream, job.data)
+    made = Preparation(dir, job, job.identity, lambda: make_tokenizer(job, stream, division))
+    tokenise_all(stream, made, division)
     return made.finish()
 
 
-def tokenise_all(stream: Stream, made: Preparation, val_up_to: float) -> None:
+def tokenise_all(stream: Stream, made: Preparation, division: Division) -> None:
     """Add what `made` does not have yet of `stream`."""
     job = made.job
     if made.stream_state:
         stream.load_state_dict(made.stream_state)
-    tokeniser = Tokeniser(job.tokenizer, made.dir, val_up_to, job.data.max_document_bytes)
+    tokeniser = Tokeniser(job.tokenizer, made.dir, division, job.data.max_document_bytes)
     tasks = batches(stream, TASK_DOCUMENTS, TASK_CHARACTERS)
     counts = {
         "documents": lambda result: result[0].documents.total() + result[0].skipped.total(),
@@ -221,37 +225,49 @@ def check_splits(documents: Counter, skipped: Counter, data: DataConfig) -> None
     total = documents.total()
     if not total:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "there are no documents"
-        raise ConfigError(f"data.column={data.column}: no document holds text ({reasons})")
+        is_long = skipped["too long"] and not data.separator
+        remedy = "; data.separator= cuts a text file into documents" if is_long else ""
+        raise ConfigError(f"data.column={data.column}: no document holds text ({reasons}){remedy}")
     if not all(documents[split] for split in SPLITS):
         raise ConfigError(
             f"data.val_fraction={data.val_fraction}: {total} document(s) cannot be split into train and val: at least "
-            "two different documents are needed (a text file is one), and a fraction that gives each split some"
+            "two different documents are needed (a text file is one), or data.validation=ends, which takes the end of "
+            "each document for validation"
         )
 
 
-def validation_up_to(stream: Stream, data: DataConfig) -> float:
-    """Return the place up to which documents are validation: `val_fraction`, or the lowest place if none lies there.
+def divide(stream: Stream, data: DataConfig) -> Division:
+    """Return how the documents are divided: up to `val_fraction`, or to the lowest place if none lies there.
 
     Reads the source until both splits have a document, or to its end: hashes alone, before any work is done.
     """
     skipped, total, lowest, highest = Counter(), 0, 1.0, 0.0
+    if data.validation == "ends":
+        ends, documents = Division(-1.0, data.val_fraction), Counter()
+        for text, _, place in good_documents(documents_of(stream), data.max_document_bytes, skipped):
+            documents.update(ends(text, place).keys())
+            if all(documents[split] for split in SPLITS):
+                break
+        check_splits(documents, skipped, data)
+        return ends
     for _, _, place in good_documents(documents_of(stream), data.max_document_bytes, skipped):
         total, lowest, highest = total + 1, min(lowest, place), max(highest, place)
         if lowest <= data.val_fraction < highest:
-            return data.val_fraction
+            return Division(data.val_fraction)
     up_to = max(data.val_fraction, lowest)
     train = max(0, total - 1) if highest > up_to else 0
     check_splits(Counter(train=train, val=total - train), skipped, data)
-    return up_to
+    return Division(up_to)
 
 
-def make_tokenizer(job: Job, stream: Stream, val_up_to: float) -> Tokenizer:
+def make_tokenizer(job: Job, stream: Stream, division: Division) -> Tokenizer:
     """Return the tokenizer that is configured, or one trained on the training documents of `stream`."""
     if tokenizer := new_tokenizer(job.tokenizer):
         return tokenizer
     report(f"Training {job.tokenizer.name} on the train split", job.progress)
     good = good_documents(documents_of(stream), job.data.max_document_bytes, Counter())
-    return train_sentencepiece((text for text, _, place in good if place > val_up_to), job.tokenizer)
+    texts = (division(text, place).get("train") for text, _, place in good)
+    return train_sentencepiece(filter(None, texts), job.tokenizer)
 
 
 def prepare_part(job: Job, part: int) -> None:
@@ -263,18 +279,18 @@ def prepare_part(job: Job, part: int) -> None:
     stream = job.source.open()
     if stream.num_shards < job.parts:
         raise ConfigError(f"parts={job.parts}: the source has {stream.num_shards} file(s); a part is at least one")
-    val_up_to = validation_up_to(stream, job.data)
+    division = divide(stream, job.data)
     folder, store = job.part_dir(part), job.parts_dir / "tokenizer"
     store.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{store}.lock"):
         if not any(store.glob("tokenizer.*")):
-            make_tokenizer(job, stream, val_up_to).save(store)
+            make_tokenizer(job, stream, division).save(store)
     with filelock.FileLock(f"{folder}.lock"):
         if job.finished_part(part):
             report(f"{folder}: finished already", job.progress)
             return
         made = Preparation(folder, job, job.identity | {"part": part}, lambda: load_tokenizer(job.tokenizer, store))
-        tokenise_all(job.source.open().shard(num_shards=job.parts, index=part, contiguous=True), made, val_up_to)
+        tokenise_all(job.source.open().shard(num_shards=job.parts, index=part, contiguous=True), made, division)
         made.stream_state = END
         made.close()
 

@@ -1,11 +1,15 @@
 """The configuration of data and tokenizers, and of the commands that work on them."""
 
+import hashlib
+import json
 from typing import Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
+from configs.block import Block
 from configs.errors import Mistakes
-from configs.load import Block, Command
+from configs.kinds import Name, OptionalPath
+from configs.load import Command
 from data.sources.base import SourceConfig, source_of
 
 UINT16_TOKENS = 2**16  # as many as the smaller of the two dtypes tells apart
@@ -14,12 +18,12 @@ UINT16_TOKENS = 2**16  # as many as the smaller of the two dtypes tells apart
 class TokenizerConfig(Block):
     """A tokenizer of one of three libraries."""
 
-    name: str
+    name: Name
     kind: Literal["sentencepiece", "tiktoken", "huggingface"]
     vocab_size: int = Field(ge=1, le=2**31)
-    encoding: str | None = None  # tiktoken: its name
-    path: str | None = None  # a file that holds it; null: train it. huggingface: a folder or a name on the hub, too
-    end_of_text: str = "<|endoftext|>"  # huggingface: the token that ends a document
+    encoding: str | None = Field(None, min_length=1)  # tiktoken: its name
+    path: OptionalPath = None  # a file that holds it; null: train it. huggingface: a folder or a name on the hub, too
+    end_of_text: str = Field("<|endoftext|>", min_length=1)  # huggingface: the token that ends a document
     byte_fallback: bool = True  # sentencepiece: characters outside the vocabulary become bytes
 
     @model_validator(mode="after")
@@ -44,8 +48,10 @@ class TokenizerConfig(Block):
 class DataConfig(SourceConfig):
     """Where documents come from, and how they are split and stored."""
 
-    name: str
-    val_fraction: float = Field(0.05, gt=0, lt=1)  # of the documents, chosen by a hash of their name or text
+    name: Name
+    val_fraction: float = Field(0.05, gt=0, lt=1)  # the share of `validation`
+    # What is validation: documents chosen by a hash of their name or text, or the end of each document.
+    validation: Literal["documents", "ends"] = "documents"
     shard_tokens: int = Field(100_000_000, ge=1, lt=2**31)  # the header of a shard holds no larger number
     token_dtype: Literal["auto", "uint16", "uint32"] = "auto"  # auto: uint16 if the vocabulary fits, else uint32
     document_mask: bool = False  # tokens attend to their own document only, and positions start again with each
@@ -61,8 +67,16 @@ class DataConfig(SourceConfig):
 
 
 def fill_data_dir(data: DataConfig, tokenizer: TokenizerConfig) -> DataConfig:
-    """Return `data` with its default folder if it has none."""
-    return data if data.dir else data.replace(dir=f"data/shards/{data.name}-{tokenizer.name}")
+    """Return `data` with its default folder if it has none.
+
+    A choice that stands for any documents, such as data=files, has a folder for each set of keys that it is given.
+    """
+    if data.dir:
+        return data
+    name = f"{data.name}-{tokenizer.name}"
+    if source_of(data).is_any and data.name == data.source:
+        name += "-" + hashlib.sha256(json.dumps(data.settings(), sort_keys=True).encode()).hexdigest()[:8]
+    return data.replace(dir=f"data/shards/{name}")
 
 
 def check_vocabulary(data: DataConfig, tokenizer: TokenizerConfig) -> None:

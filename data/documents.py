@@ -73,13 +73,29 @@ def good_documents(documents: Iterable[dict], max_bytes: int, skipped: Counter) 
             yield document["text"], len(content), place(document.get("name", "").encode() or content)
 
 
+@dataclass(frozen=True)
+class Division:
+    """How documents become training and validation."""
+
+    val_up_to: float  # documents whose place is at most this are validation
+    tail: float = 0.0  # the share of every other document, at its end, that is validation too
+
+    def __call__(self, text: str, place: float) -> dict[str, str]:
+        """Return the text of each split, of those that have any; a tail begins where a line does, if it can."""
+        if place <= self.val_up_to or not self.tail:
+            return {"val" if place <= self.val_up_to else "train": text}
+        at = len(text) - round(self.tail * len(text))
+        at = (text.rfind("\n", 0, at) + 1) or at
+        return {split: part for split, part in (("train", text[:at]), ("val", text[at:])) if part.strip()}
+
+
 @dataclass
 class Tokeniser:
     """Turn (documents, the state of the source after them) into (what has become of them, that state)."""
 
     config: TokenizerConfig
     dir: Path  # where the tokenizer is stored
-    val_up_to: float  # documents whose place is at most this are validation
+    division: Division
     max_bytes: int
 
     @cached_property
@@ -91,8 +107,9 @@ class Tokeniser:
         documents, state = item
         done = Tokenised()
         found: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}  # (text, its bytes)
-        for text, size, where in good_documents(documents, self.max_bytes, done.skipped):
-            found["val" if where <= self.val_up_to else "train"].append((text, size))
+        for text, _, where in good_documents(documents, self.max_bytes, done.skipped):
+            for split, part in self.division(text, where).items():
+                found[split].append((part, len(part.encode())))
         for split, texts in found.items():
             tokens = self.encoded(texts)
             if tokens is None:  # one of them cannot be, such as a million spaces in a row

@@ -4,6 +4,7 @@ Prints statistics and samples, and plots the lengths of documents (default: leng
 Exits with 0 if all is intact, 1 if something is broken (a line for each problem), 2 if the data is not prepared.
 """
 
+import glob
 import io
 from pathlib import Path
 
@@ -13,18 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.app import app
-from configs.errors import writing
-from data.config import DataCommand
+from configs.errors import ConfigError, writing
+from configs.kinds import OptionalPath
+from data.config import DataCommand, DataConfig, TokenizerConfig
 from data.files import write_atomic
 from data.prepare import ensure_prepared
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest, verify
+from data.sources.base import source_of
 from data.tokenizers import Tokenizer, load_tokenizer
 
 SAMPLES, SAMPLE_TOKENS = 3, 100
 
 
 class InspectConfig(DataCommand):
-    out: str | None = None  # the file of the plot
+    out: OptionalPath = None  # the file of the plot
 
 
 def inspect(dir: str | Path, console: Console, out: str | Path | None = None) -> list[str]:
@@ -104,10 +107,29 @@ def plot_lengths(lengths: dict[str, np.ndarray], title: str, path: Path) -> None
         write_atomic(path, picture.getvalue())
 
 
+def find_folder(data: DataConfig, tokenizer: TokenizerConfig) -> Path:
+    """Return the folder to inspect: data.dir or, if no documents are named, the only one that was prepared of such.
+
+    ConfigError if nothing is prepared, or several are.
+    """
+    dir = Path(data.dir)
+    if (dir / MANIFEST_FILE).is_file():
+        return dir
+    is_open = source_of(data).is_any and not (data.files or data.path or data.mixture)
+    name, _, digest = dir.name.rpartition("-")
+    others = sorted(path.parent for path in dir.parent.glob(f"{glob.escape(name)}-{'?' * len(digest)}/{MANIFEST_FILE}"))
+    if is_open and len(others) > 1:
+        names = " or ".join(map(str, others))
+        raise ConfigError(f"data={data.name}: several are prepared; choose one with data.dir={names}")
+    if is_open and others:
+        return others[0]
+    ensure_prepared(data, tokenizer)  # inspecting is a first use
+    return dir
+
+
 def main(config: InspectConfig) -> int:
-    if not (Path(config.data.dir) / MANIFEST_FILE).is_file():
-        ensure_prepared(config.data, config.tokenizer)  # inspecting is a first use
-    return 1 if inspect(config.data.dir, Console(soft_wrap=True), config.out) else 0
+    folder = find_folder(config.data, config.tokenizer)
+    return 1 if inspect(folder, Console(soft_wrap=True), config.out) else 0
 
 
 if __name__ == "__main__":

@@ -15,24 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.app import app, choices, configured
-from configs.errors import ConfigError, writing
+from configs.errors import ConfigError, Mistakes, each, writing
 from configs.load import shown
-from data.build import JOURNAL_FILE, Job, build, is_unfinished, join, prepare_part
+from data.build import CHANGED, JOURNAL_FILE, Job, build, is_unfinished, join, prepare_part
 from data.config import DataCommand, DataConfig, TokenizerConfig, fill_data_dir
+from data.files import make_folder, remove_empty
 from data.parallel import report
 from data.shards import MANIFEST_FILE, SPLITS, Manifest, TokenShards, read_manifest
 from data.sources.base import source_of
 from data.tokenizers import new_tokenizer
 
+OLDER = {"data.validation": "documents", "data.separator": None}  # what older manifests do not say
 PLAIN = re.compile(r"[A-Za-z_./*][\w./*:+@%?-]*")  # a text that Hydra takes as it stands
 
 
 class PrepareConfig(DataCommand):
-    part: int = 0  # of `parts`, from 0
-    parts: int = Field(1, ge=1)
+    part: int = Field(0, ge=0, lt=10**5)  # of `parts`, from 0
+    parts: int = Field(1, ge=1, le=10**5)
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self):
+        if self.part >= self.parts:
+            raise Mistakes(f"part={self.part}: must be less than parts={self.parts}")
+        return self
 
 
 def prepare(
@@ -46,11 +54,15 @@ def prepare(
     dir, job = Path(data.dir), Job(data, tokenizer, progress, parts)
     unfinished, lock = dir.with_name(f"{dir.name}.partial"), dir.with_name(f"{dir.name}.lock")
     if found := prepared(data, tokenizer):
+        if job.source.has_changed(found.source):
+            raise ConfigError(
+                f"data.dir={dir}: {CHANGED} since they were prepared; remove the folder to prepare them again, or "
+                "choose another data.dir"
+            )
         report(f"{dir}: already prepared, {describe(found)}", progress)
         return found
     check_before_work(data, tokenizer)
-    with writing("data.dir", dir, "; what is finished is kept, and the same command resumes"):
-        dir.parent.mkdir(parents=True, exist_ok=True)
+    with writing("data.dir", dir, "; what is finished is kept, and the same command resumes"), folder_for(dir):
         if parts > 1:
             prepare_part(job, part)
             if not all(job.finished_part(each) for each in range(parts)):
@@ -77,6 +89,17 @@ def prepare(
 
 
 @contextmanager
+def folder_for(dir: Path) -> Iterator[None]:
+    """Make the folder that `dir` will stand in; remove it if what follows fails and leaves nothing there."""
+    made = make_folder(dir.parent)
+    try:
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+@contextmanager
 def alone(path: Path, words: str, progress: bool) -> Iterator[None]:
     """Hold a lock; report `words` if another process has it first."""
     if path.exists() and path.stat().st_size:
@@ -99,8 +122,13 @@ def alone(path: Path, words: str, progress: bool) -> Iterator[None]:
 
 
 def ensure_prepared(data: DataConfig, tokenizer: TokenizerConfig, progress: bool = True) -> Manifest:
-    """Return the manifest, preparing the data if its source allows that on first use, else ConfigError."""
+    """Return the manifest, preparing the data if its source allows that on first use, else ConfigError.
+
+    That the documents have changed since is reported: the shards are what they were.
+    """
     if found := prepared(data, tokenizer):
+        if source_of(data).has_changed(found.source):
+            report(f"{data.dir}: {CHANGED} since they were prepared; the shards are those of before", progress)
         return found
     if not source_of(data).on_first_use:
         raise ConfigError(f"data.dir={data.dir}: not prepared: run `{preparing_command(data, tokenizer)}`")
@@ -115,7 +143,7 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     manifest = read_manifest(dir)
     ours, theirs = (
         settings | {f"tokenizer.{key}": value for key, value in block.model_dump(exclude={"name"}).items()}
-        for settings, block in ((data.settings(), tokenizer), (manifest.settings, manifest.tokenizer_config()))
+        for settings, block in ((data.settings(), tokenizer), (OLDER | manifest.settings, manifest.tokenizer_config()))
     )
     not_ours = not manifest.source or source_of(data).in_place
     remedy = f"choose another data.dir or remove {f'its {MANIFEST_FILE}' if not_ours else 'the folder'}"
@@ -134,7 +162,6 @@ def prepared(data: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
 def check_before_work(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     """Raise ConfigError for what can be found wrong before anything is written."""
     dir, source = Path(data.dir), source_of(data)
-    new_tokenizer(tokenizer)
     if not source.in_place and dir.exists():
         if not dir.is_dir():
             raise ConfigError(f"data.dir={dir}: is a file, must be a folder or a free name")
@@ -142,7 +169,7 @@ def check_before_work(data: DataConfig, tokenizer: TokenizerConfig) -> None:
             raise ConfigError(
                 f"data.dir={dir}: holds files but no {MANIFEST_FILE}; choose another data.dir or remove the folder"
             )
-    source.check()
+    each(lambda check: check(), (lambda: new_tokenizer(tokenizer), source.check))
 
 
 def preparing_command(data: DataConfig, tokenizer: TokenizerConfig) -> str:

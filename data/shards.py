@@ -7,19 +7,20 @@ it, `<shard>.index.npy` holds the offsets (uint32) at which its documents start.
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import ConfigError
 from data.config import TokenizerConfig
 from data.documents import SPLITS
-from data.files import sha256_of, write_atomic
+from data.files import seal, sha256_of, write_atomic
 from data.tokenizers import load_tokenizer
 
 FORMATS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}  # llm.c's magic and version: of GPT-2's, of Llama 3's
@@ -30,7 +31,7 @@ PREPARE_AGAIN = "remove it and prepare the data again (with its folder, unless a
 
 @dataclass
 class Shard:
-    file: str
+    file: Annotated[str, Field(pattern=r"^[^/\x00]*[^./\x00][^/\x00]*$")]  # a name in the folder, not a path
     tokens: int
     documents: int  # that end in this shard
     sha256: str  # of the whole file
@@ -60,6 +61,7 @@ class Manifest:
     source: str  # fingerprint of the documents; empty if another program wrote the shards
     token_dtype: str = "uint16"
     version: Literal[2]  # another number for another format
+    checksum: str = ""  # of all of the above; older manifests have none
 
     def tokenizer_config(self) -> TokenizerConfig:
         return TokenizerConfig(**{key: value for key, value in self.tokenizer.items() if key != "fingerprint"})
@@ -101,7 +103,10 @@ def read_manifest(dir: str | Path) -> Manifest:
     """Return the manifest of a data folder. ConfigError if there is none, or one that this code did not write."""
     path = Path(dir) / MANIFEST_FILE
     try:
-        return TypeAdapter(Manifest).validate_json(path.read_bytes())
+        manifest = TypeAdapter(Manifest).validate_json(content := path.read_bytes())
+        if manifest.checksum and manifest.checksum != seal(json.loads(content)):
+            raise ConfigError(f"{path}: was changed since it was written; {PREPARE_AGAIN}")
+        return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"data.dir={dir}: not prepared: run `python -m data.prepare data=NAME`") from None
     except ValidationError as error:

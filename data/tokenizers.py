@@ -167,7 +167,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer, self.decode_list = tokenizer, partial(tokenizer.decode, skip_special_tokens=False)
         self.vocab_size, self.end_of_text = max(vocabulary.values()) + 1, vocabulary[end_of_text]
         self.content = text.encode()
-        self.fingerprint = hashlib.sha256(f"{text}\0{end_of_text}".encode()).hexdigest()
+        self.fingerprint = self.fingerprint_of(text, end_of_text)
+
+    @staticmethod
+    def fingerprint_of(text: str, end_of_text: str) -> str:
+        """Return the fingerprint of a tokenizer.json whose text is `text`."""
+        return hashlib.sha256(f"{text}\0{end_of_text}".encode()).hexdigest()
 
     @classmethod
     def read(cls, config: TokenizerConfig) -> "HuggingFaceTokenizer":

@@ -10,10 +10,14 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.block import Block
 from configs.errors import ConfigError, Mistakes
-from configs.load import Block
+from configs.kinds import OptionalFolder, OptionalPath
 
-DOCUMENT_KEYS = ("source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction")
+DOCUMENT_KEYS = (
+    "source", "files", "path", "subset", "split", "revision", "mixture", "column", "separator", "val_fraction",
+    "validation",
+)  # fmt: skip
 
 
 class Stream(Protocol):
@@ -35,16 +39,19 @@ class SourceConfig(Block):
 
     in_mixture: ClassVar[bool] = False
     source: str  # a file in data/sources
-    dir: str | None = None  # where the shards are; default: data/shards/<data.name>-<tokenizer.name>
+    # Where the shards are; default: data/shards/<data.name>-<tokenizer.name>, with a hash of the keys if the name alone
+    # does not say which documents.
+    dir: OptionalFolder = None
     files: list[str] = Field(default_factory=list)  # globs of parquet, jsonl or text files
-    path: str | None = None  # hub: the name of a data set, or a folder laid out like one
-    subset: str | None = None  # hub: its configuration
-    split: str = "train"  # hub
-    revision: str | None = None  # hub: a commit, tag or branch; null: the most recent
+    path: OptionalPath = None  # hub: the name of a data set, or a folder laid out like one
+    subset: str | None = Field(None, min_length=1)  # hub: its configuration
+    split: str = Field("train", min_length=1)  # hub
+    revision: str | None = Field(None, min_length=1)  # hub: a commit, tag or branch; null: the most recent
     streaming: bool = True  # hub: read while downloading; false: download everything first
     mixture: list[dict[str, Any]] = Field(default_factory=list)  # each with a weight, a source and the source's keys
-    column: str = "text"
-    max_document_bytes: int = Field(10_000_000, ge=1)  # longer documents are skipped
+    separator: str | None = Field(None, min_length=1)  # between the documents of a text file; null: a file is one
+    column: str = Field("text", min_length=1)
+    max_document_bytes: int = Field(10_000_000, ge=1, le=2**40)  # longer documents are skipped
     workers: int | None = Field(None, ge=1, le=1024)  # processes; null: one for each core
 
     @field_validator("source")
@@ -70,6 +77,9 @@ class Source(ABC):
     mixable: ClassVar[bool] = True  # it can be part of a mixture
     divisible: ClassVar[bool] = False  # it consists of files and can be prepared in parts
     in_place: ClassVar[bool] = False  # its shards are in data.dir already; its `adopt(job)` indexes them
+    is_any: ClassVar[bool] = False  # its keys name the documents: one choice of `data` stands for many
+    # Its facts are read in no time, so a preparation is compared with the documents as they are now.
+    is_watched: ClassVar[bool] = False
     identity_keys: ClassVar[tuple[str, ...]] = ("name", *DOCUMENT_KEYS, "document_mask")  # what makes a run that run
     settings_keys: ClassVar[tuple[str, ...]] = (  # what decides the contents of shards
         *DOCUMENT_KEYS, "max_document_bytes", "shard_tokens", "token_dtype"
@@ -92,6 +102,15 @@ class Source(ABC):
     @abstractmethod
     def facts(self) -> list:
         """Return, as plain values, what changes whenever the documents do; nothing if it is not made from documents."""
+
+    def has_changed(self, fingerprint: str) -> bool:
+        """Return whether the documents are not those of `fingerprint`; False if nobody can tell: they may be gone."""
+        if not (self.is_watched and fingerprint):
+            return False
+        try:
+            return self.fingerprint() != fingerprint
+        except ConfigError:
+            return False
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the facts; empty without any, as for shards that another program wrote."""

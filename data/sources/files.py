@@ -19,6 +19,8 @@ from data.sources.base import Source, Stream
 READERS = {".parquet": "parquet", ".jsonl": "json lines", ".json": "json lines", ".txt": "text", ".md": "text"}
 PACKED = (".gz", ".xz", ".bz2", ".zst")  # unpacked while reading
 ROWS = 1000  # of parquet, read at a time
+OTHER_COLUMNS = 100_000_000  # bytes of a line of JSON
+CHUNK = 2**20  # bytes read at a time
 PEEK = 100  # lines in which the column is looked for
 
 
@@ -26,6 +28,8 @@ class Files(Source):
     """The files that the patterns in `data.files` match, sorted."""
 
     divisible = True
+    is_watched = True
+    is_any = True
 
     def check(self) -> None:
         self.files()
@@ -44,8 +48,12 @@ class Files(Source):
             check_parquet(files, config.column, wrong)
             return generated(parquet_rows, files=files, column=config.column)
         if kind == "text":
-            return generated(whole_texts, files=files, limit=config.max_document_bytes)
-        limit = 2 * config.max_document_bytes + 10_000  # of a line: escapes may double the bytes of the text
+            given = {"files": files, "limit": config.max_document_bytes}
+            if config.separator:
+                return generated(separated_texts, separator=config.separator.encode(), **given)
+            return generated(whole_texts, **given)
+        # Of a line: escapes may take six bytes for one of the text, and there may be other columns.
+        limit = 6 * config.max_document_bytes + OTHER_COLUMNS
         lines = generated(json_lines, files=files, column=config.column, limit=limit)
         check_column(lines, config.column, wrong, files[0])
         return lines
@@ -159,6 +167,30 @@ def whole_texts(files: list[str], limit: int) -> Iterator[dict]:
             content = stream.read(limit + 4).removeprefix(codecs.BOM_UTF8)  # a packed file may hold gigabytes
         is_long = len(content) > limit
         yield {"text": NotText("too long") if is_long else content.decode("utf-8", "surrogateescape")}
+
+
+def separated_texts(files: list[str], separator: bytes, limit: int) -> Iterator[dict]:
+    """Yield the documents between which a separator stands, of at most `limit` bytes; blank ones are none."""
+    for file in files:
+        with unpacked(file) as stream:
+            left, is_long, content = b"", False, stream.read(CHUNK + 3).removeprefix(codecs.BOM_UTF8)
+            while content:
+                *whole, left = (left + content).split(separator)
+                for part in whole:
+                    yield from document_of(part, limit, is_long)
+                    is_long = False
+                is_long = is_long or len(left) > limit
+                left = left[-len(separator) :] if is_long else left  # of what is too long nothing is kept
+                content = stream.read(CHUNK)
+            yield from document_of(left, limit, is_long)
+
+
+def document_of(content: bytes, limit: int, is_long: bool) -> Iterator[dict]:
+    """Yield the document that `content` is, if it is one; `is_long`: it is the end of a longer one."""
+    if is_long or len(content) > limit:
+        yield {"text": NotText("too long")}
+    elif text := content.decode("utf-8", "surrogateescape").strip():
+        yield {"text": text}
 
 
 def json_lines(files: list[str], column: str, limit: int) -> Iterator[dict]:

@@ -10,6 +10,8 @@ class Hub(Source):
     """The data set `data.path`; its documents are what `data.revision` says, so the fingerprint reads nothing."""
 
     divisible = True
+    is_watched = True
+    is_any = True
 
     def mistakes(self) -> Iterator[str]:
         if not self.config.path:

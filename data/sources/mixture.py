@@ -15,13 +15,15 @@ class Part(SourceConfig):
     """One of the sources of a mixture."""
 
     in_mixture = True
-    weight: float = Field(gt=0)
+    weight: float = Field(gt=0, le=1e9)
 
 
 class Mixture(Source):
     """The sources that `data.mixture` lists; each takes the keys it leaves out from `data`."""
 
     mixable = False
+    is_watched = True
+    is_any = True
 
     def mistakes(self) -> Iterator[str]:
         if not self.config.mixture:
@@ -47,6 +49,9 @@ class Mixture(Source):
     def open(self) -> Stream:
         weights = [float(part["weight"]) for part in self.config.mixture]
         return MixedStream(weights, [source.open() for source in self.sources])
+
+    def has_changed(self, fingerprint: str) -> bool:
+        return all(source.is_watched for source in self.sources) and super().has_changed(fingerprint)
 
     def facts(self) -> list:
         weights = [part["weight"] for part in self.config.mixture]  # as they are written, 3 and not 3.0

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.app import app
-from data.build import Job, Preparation, make_tokenizer, tokenise_all, validation_up_to
+from data.build import Job, Preparation, divide, make_tokenizer, tokenise_all
 from data.config import DataCommand, TokenizerConfig
-from data.documents import encoded
+from data.documents import Division, encoded
 from data.loader import TrainLoader
 from data.shards import HEADER_BYTES, map_tokens
 from data.tokenizers import Tokenizer, load_tokenizer
@@ -125,11 +125,11 @@ def random_crops(file: Path, dtype: str) -> int:
 # --- ours
 
 
-def prepare(texts: list[str], job: Job, dir: Path, val_up_to: float) -> Preparation:
+def prepare(texts: list[str], job: Job, dir: Path, division: Division) -> Preparation:
     """Make shards in `dir/shards`, with the tokenizer in `dir`."""
     shutil.rmtree(dir / "shards", ignore_errors=True)
     made = Preparation(dir / "shards", job, {}, lambda: load_tokenizer(job.tokenizer, dir))
-    tokenise_all(Listed(texts), made, val_up_to)
+    tokenise_all(Listed(texts), made, division)
     made.close()
     return made
 
@@ -171,17 +171,17 @@ def main(config: BenchmarkConfig) -> None:
     console, name = Console(soft_wrap=True), config.tokenizer.name
     with tempfile.TemporaryDirectory() as folder:
         dir = Path(folder)
-        val_up_to = validation_up_to(Listed(texts), job.data)
-        make_tokenizer(job, Listed(texts), val_up_to).save(dir)
+        division = divide(Listed(texts), job.data)
+        make_tokenizer(job, Listed(texts), division).save(dir)
         preparing = {
-            "data.prepare": lambda: sum(one.tokens for one in prepare(texts, job, dir, val_up_to).writers.values()),
+            "data.prepare": lambda: sum(one.tokens for one in prepare(texts, job, dir, division).writers.values()),
             "process pool, 16 documents at a time": partial(plain_pool, texts, job, dir),
             f"{name} alone on {workers} processes": partial(tokenizer_alone, texts, job, dir, workers),
             f"{name} alone on 1 process": partial(tokenizer_alone, one_share, job, dir, 1),
         }
         console.print(measure("Preparation", preparing, config.rounds))
         console.print(f"{sum(map(len, texts)) / 1e6:.0f} M characters, {workers} processes")
-        made = prepare(texts, job, dir, val_up_to)
+        made = prepare(texts, job, dir, division)
         files = [made.dir / shard.file for shard in made.writers["train"].shards]
         shards = SimpleNamespace(arrays=[map_tokens(file, made.dtype) for file in files], split="train", dir=dir)
         loading = {

@@ -1,6 +1,7 @@
 """The data and tokenizer blocks: defaults, mistakes, a source of one's own, and the command that prepares them."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -30,9 +31,17 @@ def test_defaults():
     assert (data.source, data.dir, tokenizer.name) == (
         "builtin", "data/shards/builtin-sentencepiece-4096", "sentencepiece-4096"
     )  # fmt: skip
-    assert blocks("data=files", "tokenizer.vocab_size=512")[0].dir == "data/shards/files-sentencepiece-512"
+    assert blocks("data=fineweb_10b")[0].dir == "data/shards/fineweb_10b-sentencepiece-4096"
     assert blocks("tokenizer=huggingface")[1].name == "huggingface-49152"
     assert blocks("data=shards")[0].dir == "data/shards/foreign"
+
+
+def test_one_choice_of_many_documents_has_a_folder_for_each():
+    given = [[], ["data.files=[a.txt]"], ["data.files=[b.txt]"], ["data.files=[a.txt]", "data.column=body"]]
+    folders = [blocks("data=files", *keys)[0].dir for keys in given]
+    assert len(set(folders)) == 4
+    assert all(re.fullmatch(r"data/shards/files-sentencepiece-4096-[0-9a-f]{8}", folder) for folder in folders)
+    assert blocks("data=files", "data.files=[a.txt]", "data.workers=3", "data.document_mask=true")[0].dir == folders[1]
 
 
 def test_every_source_has_a_configuration_of_its_name():
@@ -46,13 +55,14 @@ def test_every_source_has_a_configuration_of_its_name():
 def test_identity_and_settings_have_the_keys_of_older_runs():
     source = source_of(blocks("data=hub")[0])
     assert source.identity_keys == (
-        "name", "source", "files", "path", "subset", "split", "revision", "mixture", "column", "val_fraction",
-        "document_mask",
+        "name", "source", "files", "path", "subset", "split", "revision", "mixture", "column", "separator",
+        "val_fraction", "validation", "document_mask",
     )  # fmt: skip
     assert blocks("data=shards")[0].settings() == {"data.source": "shards"}
     assert list(blocks()[0].settings()) == [
         "data.source", "data.files", "data.path", "data.subset", "data.split", "data.revision", "data.mixture",
-        "data.column", "data.val_fraction", "data.max_document_bytes", "data.shard_tokens", "data.token_dtype",
+        "data.column", "data.separator", "data.val_fraction", "data.validation", "data.max_document_bytes",
+        "data.shard_tokens", "data.token_dtype",
     ]  # fmt: skip
 
 

@@ -9,11 +9,13 @@ import pytest
 from rich.console import Console
 
 from configs.errors import ConfigError
-from data.inspect import document_lengths, inspect
+from data import build
+from data.inspect import document_lengths, find_folder, inspect
 from data.prepare import ensure_prepared, prepare
 from data.shards import TokenShards, read_manifest, verify
 from data.tokenizers import load_tokenizer
 from tests.data.conftest import make_config, texts, write_jsonl
+from tests.data.test_config import blocks
 from tests.data.test_tokenizers import GPT2, gpt2
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,36 @@ def test_prepared_twice(small):
     before = {path: path.stat().st_mtime_ns for path in dir.iterdir()}
     assert prepare(*config, progress=False) == ensure_prepared(*config, progress=False) == read_manifest(dir)
     assert before == {path: path.stat().st_mtime_ns for path in dir.iterdir()}
+
+
+def test_documents_that_change_after_a_preparation_are_noticed(tmp_path, capsys):
+    file = write_jsonl(tmp_path / "a.jsonl", texts(100))
+    config = make_config(tmp_path / "shards", [tmp_path / "*.jsonl"], vocab_size=300)
+    prepare(*config, progress=False)
+    write_jsonl(tmp_path / "b.jsonl", texts(100, seed=1))
+    with pytest.raises(ConfigError, match="shards: the documents .* have changed since they were prepared; remove the"):
+        prepare(*config, progress=False)
+    assert ensure_prepared(*config) and "the shards are those of before" in capsys.readouterr().err
+    file.unlink()
+    (tmp_path / "b.jsonl").unlink()  # nobody can tell, and a run needs the shards alone
+    assert ensure_prepared(*config) and not capsys.readouterr().err
+
+
+def test_documents_that_change_during_a_preparation_are_noticed(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "a.jsonl", texts(100))
+    config = make_config(tmp_path / "shards", [file], vocab_size=300)
+    tokenise_all = build.tokenise_all
+
+    def meanwhile(*arguments):
+        tokenise_all(*arguments)
+        write_jsonl(file, texts(90))
+
+    monkeypatch.setattr(build, "tokenise_all", meanwhile)
+    with pytest.raises(ConfigError, match="have changed while they were prepared; start again"):
+        prepare(*config, progress=False)
+    assert not (tmp_path / "shards").exists()
+    monkeypatch.undo()
+    assert sum(split.documents for split in prepare(*config, progress=False).splits.values()) == 90
 
 
 def test_prepared_with_other_settings(small, tmp_path):
@@ -247,3 +279,42 @@ def test_tokenizer_names_do_not_matter(small):
     config, dir = small
     renamed = make_config(dir, config[0].files, shard_tokens=4000, val_fraction=0.2)
     assert ensure_prepared(renamed[0], config[1].replace(name="another-name")) == read_manifest(dir)
+
+
+@pytest.mark.parametrize("lines", [1, 2000])
+def test_one_long_document_is_trained_on_and_its_end_is_validation(tmp_path, lines):
+    """As nanoGPT's first data set is: one file, the last tenth of which is validation."""
+    (tmp_path / "play.txt").write_text(text := ("\n" if lines > 1 else " ").join(f"word{n}" for n in range(2000)))
+    with pytest.raises(ConfigError, match="or data.validation=ends"):
+        prepare(*make_config(tmp_path / "shards", [tmp_path / "play.txt"], vocab_size=300), progress=False)
+    data, tokenizer = make_config(
+        tmp_path / "shards", [tmp_path / "play.txt"], vocab_size=300, val_fraction=0.1, validation="ends"
+    )
+    manifest = prepare(data, tokenizer, progress=False)
+    stored = load_tokenizer(tokenizer, tmp_path / "shards")
+    parts = [stored.decode(TokenShards(tmp_path / "shards", split).arrays[0][:-1]) for split in ("train", "val")]
+    assert "".join(parts) == text and len(parts[1]) == pytest.approx(len(text) / 10, abs=10)
+    assert lines == 1 or parts[0].endswith("\n")
+    assert [manifest.splits[split].documents for split in ("train", "val")] == [1, 1]
+    assert sum(split.bytes for split in manifest.splits.values()) == len(text.encode())
+    with pytest.raises(ConfigError, match="was prepared with data.validation=ends, not documents"):
+        ensure_prepared(data.replace(validation="documents"), tokenizer)
+
+
+def test_inspecting_takes_the_only_documents_that_are_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts(100, seed=ord(name)))
+    chosen = ["data=files", "tokenizer.vocab_size=300"]
+    with pytest.raises(ConfigError, match="not prepared"):
+        find_folder(*blocks(*chosen))
+    folders = []
+    for name in ("a", "b"):
+        config = blocks(*chosen, f"data.files=[{name}.jsonl]")
+        prepare(*config, progress=False)
+        folders.append(Path(config[0].dir))
+        assert find_folder(*config) == folders[-1]
+        if name == "a":
+            assert find_folder(*blocks(*chosen)) == folders[0]
+    with pytest.raises(ConfigError, match="several are prepared; choose one with data.dir=data/shards/files-"):
+        find_folder(*blocks(*chosen))

@@ -26,7 +26,7 @@ from data.tokenizers import train_sentencepiece
 from tests.data.conftest import make_config, texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
-KILLS = 20
+KILLS = 12
 
 
 def contents(dir):
@@ -83,7 +83,7 @@ def test_killed_at_random_moments(tmp_path, workers):
     partial, dir = tmp_path / "shards.partial", tmp_path / "shards"
     generator = random.Random(workers)
     kills, before = 0, {}
-    while kills < KILLS // 2:  # ten for each number of workers
+    while kills < KILLS // 2:  # six for each number of workers
         process = start(config)
         while process.is_alive() and len(finished(partial)) <= len(before):
             time.sleep(0.001)  # until it has finished another shard

@@ -123,10 +123,28 @@ def test_verify_finds_a_flipped_bit_and_wrong_counts(copy):
 
     fields = dataclasses.asdict(read_manifest(copy))
     fields["splits"]["train"]["tokens"] += 1
-    fields["fingerprint"] = "0" * 64
+    fields |= {"fingerprint": "0" * 64, "checksum": ""}  # which older manifests do not have
     (copy / "manifest.json").write_text(json.dumps(fields))
     problems = "\n".join(verify(copy))
     assert "tokens, its shards have" in problems and "fingerprint" in problems
+
+
+@pytest.mark.parametrize("key", ["unigram_entropy", "bytes_per_token", "name", "skipped"])
+def test_a_manifest_that_was_edited_is_refused(copy, key):
+    fields = json.loads((copy / "manifest.json").read_text())
+    block = fields["splits"]["val"] if key == "bytes_per_token" else fields
+    block[key] = {"a": 1} if key == "skipped" else "x" if key == "name" else block[key] + 1e-9
+    (copy / "manifest.json").write_text(json.dumps(fields))
+    assert ["was changed since it was written" in line for line in verify(copy)] == [True]
+
+
+@pytest.mark.parametrize("name", ["../secret.bin", "/etc/passwd", "..", ".", "a/b.bin", ""])
+def test_a_shard_outside_its_folder_is_refused(copy, name):
+    fields = json.loads((copy / "manifest.json").read_text()) | {"checksum": ""}
+    fields["splits"]["train"]["shards"][0]["file"] = name
+    (copy / "manifest.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="splits.train.shards.0.file String should match pattern"):
+        read_manifest(copy)
 
 
 def test_large_vocabularies_are_uint32_with_llama_3s_header(tmp_path):

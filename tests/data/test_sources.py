@@ -20,8 +20,9 @@ from configs.app import configured
 from configs.errors import ConfigError
 from data.build import Preparation
 from data.config import DataCommand, DataConfig
-from data.documents import NotText, Tokeniser, encoded
+from data.documents import Division, NotText, Tokeniser, encoded
 from data.prepare import prepare
+from data.sources import files
 from data.sources.base import source_of
 from data.tokenizers import train_sentencepiece
 from tests.data.conftest import make_config, texts, write_jsonl
@@ -122,11 +123,35 @@ def test_a_packed_file_is_read_no_further_than_a_document_may_be_long(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+def test_a_separator_cuts_a_text_file_into_documents(tmp_path, monkeypatch, chunk):
+    """As TinyStories is one file, its stories apart by <|endoftext|>."""
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    end = "<|endoftext|>"
+    stories = ["Once.\n\nTwice.", "ж" * 20, "x" * 200, f"half <|endof{end[:9]}", "caf\udce9", "last"]
+    content = f"\ufeff{end}\n" + f"\n{end}\n".join(stories) + f"\n{end}\n \n{end}"
+    (tmp_path / "a.txt").write_bytes(content.encode("utf-8", "surrogateescape"))
+    (tmp_path / "b.txt").write_text("another file")
+    config = make_config(tmp_path, [tmp_path / "*.txt"], max_document_bytes=100, separator=end)
+    assert read(config) == [*stories[:2], NotText("too long"), *stories[3:], "another file"]
+    with pytest.raises(ConfigError, match="no document holds text .*; data.separator= cuts a text file"):
+        (tmp_path / "b.txt").unlink()
+        prepare(*make_config(tmp_path / "shards", [tmp_path / "a.txt"], max_document_bytes=100), progress=False)
+
+
+def test_a_line_may_be_much_longer_than_its_text(tmp_path):
+    """Escaped, Cyrillic takes three times its bytes; and another column may hold anything."""
+    rows = [{"text": "ж" * 450}, {"id": "x" * 50_000, "text": "short"}, {"text": "z"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read(make_config(tmp_path, [tmp_path / "a.jsonl"], max_document_bytes=1000))
+    assert found == ["ж" * 450, "short", "z"]
+
+
 def test_a_tokeniser_splits_by_hash_and_counts(tmp_path):
     tokenizer = train_sentencepiece(texts(100), SENTENCEPIECE)
     tokenizer.save(tmp_path)
     documents = [{"text": text} for text in [*texts(50), None, "é"]]
-    done, state = Tokeniser(SENTENCEPIECE, tmp_path, val_up_to=0.5, max_bytes=10_000)((documents, {"at": 52}))
+    done, state = Tokeniser(SENTENCEPIECE, tmp_path, division=Division(0.5), max_bytes=10_000)((documents, {"at": 52}))
     assert state == {"at": 52}
     assert done.documents["train"] + done.documents["val"] == 51 and min(done.documents.values()) > 10
     assert sum(done.bytes.values()) == sum(map(len, texts(50))) + 2 and done.skipped == {"missing": 1}
@@ -149,7 +174,7 @@ def test_a_document_that_the_tokenizer_cannot_take_is_skipped_alone(tmp_path):
     tokenizer = gpt2()
     tokenizer.save(tmp_path)
     documents = [{"text": text} for text in ["one", "two" + " " * 1_000_000 + "three", "four"]]
-    done, _ = Tokeniser(GPT2, tmp_path, val_up_to=0.0, max_bytes=10**7)((documents, {}))
+    done, _ = Tokeniser(GPT2, tmp_path, division=Division(0.0), max_bytes=10**7)((documents, {}))
     np.testing.assert_array_equal(done.tokens["train"], tokenizer.encode_documents(["one", "four"]))
     assert done.skipped == {"cannot be tokenised": 1} and done.documents["train"] == 2 and done.bytes["train"] == 7
 
