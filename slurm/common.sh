@@ -1,7 +1,8 @@
 # Shared by the job scripts, which source it with $code set: the site's settings, the job's step, and how a job ends.
+# The settings are those of the checkout that the job was submitted from: they may hold keys, so no copy has them.
 
 CONTAINER=() SRUN_OPTIONS=()
-if [ -f "$code/slurm/site.env" ]; then . "$code/slurm/site.env"; fi
+if [ -f slurm/site.env ]; then . slurm/site.env; fi
 if [ -z "${PYTHON:-}" ]; then
   if [ -x .venv/bin/python ]; then PYTHON=$PWD/.venv/bin/python; else PYTHON=$(command -v python3 || command -v python); fi
 fi

@@ -1,19 +1,19 @@
 """The Slurm jobs of some runs: their scripts, and which job waits for which."""
 
 import json
-import shlex
 import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from configs.app import verbatim
+from configs.errors import ConfigError
 from data.files import write_atomic
-from slurm import scheduler
+from slurm import scheduler, shell
 from slurm.estimate import Estimate
 from slurm.snapshot import ROOT, snapshot, snapshot_dir
 from training.config import Config
-from training.run_folder import is_finished
+from training.stored import is_finished
 
 # The options of sbatch that say where a job may run and who pays: the evaluation and the comparison get them too.
 FOR_ALL_JOBS = ("account", "clusters", "constraint", "partition", "qos", "reservation")
@@ -36,8 +36,8 @@ class Run:
     def task(self, arguments: list[str], **variables: str) -> str:
         """Return a line of shell that sets the run's code, `variables`, and the arguments of the script."""
         variables = {"T6_CODE": str(snapshot_dir(self.dir))} | variables
-        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-        return f"{settings}; set -- {shlex.join(arguments)}"
+        settings = " ".join(f"{name}={shell.quote(value)}" for name, value in variables.items())
+        return f"{settings}; set -- {shell.join(arguments)}"
 
 
 @dataclass
@@ -66,11 +66,16 @@ class Job:
             options += [f"--dependency={self.after}:{previous}", "--kill-on-invalid-dep=yes"]
         return options
 
-    def script(self) -> str:
-        """Return the script: the header of `slurm/<kind>.sbatch`, the tasks, and that file of the snapshot."""
+    def script(self, site_options: list[str]) -> str:
+        """Return the script: its options, the tasks, and `slurm/<kind>.sbatch` of the snapshot, which it sources.
+
+        Its options are those of that file, of the site (`scheduler.options_of`) and of this job, the last of a name
+        counting, so that sbatch makes the same job of the script alone, except what the job waits for.
+        """
         template = (ROOT / "slurm" / f"{self.kind}.sbatch").read_text()
-        lines = ["#!/bin/bash", f"# sbatch {shlex.join([*self.command(), str(self.path)])}"]
-        lines += [line for line in template.splitlines() if line.startswith("#SBATCH")]
+        of_kind = [line.removeprefix("#SBATCH ") for line in template.splitlines() if line.startswith("#SBATCH ")]
+        options = {option.partition("=")[0]: option for option in [*of_kind, *site_options, *self.command()]}
+        lines = ["#!/bin/bash", *map(shell.directive, options.values())]
         if "USR1" in template:
             lines.append("trap 'warned=yes' USR1")
         if len(self.tasks) > 1:
@@ -79,14 +84,6 @@ class Job:
         else:
             lines += self.tasks
         return "\n".join([*lines, f'. "$T6_CODE/slurm/{self.kind}.sbatch"', ""])
-
-
-def read_jobs(run_dir: str | Path) -> dict[str, str]:
-    """Return the ids of the jobs submitted for a run by kind: {"train": "12"}, or "12_3" for a task of an array."""
-    try:
-        return json.loads((Path(run_dir) / "job.json").read_text())["jobs"]
-    except (OSError, ValueError, KeyError):
-        return {}
 
 
 def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_options: list[str]) -> list[Job]:
@@ -105,7 +102,7 @@ def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_op
         several = ["-m"] if len(suites) > 1 else []  # before the keys: Hydra takes it nowhere between them
         tasks = [
             run.task(
-                [*several, verbatim(f"run={run.dir}", ("run",)), f"suite={','.join(suites)}"],
+                [*several, verbatim(f"run={run.dir}"), f"suite={','.join(suites)}"],
                 T6_RUN=str(Path(run.dir).absolute()),
             )
             for run in unfinished
@@ -114,7 +111,7 @@ def plan(runs: list[Run], train_options: list[str], suites: list[str], sbatch_op
         after = "aftercorr" if in_array else "afterok"  # the training of the same run has succeeded
         jobs.append(Job("eval", f"eval-{name}", folder, f"slurm-eval-{number}.log", tasks, options, after))
     if in_sweep and suites:
-        task = runs[0].task([*(run.dir for run in runs), f"out={Path('runs', name, 'compare')}"])
+        task = runs[0].task([*(str(Path(run.dir).absolute()) for run in runs), f"out={Path('runs', name, 'compare')}"])
         # Runs that failed are left out of the comparison, so it does not depend on their success.
         jobs.append(Job("compare", f"compare-{name}", folder, "slurm-compare-%j.log", [task], shared, "afterany"))
     return jobs
@@ -125,22 +122,36 @@ def sweep_name(runs: list[Run]) -> str:
     return f"sweep-{sha256('|'.join(sorted(run.dir for run in runs)).encode()).hexdigest()[:8]}"
 
 
-def submit(jobs: list[Job], runs: list[Run], environment: dict[str, str], command: str) -> dict[str, str]:
+def check_names(jobs: list[Job], runs: list[Run]) -> None:
+    """Raise a ConfigError for folders that Slurm cannot write a log to."""
+    lines = []
+    for folder in dict.fromkeys([*(Path(run.dir).absolute() for run in runs), *(job.folder for job in jobs)]):
+        if shell.has_controls(str(folder)):
+            lines.append(f"run.dir={str(folder)!r}: has a line break or another character that cannot be shown")
+        elif "\\" in str(folder):
+            lines.append(f"run.dir={folder}: has a backslash, which Slurm drops from the name of a log")
+    if lines:
+        raise ConfigError(*lines)
+
+
+def submit(
+    jobs: list[Job], runs: list[Run], environment: dict[str, str], command: str, suites: list[str]
+) -> dict[str, str]:
     """Copy the code, write the scripts, submit each job after the one before, and return their ids by kind.
 
-    Each run gets a job.json, which `read_jobs` reads; several runs are an array.
+    Each run gets a job.json, which `slurm.job_files` reads; several runs are an array.
     """
     for run in runs:
         snapshot(run.dir)
     unfinished, ids = [run for run in runs if not run.finished], {}
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(job.path, job.script())
+        write_atomic(job.path, job.script(scheduler.options_of(environment)))
         arguments = ["--parsable", *job.command(next(reversed(ids.values()), None)), str(job.path)]
         ids[job.kind] = scheduler.sbatch(arguments, environment).split(";")[0]
         for number, run in enumerate(unfinished):
             task = f"_{number}" if len(unfinished) > 1 else ""
             own = {kind: f"{job}{task}" for kind, job in ids.items() if kind != "compare"}
-            facts = {"jobs": own, "command": command, "submitted": time.strftime("%F %T")}
+            facts = {"jobs": own, "suites": suites, "command": command, "submitted": time.strftime("%F %T")}
             write_atomic(Path(run.dir) / "job.json", json.dumps(facts, indent=2) + "\n")
     return ids

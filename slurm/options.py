@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from configs.app import choices
+from configs.block import Block
 from configs.errors import ConfigError
-from configs.load import Block, load
-from training.device import PEAK_BF16_FLOPS, parse_bytes
+from configs.kinds import OptionalPath
+from configs.load import load
+from training.device import PEAK_BF16_FLOPS, Bytes
 
 SITE = {"ntasks_per_node": "T6_GPUS_PER_NODE", "gpu": "T6_GPU", "gpu_memory": "T6_GPU_MEMORY", "mfu": "T6_MFU"}
 
@@ -23,8 +25,9 @@ def split_suites(names: str) -> list[str]:
 class Options(Block):
     """What the command line says; else the site's settings (`SITE`); else the default."""
 
-    nodes: int = Field(1, ge=1)
-    ntasks_per_node: int = Field(8, ge=1, description="one task for each GPU (default: T6_GPUS_PER_NODE or 8)")
+    nodes: int = Field(1, ge=1, le=10**5)
+    ntasks_per_node: int = Field(8, ge=1, le=1024, description="one task for each GPU (default: T6_GPUS_PER_NODE or 8)")
+    config_dir: OptionalPath = Field(None, description="a folder with YAML files of your own, GROUP/NAME.yaml")
     multirun: bool = Field(False, description="a run for every combination, as one job array")
     eval: Annotated[list[str], BeforeValidator(split_suites)] = Field(
         ["perplexity"], description="the suites to run afterwards, A,B or none (default: perplexity)"
@@ -33,11 +36,13 @@ class Options(Block):
     gpu: Literal[*PEAK_BF16_FLOPS] = Field(
         "A100", description=f"for the estimate (default: T6_GPU or A100): {', '.join(PEAK_BF16_FLOPS)}"
     )
-    gpu_memory: Annotated[float, BeforeValidator(parse_bytes)] | None = Field(
+    gpu_memory: Bytes | None = Field(
         None, description="such as 80GiB: warn if a run needs more (default: T6_GPU_MEMORY)"
     )
-    mfu: float = Field(0.35, gt=0, description="the assumed share of the GPU's peak (default: T6_MFU or 0.35)")
-    tokens_per_second: float | None = Field(None, gt=0, description="a measured rate of the whole run, instead of mfu")
+    mfu: float = Field(0.35, gt=0, le=1, description="the assumed share of the GPU's peak (default: T6_MFU or 0.35)")
+    tokens_per_second: float | None = Field(
+        None, gt=0, le=1e15, description="a measured rate of the whole run, instead of mfu"
+    )
 
     @property
     def tasks(self) -> int:

@@ -1,7 +1,6 @@
 """Slurm's commands, and the site's settings (`slurm/site.env`) that they run with."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -9,6 +8,12 @@ from configs.errors import ConfigError
 
 SITE_FILE = Path("slurm/site.env")
 WAITING_OR_RUNNING = ("PENDING", "RUNNING", "COMPLETING")
+OPTIONS = {  # of sbatch, by the variable of the environment that sets them (man sbatch); those that place a job
+    "SBATCH_ACCOUNT": "account", "SBATCH_CLUSTERS": "clusters", "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_GPUS_PER_NODE": "gpus-per-node", "SBATCH_GRES": "gres", "SBATCH_MEM_PER_CPU": "mem-per-cpu",
+    "SBATCH_MEM_PER_NODE": "mem", "SBATCH_PARTITION": "partition", "SBATCH_QOS": "qos",
+    "SBATCH_RESERVATION": "reservation", "SBATCH_TIMELIMIT": "time",
+}  # fmt: skip
 
 
 def site_environment(file: Path = SITE_FILE) -> dict[str, str]:
@@ -20,6 +25,11 @@ def site_environment(file: Path = SITE_FILE) -> dict[str, str]:
         raise ConfigError(f"{file}: cannot be read ({done.stderr.decode(errors='replace').strip()})")
     variables = done.stdout.decode(errors="surrogateescape").split("\0")
     return dict(variable.split("=", 1) for variable in variables if "=" in variable)
+
+
+def options_of(environment: dict[str, str]) -> list[str]:
+    """Return the options that sbatch takes from the environment, for a script that is to keep them."""
+    return [f"--{option}={environment[name]}" for name, option in OPTIONS.items() if environment.get(name)]
 
 
 def available(environment: dict[str, str]) -> bool:
@@ -55,7 +65,7 @@ def queued(jobs: list[str]) -> dict[str, tuple[str, str]]:
 
 def ended(job: str) -> str | None:
     """Return the state that a job ended in, as long as Slurm or its accounting remembers it."""
-    remembered = re.findall(r"JobState=(\w+)", output_of("scontrol", "show", "job", "-o", job))
+    remembered = output_of("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").split()
     accounted = output_of("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").split()
     states = [state for state in remembered[:1] + accounted[:1] if state not in WAITING_OR_RUNNING]
     return next(iter(states), None)

@@ -6,19 +6,20 @@ python -m slurm.submit -m model=t6,mha,gqa optim.lr=3e-4,6e-4      every combina
 Everything is checked before anything is created or queued; mistakes exit with 2.
 """
 
-import shlex
+import os
 from pathlib import Path
 
 import torch
 
-from configs.app import combinations, command, compose
+from configs.app import OWN_CONFIGS, add_own_folder, combinations, command, compose
 from configs.errors import ConfigError, each
 from configs.load import load
 from data.prepare import check_before_work, prepared
 from data.sources.base import source_of
-from slurm import scheduler
+from slurm import scheduler, shell
 from slurm.estimate import GIB, estimate
-from slurm.jobs import Run, plan, read_jobs, submit, sweep_name
+from slurm.job_files import read_jobs
+from slurm.jobs import Run, check_names, plan, submit, sweep_name
 from slurm.options import Options, parse
 from training.checks import check_before_start, check_folders
 from training.config import Config
@@ -44,7 +45,7 @@ def check(overrides: list[str], options: Options) -> Run:
 def check_all(combined: list[list[str]], options: Options) -> list[Run]:
     """Return the runs of a submission. ConfigError with the mistakes of all of them, each once."""
     runs = each(lambda overrides: check(overrides, options), combined)
-    check_folders(run.dir for run in runs)
+    check_folders(run.config for run in runs)
     jobs = {job: run for run in runs for job in read_jobs(run.dir).values()}
     waiting = scheduler.queued(list(jobs))
     if waiting:
@@ -77,7 +78,10 @@ def show(run: Run, options: Options) -> None:
 def main(arguments: list[str]) -> int:
     environment = scheduler.site_environment()
     options, sbatch_options, overrides = parse(arguments, environment, __doc__)
-    runs = check_all(combinations(overrides) if options.multirun else [overrides], options)
+    if options.config_dir:
+        add_own_folder(options.config_dir)
+        environment[OWN_CONFIGS] = os.environ[OWN_CONFIGS]
+    runs = check_all(combinations(overrides, Config) if options.multirun else [overrides], options)
     if len(runs) > 1 and not any(word.lstrip("+").startswith("wandb.group=") for word in overrides):
         for run in runs:
             run.overrides.append(f"wandb.group={sweep_name(runs)}")
@@ -88,19 +92,23 @@ def main(arguments: list[str]) -> int:
         return 0
     train_options = [f"--nodes={options.nodes}", f"--ntasks-per-node={options.ntasks_per_node}"]
     jobs = plan(runs, train_options, options.eval, sbatch_options)
+    check_names(jobs, runs)
+    scripts = {job.kind: job.script(scheduler.options_of(environment)) for job in jobs}
     if scheduler.available(environment):
         for job in jobs:
-            answer = scheduler.sbatch(["--test-only", *job.command()], environment, job.script()).splitlines()[-1]
+            answer = scheduler.sbatch(["--test-only", *job.command()], environment, scripts[job.kind]).splitlines()[-1]
             print(f"{job.kind}: {answer.removeprefix('sbatch: ')}")
     elif not options.dry_run:
         raise ConfigError("sinfo: no Slurm cluster answers here; submit from a login node, or look with --dry-run")
     if options.dry_run:
         for job in jobs:
-            print(f"\n$ sbatch {shlex.join([*job.command(), str(job.path)])}\n{job.script()}")
+            print(f"\n$ sbatch {shell.join([*job.command(), str(job.path)])}\n{scripts[job.kind]}")
         return 0
-    ids = submit(jobs, runs, environment, shlex.join(["python", "-m", "slurm.submit", *arguments]))
+    ids = submit(jobs, runs, environment, shell.join(["python", "-m", "slurm.submit", *arguments]), options.eval)
     print("submitted " + ", then ".join(f"{kind} as job {number}" for kind, number in ids.items()))
-    logs = f"{Path(runs[0].dir).parent}/*/slurm-*.log" if len(runs) > 1 else f"{runs[0].dir}/slurm-{ids['train']}.log"
+    logs = shell.quote(f"{runs[0].dir}/slurm-{ids['train']}.log")
+    if len(runs) > 1:
+        logs = f"{shell.quote(str(Path(runs[0].dir).parent))}/*/slurm-*.log"
     print(f"  follow  tail -F {logs}\n  state   python -m slurm.status\n  cancel  scancel {' '.join(ids.values())}")
     return 0
 

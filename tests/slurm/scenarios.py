@@ -13,7 +13,7 @@ from pathlib import Path
 from configs.app import configured
 from data.prepare import prepare
 from slurm import submit
-from slurm.jobs import read_jobs
+from slurm.job_files import read_jobs
 from tests.conftest import SMALL_RUN
 from tests.slurm.cluster import Cluster, is_pending
 from training.config import Config
@@ -21,7 +21,7 @@ from training.metrics import read_lines
 
 SECONDS = 400  # for one scenario on a busy machine
 STEPS, TINY_STEPS = 30, 12
-ODD_NAME = 'it\'s a $HOME "run" {of: 1}'
+ODD_NAME = 'it\'s a $HOME "run" {of: 1} at 50% #2'
 ONE_TASK = ["--ntasks-per-node=1", "--cpus-per-task=1"]
 one_at_a_time = threading.Lock()  # Hydra composes one configuration at a time
 

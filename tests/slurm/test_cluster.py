@@ -113,7 +113,9 @@ def test_a_cancelled_job_saves_and_stays_cancelled(outcome, scenarios):
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     assert list(scenarios.run_dir("cancelled").glob("checkpoints/*/manifest.json"))
     found = status.read_status(scenarios.run_dir("cancelled"), {})
-    assert found.state == "stopped" and "CANCELLED" in found.problem and found.checkpoint[0] == found.metrics["step"]
+    assert (
+        found.state == "stopped" and "CANCELLED" in found.problems[0] and found.checkpoint[0] == found.metrics["step"]
+    )
 
 
 def test_a_killed_node(outcome, scenarios, reference):
@@ -128,7 +130,7 @@ def test_benchmarks_as_jobs_are_logged_at_their_steps(outcome, scenarios):
     lines = read_lines(folder / "metrics.jsonl")
     scored = [line["step"] for line in lines if "eval/cloze/acc_norm" in line]
     assert scored == [20, 40] and len(curve(folder)) == 40
-    assert json.loads((folder / "results/builtin_cloze.json").read_text())["step"] == 40
+    assert json.loads((folder / "results/builtin_cloze_limit=4_tasks=cloze.json").read_text())["step"] == 40
     assert len(list(folder.glob("slurm-eval-*.log"))) == 2
     assert not list((folder / "results/inbox").iterdir())
 
@@ -172,17 +174,38 @@ def test_a_run_in_the_queue_is_not_submitted_again(scenarios, capsys):
     scenarios.cluster("scancel", job)
 
 
+def test_a_script_by_itself_is_the_job_that_was_submitted(scenarios, monkeypatch):
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "3:00:00")
+    name, comment = "it's 100% #1", "a 'b' \\"
+    options = ["--hold", "--nodes=2", "--cpus-per-task=3", "--partition=spare", f"--comment={comment}"]
+    job = scenarios.train(name, *options)
+    monkeypatch.delenv("SBATCH_TIMELIMIT")
+    by_hand = scenarios.sbatch(str(scenarios.run_dir(name) / "train.sbatch"))
+
+    def known(job: str) -> dict[str, str]:
+        text = scenarios.cluster("scontrol", "show", "job", job).replace(job, "ID")
+        lines = dict(line.strip().partition("=")[::2] for line in text.splitlines())
+        return {key: line for key, line in lines.items() if "Time" not in key or key == "RunTime"}  # with TimeLimit
+
+    submitted = known(job)
+    assert submitted == known(by_hand)
+    assert submitted["JobId"] == f"ID JobName={name}" and submitted["Comment"] == comment
+    assert "TimeLimit=03:00:00" in submitted["RunTime"] and submitted["NumNodes"].startswith("2")
+    scenarios.cluster("scancel", job, by_hand)
+
+
 @pytest.mark.parametrize(
     ("site", "devices"), [({}, ["0 0,1", "1 0,1"]), ({"SLURM_GPU_BIND": "map_gpu:0,1"}, ["0 0", "0 1"])]
 )
 def test_a_task_uses_the_gpu_of_its_rank_or_the_only_one_it_sees(scenarios, tmp_path, monkeypatch, site, devices):
-    python, code = tmp_path / "python", tmp_path / "run/code/0"
+    python, code, checkout = tmp_path / "python", tmp_path / "run/code/0", tmp_path / "checkout"
     python.write_text('#!/bin/sh\necho "device $LOCAL_RANK $CUDA_VISIBLE_DEVICES of $RANK/$WORLD_SIZE"\n')
     python.chmod(0o755)
-    shutil.copytree(ROOT / "slurm", code / "slurm", ignore=shutil.ignore_patterns("site.env"))
+    for folder in (code, checkout):
+        shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.env"))
     for key, value in ({"T6_CODE": str(code), "PYTHON": str(python)} | site).items():
         monkeypatch.setitem(scenarios.cluster.environment, key, value)
-    job = scenarios.sbatch("--ntasks-per-node=2", "--cpus-per-task=1", "slurm/train.sbatch")
+    job = scenarios.sbatch("--ntasks-per-node=2", "--cpus-per-task=1", "slurm/train.sbatch", cwd=checkout)
     scenarios.wait_for_end(job)
     log = (tmp_path / f"run/slurm-{job}.log").read_text()
     assert sorted(re.findall(r"device (.*) of \d/2", log)) == devices, log

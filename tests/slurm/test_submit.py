@@ -10,8 +10,9 @@ import torch
 
 from configs.app import configured, verbatim
 from configs.errors import ConfigError
-from slurm import scheduler, snapshot, submit
+from slurm import scheduler, shell, snapshot, submit
 from slurm.estimate import GIB, estimate
+from slurm.jobs import Job, check_names
 from slurm.options import Options
 from tests.conftest import SMALL_RUN
 from training.config import Config
@@ -45,9 +46,17 @@ def test_the_estimate_is_counted():
     assert measured.hours == pytest.approx(2, rel=1e-3)
 
 
+def arguments_of(script: str) -> list[str]:
+    """Return the arguments that a script gives to the file that it sources, by running its other lines."""
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    lines = [line for line in script.splitlines() if not line.startswith(". ")]
+    shell = "\n".join([*lines, 'printf "%s\\0" "$@"'])
+    return subprocess.run(["bash", "-c", shell], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
+
+
 def test_a_dry_run_prints_scripts_that_run_and_creates_nothing(small_data, alone, capsys):
     name = "it's $HOME 'x'"
-    given = words(small_data, verbatim(f"run.name={name}", ("run.name",)), "wandb.tags=[a, b c]")
+    given = words(small_data, verbatim(f"run.name={name}"), "wandb.tags=[a, b c]")
     assert submit.main(["--dry-run", "--nodes=2", "--ntasks-per-node=1", "--partition=big", "--time=1:00", *given]) == 0
     out = capsys.readouterr().out
     assert list(alone.iterdir()) == [] and "GiB for each GPU" in out and "assumed" in out
@@ -55,12 +64,9 @@ def test_a_dry_run_prints_scripts_that_run_and_creates_nothing(small_data, alone
     assert "--nodes=2 --ntasks-per-node=1 --partition=big --time=1:00" in train
     assert "--partition=big" in evaluation and "--nodes=2" not in evaluation and "--time=1:00" not in evaluation
     # The script, with the file that it sources replaced by one that prints its arguments, gives them as typed.
-    of_run = verbatim(f"run=runs/{name}", ("run",))
+    of_run = verbatim(f"run=runs/{name}")
     for script, expected in ((train, given), (evaluation, [of_run, "suite=perplexity"])):
-        lines = [line for line in script.splitlines()[1:] if not line.startswith(". ")]
-        shell = "\n".join([*lines, 'printf "%s\\0" "$@"'])
-        said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
-        assert said.split("\0")[:-1] == expected
+        assert arguments_of(script.partition("\n")[2]) == expected
 
 
 def test_a_sweep_is_one_array_with_a_run_a_task(small_data, alone, capsys):
@@ -71,6 +77,54 @@ def test_a_sweep_is_one_array_with_a_run_a_task(small_data, alone, capsys):
     for number, (model, lr) in enumerate((m, lr) for m in ("t6", "mha") for lr in ("3e-4", "6e-4")):
         line = next(line for line in out.splitlines() if line.startswith(f"  {number}) T6_CODE="))
         assert f" model={model} " in line and f" optim.lr={float(lr)} " in line and " wandb.group=sweep-" in line
+
+
+ODD_WORDS = [
+    "it's",
+    'a "b"',
+    "a\nb",
+    "a\n#SBATCH --nodes=9",
+    "x\r",
+    "\x1b[1mé",
+    "$(id) `id`",
+    "\\",
+    "a\\nb",
+    "%j #",
+    "",
+    "!x",
+]
+
+
+@pytest.mark.parametrize("word", ODD_WORDS)
+def test_words_survive_a_shell_on_one_line(word, tmp_path):
+    job = Job("train", "a name", tmp_path, "slurm-%j.log", [f"set -- {shell.join([word, 'end'])}"], [])
+    script = job.script([])
+    assert arguments_of(script) == [word, "end"]
+    assert "--nodes=9" not in [line.split()[-1] for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert len(script.splitlines()) == len(Job("train", "x", tmp_path, "l", ["set --"], []).script([]).splitlines())
+
+
+def test_folders_and_options_that_slurm_would_garble_are_refused(small_data, alone, monkeypatch):
+    def refused(*given: str) -> str:
+        with pytest.raises(ConfigError) as raised:
+            submit.main(["--dry-run", "--ntasks-per-node=1", *words(small_data, *given)])
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    line_break = "must be a path without line breaks"
+    assert (
+        refused("run.dir='a\n#SBATCH --nodes=9'")
+        == f"run.dir='a\\n#SBATCH --nodes=9': {line_break} and other control characters"
+    )
+    assert "has a line break" in refused("--comment=a\n#SBATCH --nodes=9")
+    assert r"run.dir=" in refused(r"run.dir='a\b'") and "has a backslash" in refused(r"run.dir='a\b'")
+    assert "must be a plain folder name" in refused("run.name='a\nb'")
+    odd = alone / "a\nb"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    assert "has a line break" in refused("run.name=plain")
+    assert list(odd.iterdir()) == []
+    check_names([Job("train", "x", alone / 'it\'s 100% #1 "x"', "l", [], [])], [])
 
 
 def test_mistakes_come_together_and_name_what_was_given(small_data, alone):
@@ -110,6 +164,34 @@ def test_a_snapshot_runs_and_is_never_written_again(tmp_path):
         [sys.executable, folder / "train.py", "model=mla", "--cfg", "job"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and "kv_lora_rank" in done.stdout, done.stderr
+
+
+def test_a_snapshot_has_code_alone_and_keeps_modes(tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    tracked = {"train.py": 0o755, "slurm/__init__.py": 0o644, "slurm/common.sh": 0o640, "model/__init__.py": 0o644}
+    untracked = {"model/mine.py": 0o600, "model/mine.yaml": 0o644}
+    secret = ["slurm/site.env", "slurm/.env", "slurm/login.sh", "model/key.pem", "notes/a.py", ".netrc", "model/x.json"]
+    for name in [*tracked, *untracked, *secret]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+        (root / name).chmod((tracked | untracked).get(name, 0o600))
+
+    def names(folder: Path) -> dict[str, int]:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.stat().st_mode & 0o777 for path in files}
+
+    def code() -> dict[str, int]:
+        snapshot.code.cache_clear()
+        return names(snapshot.snapshot(tmp_path / f"run{len(list(tmp_path.iterdir()))}"))
+
+    monkeypatch.setattr(snapshot, "ROOT", root)
+    try:
+        assert code() == tracked | untracked | {"slurm/login.sh": 0o600}  # without git, nobody knows whose it is
+        for command in (["init", "-q"], ["add", "--force", *tracked]):
+            subprocess.run(["git", *command], cwd=root, check=True)
+        assert code() == tracked | untracked
+    finally:
+        snapshot.code.cache_clear()
 
 
 def test_the_sites_settings_reach_sbatch_and_are_the_defaults(alone, capsys, small_data):
