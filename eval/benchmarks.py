@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from pydantic import Field, model_validator
 
 from configs.errors import Mistakes
+from configs.kinds import LONGEST_TEXT, Name, OptionalPath
 from eval import published
 from eval.config import EvalConfig, SuiteConfig
 from eval.harness import HarnessModel
@@ -26,22 +27,25 @@ from eval.loading import LoadedRun
 from eval.results import Outcome
 from eval.tables import Table
 from eval.tasks import download, load_tasks
+from eval.units import in_unit, labelled, unit_of
 from training.ranks import rank
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
-FRACTIONS = {"acc", "acc_norm", "acc_bytes", "exact_match", "f1"}  # metrics between 0 and 1, shown in percent
 
 
 class HarnessSuite(SuiteConfig):
     """Tasks of lm-evaluation-harness, and ours that are made from the built-in corpus or the run's own data."""
 
-    name: str = "harness"
+    how = ("data_dir", "prefetch", "samples")
+
+    name: Name = "harness"
     tasks: list[str] = Field(default_factory=list)
-    num_fewshot: int | None = Field(None, ge=0)  # null: each task's own
+    num_fewshot: int | None = Field(None, ge=0, le=1000)  # null: each task's own
     metrics: dict[str, str] = Field(default_factory=dict)  # of a task that counts; default: acc_norm, acc, or its first
-    data_dir: str | None = None  # a folder with <task>_<split>.jsonl: no network is used
+    data_dir: OptionalPath = None  # a folder with <task>_<split>.jsonl: no network is used
     prefetch: bool = False  # fill data_dir from the network, and evaluate nothing
-    max_length: int | None = Field(None, ge=2)  # null: the run's seq_len; longer requests lose their beginning
+    # null: the run's seq_len; longer requests lose their beginning
+    max_length: int | None = Field(None, ge=2, le=LONGEST_TEXT)
     samples: bool = False  # write each question with its answers' scores next to the results
 
     @model_validator(mode="after")
@@ -108,7 +112,7 @@ def outcome_of(run: LoadedRun, suite: HarnessSuite, found: dict, shortened: int)
     results, stderr = flat_scores(found["results"])
     counted = {task: headline(suite, task, results) for task in asked(suite.tasks, found)}
     scores = [results[f"{task}/{metric}"] for task, metric in counted.items()]
-    if len(scores) > 1 and FRACTIONS.issuperset(counted.values()):
+    if len(scores) > 1 and {*map(unit_of, counted.values())} == {"%"}:
         results["average"] = sum(scores) / len(scores)
     table = str(score_table(run, suite.name, counted, results, stderr))
     if shortened:
@@ -168,20 +172,14 @@ def score_table(
         keys["average"] = "average"
     params = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())  # the former under ZeRO-3
     rows = [
-        [f"{run.config.run.name}, {params / 1e6:.3g}M", *(shown(key, results[key]) for key in keys.values())],
-        ["± standard error", *(shown(key, stderr[key]) if key in stderr else "" for key in keys.values())],
+        [f"{run.config.run.name}, {params / 1e6:.3g}M", *(in_unit(key, results[key]) for key in keys.values())],
+        ["± standard error", *(in_unit(key, stderr[key]) if key in stderr else "" for key in keys.values())],
     ]
     if suite in published.SUITES and published.tasks(suite).keys() >= counted.keys():
         size = published.nearest(suite, params)
         for row in published.rows(suite, size):
-            scores = {task: row["scores"][task] for task in counted}
-            is_whole = scores.keys() == published.tasks(suite).keys()
-            scores["average"] = row["average"] if is_whole else sum(scores.values()) / len(scores)
-            rows.append([f"paper: {row['model']}, {size}", *(f"{scores[key]:.2f}" for key in keys)])
-    return Table(["percent", *keys], rows)
-
-
-def shown(key: str, value: float) -> str:
-    """Return a score as the table has it: fractions in percent."""
-    is_fraction = key.rpartition("/")[2] in {*FRACTIONS, "average"}
-    return f"{100 * value if is_fraction else value:.2f}"
+            scores = published.shown(suite, row, counted)
+            rows.append([f"paper: {row['model']}, {size}", *(scores[task] for task in keys)])
+    units = {unit_of(key) for key in keys.values()}
+    named = {task: task if unit_of(key) == "%" else f"{task} {labelled(key)}" for task, key in keys.items()}
+    return Table(["percent" if units == {"%"} else "task", *(keys if units == {"%"} else named.values())], rows)

@@ -3,21 +3,22 @@
 One row for each mechanism and size, with GPT-2's vocabulary (padded to 50304) unless `tokenizer=` is given.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from configs.app import app, choices, configured
+from configs.kinds import LONGEST_TEXT
 from configs.load import Command
 from data.config import TokenizerConfig
 from model import counting
 from model.cache import CACHE_DTYPES, bytes_per_token
 from model.transformer import TransformerConfig
 from training.config import Config
-from training.device import format_bytes, parse_bytes
+from training.device import Bytes, format_bytes
 
 SIZES = ("tiny", "small", "medium", "large", "xl")  # in the order of the table
 
@@ -30,9 +31,9 @@ class BudgetsConfig(Command):
     tokenizer: TokenizerConfig
     models: list[str] = Field(default_factory=list)  # empty: all of configs/model
     sizes: list[str] = Field(default_factory=list)  # empty: tiny to xl
-    seq_len: int = Field(1024, ge=1)
+    seq_len: int = Field(1024, ge=2, le=LONGEST_TEXT)
     match: Literal["params", "flops", "kv_bytes"] = "params"
-    memory: Annotated[float, BeforeValidator(parse_bytes)] | None = None  # such as 24GiB, of weights and one context
+    memory: Bytes | None = None  # such as 24GiB, of weights and one context
     cache_dtype: Literal[*CACHE_DTYPES] = "bf16"  # int8: with its scales
     detail: bool = False  # add parameters by part and the activation estimate
     overrides: list[str] = Field(default_factory=list)  # for every configuration, such as ['model.head_dim=128']
@@ -49,7 +50,7 @@ def cells(config: BudgetsConfig, network: TransformerConfig, ratios: dict[str, f
         "attention / 4 d_model^2": f"{ratios['params']:.3f}",
         "training FLOPs a token": f"{counting.training_flops_per_token(network, config.seq_len):.2e}",
         "KV bytes a token": f"{kept:,}",
-        "/ MHA's": f"{ratios['kv_bytes'] * kept / own:.3f}",
+        "/ MHA's": f"{ratios['kv_bytes']:.3f}",
     }
     if any(override.startswith("core=") for override in config.overrides):
         row["without that core"] = f"{own:,}"
@@ -72,7 +73,7 @@ def main(config: BudgetsConfig) -> int:
             run = configured(Config, [f"model={model}", f"size={size}", *common], world_size=1)
             tokenizer = run.tokenizer if has_tokenizer else config.tokenizer
             network = TransformerConfig.of(run.model, run.core, run.size, tokenizer.padded_vocab_size)
-            ratios = counting.over_mha(network.attention, network.core, network.d_model, config.seq_len)
+            ratios = counting.over_mha(network, config.seq_len)
             row = {"size": size, "model": model} | cells(config, network, ratios)
             for column in row if not table.columns else ():
                 table.add_column(column, justify="left" if column in ("size", "model") else "right", no_wrap=True)

@@ -5,17 +5,19 @@ seeds behind it, by the wandb-workspaces library. `dry_run=true` prints what wou
 """
 
 import json
-from typing import ClassVar
+import re
+from typing import Annotated, ClassVar
 
 import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
-from pydantic import field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from configs.app import app
 from configs.errors import ConfigError
 from configs.load import Command
 from eval import published
+from training.config import wandb_name
 
 METHOD = "model/name"  # as training/wandb_run.py names configuration keys
 PINNED = [
@@ -29,17 +31,17 @@ SMOOTHED = {"smoothing_type": "exponentialTimeWeighted", "smoothing_factor": 0.6
 class DashboardConfig(Command):
     yaml: ClassVar[str] = "dashboard"
 
-    project: str
-    entity: str | None = None  # default: the one that is logged in
-    group: str | None = None  # the experiment; default: all runs
+    project: Annotated[str, AfterValidator(wandb_name)]  # alone, without the entity
+    entity: Annotated[str | None, AfterValidator(wandb_name)] = None  # default: the one that is logged in
+    group: str | None = Field(None, min_length=1, max_length=128)  # the experiment; default: all runs
     dry_run: bool = False  # print what would be saved, without a network
 
-    @field_validator("project")
+    @field_validator("group")
     @classmethod
-    def _alone(cls, project: str) -> str:
-        if "/" in project:
-            raise ValueError("must be the project alone; give the entity as entity=...")
-        return project
+    def _fits_a_filter(cls, group: str | None) -> str | None:
+        if group and re.search(r'["\\]', group):
+            raise ValueError("must not have \" or \\ in it: it stands in quotes in a filter of W&B's")
+        return group
 
 
 def line(title: str, metric: str, raw: bool = False, x: str = "tokens", **options) -> wr.LinePlot:
@@ -70,7 +72,8 @@ def panels() -> dict[str, list]:
             line("Bits per byte (validation)", "val/bits_per_byte", raw=True),
             line("Perplexity (validation)", "val/perplexity", log_y=True, raw=True),
             line("Validation loss by step", "val/loss", x="step", raw=True),
-            line("Validation loss by wall time", "val/loss", x="RelativeTime(Wall)", raw=True),
+            line("Validation loss by hours of training", "val/loss", x="perf/training_hours", raw=True),
+            line("Validation loss by FLOPs", "val/loss", x="perf/training_flops", raw=True),
         ],
         "Benchmarks": [
             bars("Benchmarks", *benchmarks, groupby_aggfunc="mean"),
@@ -148,4 +151,4 @@ def main(config: DashboardConfig) -> int:
 
 
 if __name__ == "__main__":
-    app(main, DashboardConfig, texts=("project", "entity", "group"))
+    app(main, DashboardConfig)

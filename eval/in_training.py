@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from configs.app import configured
+from configs.app import configured, verbatim
+from configs.block import to_dict
 from configs.errors import ConfigError, each
-from configs.load import flatten, shown, to_dict
+from configs.load import flatten, shown
 from data.tokenizers import Tokenizer
-from eval.config import EvalConfig
+from eval.config import EvalConfig, question
 from eval.loading import LoadedRun
 from eval.results import collect, inbox_of, pending, save
 from model.transformer import Transformer
@@ -93,7 +94,7 @@ class Benchmarks:
     def _arguments(self, suite: str) -> list[str]:
         """Return the arguments of `python -m eval.run`."""
         sizes = [f"limit={shown(self.trainer.benchmark_limit)}", f"batch_size={self.trainer.micro_batch_size}"]
-        return [f"run={self.run_dir}", f"suite={suite}", *sizes, *self.trainer.benchmark_overrides]
+        return [verbatim(f"run={self.run_dir}"), f"suite={suite}", *sizes, *self.trainer.benchmark_overrides]
 
     def _load(self, name: str) -> EvalConfig:
         """Return what a benchmark evaluates. ConfigError, before training, for data and tasks that are missing, and for
@@ -130,7 +131,7 @@ class Benchmarks:
                 with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled for every length
                     outcome = suite.run(run, options)
                 if self.runtime.is_main:
-                    save(run, suite.name, outcome, options.limit)
+                    save(run, suite.name + question(options), suite.name, outcome, options.limit)
                     scores = outcome.metrics(suite.name)
                     found |= scores
                     first = [f"{key.removeprefix('eval/')} {value:.4f}" for key, value in list(scores.items())[:4]]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from configs.block import Block, to_dict
 from configs.errors import ConfigError
-from configs.load import Block, load, to_dict
+from configs.load import load
 from data.shards import TokenShards
 from data.tokenizers import Tokenizer, load_tokenizer
 from model.attention.base import AttentionCore

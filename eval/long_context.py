@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from rich.progress import track
 
 from configs.errors import ConfigError, Mistakes
+from configs.kinds import LONGEST_TEXT, Name
 from eval.config import EvalConfig
 from eval.loading import LoadedRun
 from eval.passkey import retrieve
@@ -32,13 +33,15 @@ from training.plots import legend_below, new_figure, save_figure
 class LongContextSuite(TextSource):
     """Loss on the same tokens with ever more of the text before them, and passkey retrieval."""
 
-    name: str = "long_context"
-    lengths: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)  # default: 1 to 16 times the run's seq_len
-    scored: int | None = Field(None, ge=1)  # tokens at the end of each window that count; null: half the least length
-    windows: int = Field(32, ge=1)  # spread over the documents that are long enough
+    name: Name = "long_context"
+    # default: 1 to 16 times the run's seq_len
+    lengths: list[Annotated[int, Field(ge=2, le=LONGEST_TEXT)]] = Field(default_factory=list)
+    # tokens at the end of each window that count; null: half the least length
+    scored: int | None = Field(None, ge=1, le=LONGEST_TEXT)
+    windows: int = Field(32, ge=1, le=10**6)  # spread over the documents that are long enough
     scalings: list[Scaling] = Field(["none"])  # of RoPE by length / the run's seq_len, one after another
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])  # of the key: 0 is the start
-    trials: int = Field(5, ge=0)  # passkeys a depth and length; 0: no retrieval
+    trials: int = Field(5, ge=0, le=10**4)  # passkeys a depth and length; 0: no retrieval
 
     @model_validator(mode="after")
     def _check_together(self):

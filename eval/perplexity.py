@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from configs.errors import ConfigError
+from configs.kinds import LONGEST_TEXT, Name
 from data.loader import EVAL_KEY, IGNORED, permute
 from eval.config import EvalConfig
 from eval.loading import LoadedRun
@@ -58,9 +59,9 @@ class PerplexitySuite(TextSource):
     after the one before, and only its last `stride` tokens count (all of the first), so that each token counts once.
     """
 
-    name: str = "perplexity"
-    seq_len: int | None = Field(None, ge=1)  # null: the run's
-    stride: int | None = Field(None, ge=1)
+    name: Name = "perplexity"
+    seq_len: int | None = Field(None, ge=1, le=LONGEST_TEXT)  # null: the run's
+    stride: int | None = Field(None, ge=1, le=LONGEST_TEXT)
 
     def run(self, run: LoadedRun, options: EvalConfig) -> Outcome:
         seq_len = self.seq_len or run.context

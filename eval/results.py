@@ -14,9 +14,10 @@ from rich.console import Console
 from configs.errors import ConfigError
 from data.files import write_atomic
 from eval.loading import LoadedRun
+from eval.units import in_unit
 from training.jsonl import append_line
 from training.metrics import metrics_line
-from training.run_folder import is_finished
+from training.stored import is_finished
 from training.wandb_run import add_evaluation
 
 
@@ -44,14 +45,14 @@ class Outcome:
         return named
 
 
-def save(run: LoadedRun, suite: str, outcome: Outcome, limit: int | None, variant: str = "") -> Path:
-    """Write the results and the files next to them, with `variant` in their names; return the path of the JSON file."""
+def save(run: LoadedRun, name: str, suite: str, outcome: Outcome, limit: int | None) -> Path:
+    """Write results/<name>.json and the files next to it; return its path."""
     versions = {"torch": importlib.metadata.version("torch")} | outcome.versions
     record = {
         "run": run.config.run.name, "suite": suite, "step": run.step, "tokens": run.tokens, "limit": limit,
         "results": outcome.results, "stderr": outcome.stderr, "versions": versions,
     }  # fmt: skip
-    path = run.dir / "results" / f"{suite}{variant}.json"
+    path = run.dir / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     for suffix, content in outcome.files.items():
         file = path.with_name(path.stem + suffix)
@@ -83,15 +84,16 @@ def pending(run_dir: str | Path, suite: str, step: int) -> Path:
     return inbox_of(run_dir) / f"{suite}_step_{step:08d}.pending"
 
 
-def log(run: LoadedRun, suite: str, metrics: dict[str, float], path: Path) -> None:
+def log(run: LoadedRun, suite: str, outcome: Outcome, path: Path) -> None:
     """Add results to metrics.jsonl and W&B at the step that they belong to; `path` is what `save` returned."""
     inbox = inbox_of(run.dir)
     inbox.mkdir(parents=True, exist_ok=True)
-    found = {"step": run.step, "tokens": run.tokens, "metrics": metrics}
-    write_atomic(inbox / f"{suite}_step_{run.step:08d}.json", json.dumps(found))
+    found = {"step": run.step, "tokens": run.tokens, "metrics": outcome.metrics(suite)}
+    write_atomic(inbox / f"{path.stem}_step_{run.step:08d}.json", json.dumps(found))
     if is_finished(run.dir):
         collect(run.dir, lambda *found: append_line(run.dir / "metrics.jsonl", metrics_line(*found)))
-        add_evaluation(run.dir, run.config.wandb, sorted(path.parent.glob(f"{path.stem}*.png")))
+        plots = [path.with_name(path.stem + suffix) for suffix in outcome.files if suffix.endswith(".png")]
+        add_evaluation(run.dir, run.config.wandb, plots)
 
 
 def collect(
@@ -121,8 +123,8 @@ def show(outcome: Outcome, path: Path) -> None:
         console.print(outcome.shown, markup=False)
     else:
         for name, value in outcome.results.items():
-            spread = f"  ± {outcome.stderr[name]:.4f}" if name in outcome.stderr else ""
-            console.print(f"{name:>16}  {value:,.4f}{spread}" if isinstance(value, float) else f"{name:>16}  {value:,}")
+            spread = f"  ± {in_unit(name, outcome.stderr[name])}" if name in outcome.stderr else ""
+            console.print(f"{name:>16}  {in_unit(name, value)}{spread}")
     console.print(f"{'written to':>16}  {path}")
     for suffix in outcome.files:
         console.print(f"{'':>16}  {path.with_name(path.stem + suffix)}")

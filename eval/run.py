@@ -1,11 +1,11 @@
 """Evaluate a run's checkpoint: `python -m eval.run run=runs/NAME [suite=paper_zeroshot] [step=1000]`.
 
-The results go to results/<suite>.json in the run folder, to a line of its metrics.jsonl, and to its W&B run. Under
-torchrun the processes share the work.
+The results go to results/<suite>.json in the run folder, a file for each question (results/<suite>_limit=500.json with
+limit=500), to a line of its metrics.jsonl, and to its W&B run. Under torchrun the processes share the work.
 """
 
 from configs.app import app
-from eval.config import EvalConfig
+from eval.config import EvalConfig, question
 from eval.loading import config_of, load_run
 from eval.results import check_writable, log, pending, save, show
 from training.checkpoint import checkpoint_dir, newest
@@ -26,8 +26,9 @@ def main(config: EvalConfig) -> int:
     if run.runtime.is_main:
         latest = newest(run.dir, warn=lambda line: None) if config.step is not None else None
         is_older = latest is not None and latest != checkpoint_dir(run.dir, run.step)
-        path = save(run, suite.name, outcome, config.limit, f"_step_{run.step:08d}" if is_older else "")
-        log(run, suite.name, outcome.metrics(suite.name), path)
+        name = suite.name + (f"_step_{run.step:08d}" if is_older else "") + question(config)
+        path = save(run, name, suite.name, outcome, config.limit)
+        log(run, suite.name, outcome, path)
         pending(run.dir, suite.name, run.step).unlink(missing_ok=True)
         show(outcome, path)
     return 0

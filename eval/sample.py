@@ -17,6 +17,7 @@ from rich.rule import Rule
 
 from configs.app import app
 from configs.errors import ConfigError, Mistakes
+from configs.kinds import LONGEST_TEXT, PathText
 from configs.load import Command
 from data.tokenizers import Tokenizer
 from eval.config import KernelConfig
@@ -36,21 +37,21 @@ class SampleConfig(Command):
 
     yaml: ClassVar[str] = "sample"
 
-    run: str  # the run folder
+    run: PathText  # the run folder
     prompt: str = ""
-    count: int = Field(1, ge=1)  # samples at once; sample i is the one that seed + i gives alone
-    max_new_tokens: int = Field(160, ge=1)  # a text also ends where the model ends its document
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int | None = Field(50, ge=1)  # keep the k most likely tokens
+    count: int = Field(1, ge=1, le=10_000)  # samples at once; sample i is the one that seed + i gives alone
+    max_new_tokens: int = Field(160, ge=1, le=LONGEST_TEXT)  # a text also ends where the model ends its document
+    temperature: float = Field(0.8, ge=0, le=1000)  # 0: always the most likely token
+    top_k: int | None = Field(50, ge=1, le=2**31)  # keep the k most likely tokens
     top_p: float | None = Field(None, gt=0, le=1)  # keep the most likely tokens that together have this probability
     min_p: float | None = Field(None, ge=0, le=1)  # keep tokens with at least this share of the best one's probability
-    repetition_penalty: float = Field(1.0, gt=0)  # of tokens seen before; 1 changes nothing
-    seed: int = Field(0, ge=0)
+    repetition_penalty: float = Field(1.0, gt=0, le=1000)  # of tokens seen before; 1 changes nothing
+    seed: int = Field(0, ge=0, lt=2**32)
     interactive: bool = False  # prompts line by line from the terminal
     core: KernelConfig = KernelConfig()
     cache: bool = True  # false: every step passes over the whole text again
     cache_dtype: Literal["auto", *CACHE_DTYPES] = "auto"  # auto: that of the forward pass
-    prefill_chunk: int = Field(512, ge=1)  # tokens of a prompt that pass through the model at once
+    prefill_chunk: int = Field(512, ge=1, le=LONGEST_TEXT)  # tokens of a prompt that pass through the model at once
     compile: bool = False  # the step of one token; with CUDA graphs on a GPU
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -154,11 +155,14 @@ def converse(run: LoadedRun, config: SampleConfig, notes: Console) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits lines and remembers them)
         notes.print("A line is a prompt. Ctrl-C ends a text, Ctrl-D the program.")
+    sys.stdin.reconfigure(errors="replace")
     for seed in itertools.count(config.seed, config.count):
         try:
             prompt = input("> " if is_terminal else "")
         except (EOFError, KeyboardInterrupt):
             return
+        if "\ufffd" in prompt:
+            notes.print("This line is not UTF-8, so the model sees replacement characters.")
         answer(run, config.replace(prompt=prompt, seed=seed), notes)
 
 

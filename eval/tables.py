@@ -16,7 +16,7 @@ class Table:
         """Return a Markdown table that is aligned as plain text too, and the notes."""
         columns = []
         for number, cells in enumerate(zip(self.columns, *self.rows, strict=True)):
-            cells = [cell.replace("|", "\\|") for cell in cells]
+            cells = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
             is_text = (
                 number == 0 or cells[0] == "values" or not any(re.match(r"[-+]?\d|-$", cell) for cell in cells[1:])
             )

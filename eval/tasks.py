@@ -1,5 +1,6 @@
 """The harness's tasks: found by name, read from the network or from a folder, and our own."""
 
+import codecs
 import itertools
 import json
 from pathlib import Path
@@ -68,10 +69,17 @@ def read_folder(folder: Path, task: str, subject: str | None, named: set[str]) -
 
 
 def read_questions(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON lines ({error})") from None
+    """Return the questions of a file of JSON lines. ConfigError that names the line if one is none."""
+    questions = []
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        try:
+            question = json.loads(line.decode()) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: line {number} is not JSON in UTF-8 ({error})") from None
+        if question is not None and not isinstance(question, dict):
+            raise ConfigError(f"{path}: line {number} is not an object with a question's columns")
+        questions += [question] if question else []
+    return questions
 
 
 def load_tasks(names: list[str], data_dir: str | None, run: LoadedRun | None = None) -> list[Task | Group]:

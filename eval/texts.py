@@ -8,8 +8,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from configs.errors import ConfigError, Mistakes
+from configs.kinds import OptionalPath
+from data.documents import encoded
 from data.shards import TokenShards
-from data.sources.base import SourceConfig, source_of
+from data.sources.base import SourceConfig, documents_of, source_of
 from eval.config import SuiteConfig
 from eval.loading import LoadedRun
 
@@ -19,12 +21,12 @@ class TextSource(SuiteConfig):
     if none is given, the validation split of the run's own data."""
 
     files: list[str] = Field(default_factory=list)  # globs of parquet, jsonl or text files; a text file is a document
-    path: str | None = None  # of the hub, or a folder laid out like one of its data sets
-    subset: str | None = None
-    split: str = "test"  # of the hub's
-    column: str = "text"
+    path: OptionalPath = None  # of the hub, or a folder laid out like one of its data sets
+    subset: str | None = Field(None, min_length=1)
+    split: str = Field("test", min_length=1)  # of the hub's
+    column: str = Field("text", min_length=1)
     join: str | None = None  # if rows are not documents of their own: what to put between them to make them one
-    data_dir: str | None = None  # its val split; the tokenizer must be the run's
+    data_dir: OptionalPath = None  # its val split; the tokenizer must be the run's
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -39,6 +41,9 @@ class TextSource(SuiteConfig):
             next(texts_of(self), None)
         elif self.data_dir:
             open_shards(self.data_dir)
+
+
+LONGEST = 2**31  # bytes of a document
 
 
 @dataclass
@@ -97,11 +102,19 @@ def open_shards(folder: str) -> TokenShards:
 
 
 def texts_of(source: TextSource) -> Iterator[str]:
-    """Yield the rows of files or of the hub that are texts."""
+    """Yield the rows of files or of the hub, except missing ones. ConfigError for one that is no text: without it the
+    result would be that of another text."""
     kind, keys = "hub" if source.path else "files", ("files", "path", "subset", "split", "column")
-    config = SourceConfig(source=kind, **{key: getattr(source, key) for key in keys})
+    given = {key: getattr(source, key) for key in keys}
     try:
-        yield from (row["text"] for row in source_of(config).open() if isinstance(row["text"], str))
+        documents = source_of(SourceConfig(source=kind, max_document_bytes=LONGEST, **given)).open()
+        for number, document in enumerate(documents_of(documents), 1):
+            found = encoded(document["text"], LONGEST)
+            if isinstance(found, bytes) or found.reason == "empty":
+                yield document["text"]
+            elif found.reason != "missing":
+                place = f"data.path={source.path}" if source.path else f"data.files={','.join(source.files)}"
+                raise ConfigError(f"{place}: document {number}: {found.reason}; correct or remove it")
     except ConfigError as error:  # which names keys of the data block
         raise ConfigError(*(line.replace("data.", "suite.") for line in error.errors)) from None
 

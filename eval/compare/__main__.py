@@ -24,14 +24,16 @@ import re
 import shlex
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from pydantic import Field, model_validator
 
-from configs.app import command
+from configs.app import command, kind_of
+from configs.block import Block
 from configs.errors import ConfigError, Mistakes, each
-from configs.load import Block, load
+from configs.kinds import OptionalPath, PathText
+from configs.load import load
 from eval.compare import gate, report, tables
 from eval.compare.collect import Method, Run, all_runs, name_methods, read_run, run_folders
 from eval.compare.fairness import Fairness, check, verdict
@@ -41,14 +43,14 @@ from eval.compare.from_wandb import fetch
 class CompareConfig(Block):
     """The options, as the text above explains them."""
 
-    runs: list[str]
-    out: str | None = None
-    baseline: str | None = None
-    metric: str | None = None
-    target: float | None = None
+    runs: list[PathText]
+    out: OptionalPath = None
+    baseline: str | None = Field(None, min_length=1)
+    metric: str | None = Field(None, min_length=1)
+    target: float | None = Field(None, ge=-1e12, le=1e12)
     confidence: float = Field(0.95, gt=0, lt=1)
-    tolerance: float | None = Field(None, ge=0)
-    reference: str | None = None
+    tolerance: float | None = Field(None, ge=0, le=10)
+    reference: OptionalPath = None
     metrics: list[str] = Field([])
     update: bool = False
 
@@ -68,24 +70,46 @@ class CompareConfig(Block):
 
 def parse(arguments: list[str]) -> CompareConfig:
     """Return run folders and key=value options, in any order, as a configuration. ConfigError for mistakes."""
-    options = [word for word in arguments if re.match(r"(?!runs=)[a-z_]+=", word) and not Path(word).exists()]
+    options = [word for word in arguments if re.match(r"(?!runs=)[a-z_]+=", word) and not os.path.exists(word)]
     if flags := [word for word in arguments if word.startswith("-")]:
         raise ConfigError(*(f"{flag}: options are key=value, as in out=DIR; --help lists them" for flag in flags))
+    pairs = [option.partition("=")[::2] for option in options]
+    tree = dict(each(read_option, pairs))
+    return load(tree | {"runs": [word for word in arguments if word not in options]}, CompareConfig)
+
+
+def read_option(pair: tuple[str, str]) -> tuple[str, Any]:
+    """Return the key and the value of an option: texts as they stand, others as YAML."""
+    key, text = pair
+    if kind_of(key, CompareConfig) is str:
+        return key, text
     try:
-        tree = OmegaConf.from_dotlist(options)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
-    tree.runs = [word for word in arguments if word not in options]
-    return load(tree, CompareConfig)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text}: cannot be read ({str(error).splitlines()[0]})") from None
+    if value is None:
+        raise ConfigError(f"{key}={text}: has no value; leave it out for the default")
+    return key, value
 
 
-def gather(config: CompareConfig) -> list[Run]:
-    """Return the runs that are named; those of W&B are fetched into `out` first."""
+def gather(config: CompareConfig) -> tuple[list[Run], list[str]]:
+    """Return the runs that are named, and why others of them cannot be read; those of W&B are fetched into `out` first.
+
+    ConfigError if none can be read.
+    """
 
     def folders(name: str) -> list[Path]:
         return fetch(name, Path(config.out or "runs/wandb")) if name.startswith("wandb:") else run_folders(name)
 
-    return [read_run(folder) for folder in dict.fromkeys(chain.from_iterable(each(folders, config.runs)))]
+    runs, unreadable = [], []
+    for folder in dict.fromkeys(chain.from_iterable(each(folders, config.runs))):
+        try:
+            runs.append(read_run(folder))
+        except ConfigError as error:
+            unreadable += error.errors
+    if not runs:
+        raise ConfigError(*unreadable)
+    return runs, [f"left out: {line}" for line in unreadable]
 
 
 def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> tables.Question:
@@ -99,10 +123,12 @@ def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> 
     if config.baseline and config.baseline not in names:
         known = ", ".join(method.name for method in methods)
         raise ConfigError(f"baseline={config.baseline}: no such method; there are {known}")
-    shared = set.intersection(*({tokens for tokens, _ in run.points(metric)} for run in all_runs(methods)))
+    evaluated = [at for run in all_runs(methods) if (at := [tokens for tokens, _ in run.points(metric)])]
+    shared = set.intersection(*map(set, evaluated)) if evaluated else set()
     question = tables.Question(
         metric=metric,
-        tokens=max(shared, default=None),
+        tokens=max(shared, default=min((at[-1] for at in evaluated), default=None)),
+        between=bool(evaluated and not shared),
         baseline=names.get(config.baseline or "mha", methods[0]),
         confidence=config.confidence,
         target=config.target,
@@ -113,25 +139,25 @@ def choose(config: CompareConfig, methods: list[Method], fairness: Fairness) -> 
     return question
 
 
-def compare(config: CompareConfig, runs: list[Run], command: str) -> int:
+def compare(config: CompareConfig, runs: list[Run], left_out: list[str], command: str) -> int:
     """Write the report on the runs and print its verdict and its first table; return the exit code."""
     methods = name_methods(runs)
     fairness = check(methods, config.tolerance)
     question = choose(config, methods, fairness)
     out = Path(config.out or Path(os.path.commonpath([run.dir.parent for run in runs]), "compare"))
-    path = report.write(methods, fairness, question, command, out)
     words, reasons = verdict(fairness, methods)
-    print("\n  ".join([words, *reasons]))
+    path = report.write(methods, (words, reasons + left_out), fairness, question, command, out)
+    print("\n  ".join([words, *reasons, *left_out]))
     print(tables.final(methods, question))
     print(f"\nThe report is {path} and {path.with_suffix('.html')}")
     return 0
 
 
 def main(config: CompareConfig, command: str) -> int:
-    runs = gather(config)
+    runs, left_out = gather(config)
     if not config.reference:
-        return compare(config, runs, command)
-    if len(runs) != 1:
+        return compare(config, runs, left_out, command)
+    if len(runs) != 1 or left_out:
         raise ConfigError(f"reference={config.reference}: judges one run, and {len(runs)} are given")
     if config.update:
         return gate.update(runs[0], config.reference)

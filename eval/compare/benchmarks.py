@@ -5,42 +5,47 @@ import statistics
 from eval import published
 from eval.compare.collect import Method
 from eval.compare.statistics import estimate
-from eval.compare.tables import DASH, count, with_interval
+from eval.compare.tables import DASH, count
 from eval.tables import Table
+from eval.units import in_unit, labelled, unit_of
 
 
 def evaluations(methods: list[Method], confidence: float) -> dict[str, Table]:
-    """Return the tables of all suites that a run has been evaluated on, by their headings."""
+    """Return a table of each question (a suite, with its options) that a run has been asked, by their headings."""
     tables = {}
-    for suite in sorted({suite for method in methods for run in method.runs for suite in run.results}):
-        counted = published.tasks(suite) if suite in published.SUITES else {}
-        if not counted:
-            for method in methods:
-                for record in method.records(suite):
-                    counted |= record.get("metrics", {})
+    for name in sorted({name for method in methods for run in method.runs for name in run.results}):
+        records = [record for method in methods for record in method.records(name)]
+        suite = records[0].get("suite", name)
+        counted = {task: metric for record in records for task, metric in record.get("metrics", {}).items()}
+        if not counted and suite in published.SUITES:
+            counted = published.tasks(suite)
         if counted:
-            tables[f"Benchmarks: {suite}"] = benchmark(suite, counted, methods)
+            tables[f"Benchmarks: {name}"] = benchmark(name, suite, counted, methods)
         else:
-            tables[f"Evaluation: {suite}"] = evaluation(suite, methods, confidence)
+            tables[f"Evaluation: {name}"] = evaluation(name, methods, confidence)
     return tables
 
 
-def benchmark(suite: str, counted: dict[str, str], methods: list[Method]) -> Table:
-    """Return percent by task in the paper's form, above the paper's own rows of the nearest size if it has any.
+def benchmark(name: str, suite: str, counted: dict[str, str], methods: list[Method]) -> Table:
+    """Return the scores by task in the paper's form, above the paper's own rows of the nearest size if it has any.
 
     `counted` has the metric of each task.
     """
-    records = {method.name: method.records(suite) for method in methods}
+    records = {method.name: method.records(name) for method in methods}
     everything = [record for found in records.values() for record in found]
-    keys = [f"{task}/{metric}" for task, metric in counted.items()]
-    keys += ["average"] if any("average" in record["results"] for record in everything) else []
+    keys = {task: f"{task}/{metric}" for task, metric in counted.items()}
+    keys |= {"average": "average"} if any("average" in record["results"] for record in everything) else {}
     rows = [
-        [method.name, count(method.first.counts["params"]), *(percent(records[method.name], key) for key in keys)]
+        [
+            method.name,
+            count(method.first.counts["params"]),
+            *(score(records[method.name], key) for key in keys.values()),
+        ]
         for method in methods
     ]
     notes = [
-        "Percent, the mean over seeds. ±: one run's standard error over the questions, as the harness gives it (seeds "
-        "share the questions, so it does not shrink with their number)."
+        "Means over seeds. ±: one run's standard error over the questions, as the harness gives it (seeds share the "
+        "questions, so it does not shrink with their number)."
     ]
     counts = [(method.name, len(records[method.name]), len(method.runs)) for method in methods]
     if partly := [f"{name} ({found} of {runs})" for name, found, runs in counts if 0 < found < runs]:
@@ -53,30 +58,37 @@ def benchmark(suite: str, counted: dict[str, str], methods: list[Method]) -> Tab
     if suite in published.SUITES:
         size = published.nearest(suite, max(method.first.counts["params"] for method in methods))
         for row in published.rows(suite, size):
-            scores = [*row["scores"].values(), *([row["average"]] if "average" in keys else [])]
-            rows.append([f"published: {row['model']}", count(row["params"]), *(f"{score:.2f}" for score in scores)])
+            scores = published.shown(suite, row, counted)
+            rows.append([f"published: {row['model']}", count(row["params"]), *(scores[task] for task in keys)])
         notes.append(
             f"Published: the TPA paper (arXiv 2501.06425) at {size}, the nearest size it has, after 49 B tokens of "
             "FineWeb-Edu-100B; it gives no standard errors."
         )
-    return Table(["method", "parameters", *(key.split("/")[0] for key in keys)], rows, notes)
+    titles = [task if task == "average" else f"{task} {labelled(key)}" for task, key in keys.items()]
+    if {*map(unit_of, keys.values())} == {"%"}:
+        titles, notes[0] = list(keys), f"Percent. {notes[0]}"
+    return Table(["method", "parameters", *titles], rows, notes)
 
 
-def percent(records: list[dict], key: str) -> str:
+def score(records: list[dict], key: str) -> str:
     found = [record for record in records if record["results"].get(key) is not None]
     if not found:
         return DASH
-    mean = f"{100 * statistics.fmean(record['results'][key] for record in found):.2f}"
+    mean = in_unit(key, statistics.fmean(record["results"][key] for record in found))
     errors = [(record.get("stderr") or {}).get(key) for record in found]
-    return mean if None in errors else f"{mean} ± {100 * statistics.fmean(errors):.2f}"
+    return mean if None in errors else f"{mean} ± {in_unit(key, statistics.fmean(errors))}"
 
 
-def evaluation(suite: str, methods: list[Method], confidence: float) -> Table:
+def evaluation(name: str, methods: list[Method], confidence: float) -> Table:
     """Return the numbers of a suite without tasks, as means over seeds."""
-    results = {method.name: [record["results"] for record in method.records(suite)] for method in methods}
+    results = {method.name: [record["results"] for record in method.records(name)] for method in methods}
     keys = list(dict.fromkeys(key for found in results.values() for result in found for key in result))
-    rows = []
-    for name, found in results.items():
-        values = [[result[key] for result in found if isinstance(result.get(key), int | float)] for key in keys]
-        rows.append([name, *(with_interval(estimate(value, confidence)) for value in values)])
-    return Table(["method", *(key.replace("_", " ") for key in keys)], rows)
+
+    def cell(key: str, found: list[dict]) -> str:
+        mean = estimate([result[key] for result in found if isinstance(result.get(key), int | float)], confidence)
+        if mean is None:
+            return DASH
+        return in_unit(key, mean.mean) + (f" ± {in_unit(key, mean.half)}" if mean.half else "")
+
+    rows = [[name, *(cell(key, found) for key in keys)] for name, found in results.items()]
+    return Table(["method", *("/".join([*key.split("/")[:-1], labelled(key)]) for key in keys)], rows)

@@ -4,10 +4,13 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from configs.errors import ConfigError
 from data.shards import MANIFEST_FILE, read_manifest
@@ -15,8 +18,12 @@ from eval import published
 from model import counting
 from training.config import Config
 from training.jsonl import read_lines
-from training.metrics import read_events
-from training.run_folder import is_finished, read_config
+from training.run_folder import read_config
+from training.stored import checkpoint_dirs, is_finished, read_events, telling_keys
+
+POINT = {  # what is read of a point of the decoding benchmark
+    "model": str, "scope": str, "device": str, "length": int, "batch": int, "tokens_per_second": int | float
+}  # fmt: skip
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -52,7 +59,19 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        return self.config.identity()
+        """Return what makes a run that run, and what else changes its results: as flat `key: value` pairs."""
+        starts = {f"trainer.{key}": getattr(self.config.trainer, key) for key in ("init_from", "fork_from")}
+        known = starts | {"precision": self.precision}
+        return self.config.identity() | {key: value for key, value in known.items() if value is not None}
+
+    @cached_property
+    def precision(self) -> str | None:
+        """Return what the run computed in, of all its starts; None if it does not say."""
+        dtypes = {str(event["dtype"]) for event in self.events if event.get("event") == "start" and "dtype" in event}
+        if not dtypes and self.config.trainer.dtype != "auto":
+            dtypes = {{"fp32": "float32", "bf16": "bfloat16"}[self.config.trainer.dtype]}
+        engine = ", bf16 parameters" if self.config.deepspeed.bf16_engine else ""
+        return " and ".join(sorted(dtypes)) + engine if dtypes else None
 
     @cached_property
     def counts(self) -> dict[str, int | float]:
@@ -65,8 +84,9 @@ class Run:
         The data folder counts only if it still holds the tokens that the run's checkpoints name.
         """
         found = {"data": self.facts.get("data_fingerprint"), "tokenizer": self.facts.get("tokenizer_fingerprint")}
-        folder = Path(self.config.data.dir or "")
-        manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
+        folder, manifest = Path(self.config.data.dir or ""), None
+        with suppress(ConfigError):  # a folder that is broken now says nothing of the run
+            manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
         if manifest is None or found["data"] not in (None, manifest.fingerprint):
             return found | {"text": None}
         tokenizer = manifest.tokenizer.get("fingerprint")
@@ -78,9 +98,15 @@ class Run:
         return sorted(found.items())
 
     def at(self, key: str, tokens: int | None = None) -> float | None:
-        """Return a metric at a number of tokens, or the last one; None if there is none."""
-        points = dict(self.points(key))
-        return points.get(max(points, default=0) if tokens is None else tokens)
+        """Return a metric at a number of tokens, on a straight line between two evaluations, or the last one (None).
+
+        None if there is none, or none before or after that number of tokens.
+        """
+        points = self.points(key)
+        at = points[-1][0] if points and tokens is None else tokens
+        if not points or not points[0][0] <= at <= points[-1][0]:
+            return None
+        return float(np.interp(at, *zip(*points, strict=True)))
 
     def lately(self, key: str, tokens: int | None) -> float | None:
         """Return the mean of a noisy metric over the last tenth of the tokens until `tokens` (None: until the end)."""
@@ -159,18 +185,39 @@ def read_run(folder: Path) -> Run:
     """Return what a run folder holds. ConfigError if its config.yaml is not one of this code."""
     config = read_config(folder)
     results = {path.stem: read_json(path) for path in sorted(folder.glob("results/*.json"))}
-    manifests = sorted(folder.glob("checkpoints/step_*/manifest.json"), reverse=True)
-    facts = map(read_json, [*manifests, *folder.glob("checkpoint_facts.json")])  # which runs from W&B have
+    manifests = [path / "manifest.json" for path in reversed(checkpoint_dirs(folder))]
+    manifests.append(folder / "checkpoint_facts.json")  # which runs from W&B have
+    facts = map(read_json, filter(Path.exists, manifests))
+    lines = read_lines(folder / "metrics.jsonl")
+    decoding = read_lines(folder / "results/decoding.jsonl")
     return Run(
         dir=folder,
         config=config,
-        lines=read_lines(folder / "metrics.jsonl"),
+        lines=[only_numbers(line) for line in lines if is_count(line.get("step")) and is_count(line.get("tokens"))],
         events=read_events(folder),
-        results={name: record for name, record in results.items() if "results" in record},
-        decoding=read_lines(folder / "results/decoding.jsonl"),
+        results={name: cleaned(record) for name, record in results.items() if isinstance(record.get("results"), dict)},
+        decoding=[point for point in decoding if all(isinstance(point.get(key), kind) for key, kind in POINT.items())],
         facts=next(filter(None, facts), {}),
         finished=is_finished(folder),
     )
+
+
+def cleaned(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of an evaluation without what is none of its kind: a folder may be anybody's."""
+    blocks = {key: record[key] for key in ("results", "stderr", "metrics") if isinstance(record.get(key), dict)}
+    blocks |= {key: only_numbers(blocks[key]) for key in ("results", "stderr") if key in blocks}
+    if "metrics" in blocks:
+        blocks["metrics"] = {task: metric for task, metric in blocks["metrics"].items() if isinstance(metric, str)}
+    plain = {key: record[key] for key in ("step", "limit") if isinstance(record.get(key), int)}
+    return blocks | plain | ({"suite": record["suite"]} if isinstance(record.get("suite"), str) else {})
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def only_numbers(line: dict[str, Any]) -> dict[str, float | None]:
+    return {key: value for key, value in line.items() if value is None or isinstance(value, int | float)}
 
 
 def read_json(path: Path) -> dict:
@@ -200,12 +247,7 @@ def name_methods(runs: list[Run]) -> list[Method]:
 
 def label(ours: dict[str, Any], everyone: list[dict[str, Any]]) -> str:
     """Return the mechanism's name with what tells it from other methods of the same mechanism, three keys at most."""
-    alike = [other for other in everyone if other["model.name"] == ours["model.name"]]
-    keys = [key for key in ours if key != "run.seed" and any(other.get(key) != ours[key] for other in alike)]
-    words = [ours["model.name"]]
-    if "size.name" in keys:  # which decides widths, layers and what follows from them
-        words.append(ours["size.name"])
-        keys = [key for key in keys if not key.startswith(("size.", "model."))]
-    own = [key for key in keys if not key.startswith(("tokenizer.", "data.")) and not key.endswith("_target_")]
-    named = [f"{block}.name" for block in ("tokenizer", "data") if any(key.startswith(f"{block}.") for key in keys)]
-    return " ".join([*words, *(f"{key}={ours[key]}" for key in [*own, *named][:3])])
+    keys = [key for key in telling_keys(ours, everyone) if key not in ("model.name", "run.seed")]
+    size = [ours["size.name"]] if "size.name" in keys else []
+    rest = [key for key in keys if key != "size.name"]
+    return " ".join([ours["model.name"], *size, *(f"{key}={ours[key]}" for key in rest[:3])])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from eval.compare.collect import Method, Run, all_runs
 
 MATCHED, DIFFERS, UNKNOWN = "matched", "not matched", "unknown"
+Verdict = tuple[str, list[str]]  # in words, and the reasons for it
 SHOWN = 6  # different values that are spelled out
 
 
@@ -61,7 +62,7 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
         return same(name, lambda run: run.counts[key], spec.format, share=tolerance)
 
     def fingerprint(kind: str, why: str = "") -> Check:
-        return same(kind, lambda run: run.fingerprints[kind], lambda value: value[:12], why)
+        return same(kind, lambda run: run.fingerprints[kind], lambda value: str(value)[:12], why)
 
     def settings(name: str, prefix: str) -> Check:
         def of(run: Run) -> str:
@@ -90,6 +91,10 @@ def check(methods: list[Method], tolerance: float) -> Fairness:
         same("seeds", lambda run: seeds[run.dir],
              why="A seed decides the order of the data and the initial weights."),
         settings("optimizer", "optim."), settings("schedule", "schedule."),
+        same("starting weights", lambda run: run.config.trainer.init_from or run.config.trainer.fork_from or "random",
+             why="Weights that were trained before have seen more tokens than are counted here."),
+        same("precision", lambda run: run.precision),
+        same("document mask", lambda run: run.config.data.document_mask),
     ]  # fmt: skip
     same_tokens = DIFFERS not in (data.verdict, tokenizer.verdict, held_out.verdict)
     only_tokenizer = tokenizer.verdict == data.verdict == DIFFERS and fingerprint("text").verdict == MATCHED
@@ -102,7 +107,7 @@ def validation(run: Run) -> str:
     return f"{count} sequences of {trainer.seq_len:,} tokens"
 
 
-def verdict(fairness: Fairness, methods: list[Method]) -> tuple[str, list[str]]:
+def verdict(fairness: Fairness, methods: list[Method]) -> Verdict:
     """Return the report's first words and the reasons for them."""
     if len(methods) == 1:
         return "One method, so nothing is compared.", []

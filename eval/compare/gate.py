@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, writing
 from data.files import write_atomic
 from eval.compare.collect import Run
 from eval.compare.tables import DASH, number
@@ -49,8 +49,9 @@ def update(run: Run, path: str) -> int:
     if not metrics:
         raise ConfigError(f"{run.dir}: has no metrics to make a reference of")
     content = {"run": name, "data": run.fingerprints["data"], "tokens": run.tokens, "metrics": metrics}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(path), json.dumps(content, indent=2, sort_keys=True) + "\n")
+    with writing("reference", path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(path), json.dumps(content, indent=2, sort_keys=True) + "\n")
     print(f"{path}: written from {name}")
     return 0
 

@@ -13,10 +13,11 @@ from data.files import write_atomic
 from eval.compare import plots, tables
 from eval.compare.benchmarks import evaluations
 from eval.compare.collect import Method, all_runs
-from eval.compare.fairness import Fairness, verdict
+from eval.compare.fairness import Fairness, Verdict
 from eval.compare.tables import Question
 from eval.tables import Table
 
+PLOTS = ("loss.png", "pareto.png")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1180px; margin: 2em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; padding-bottom: .2em; }
@@ -28,7 +29,9 @@ blockquote { margin: 1em 0; padding: .4em 1em; border-left: 5px solid #d55e00; b
 """
 
 
-def write(methods: list[Method], fairness: Fairness, question: Question, command: str, out: Path) -> Path:
+def write(
+    methods: list[Method], verdict: Verdict, fairness: Fairness, question: Question, command: str, out: Path
+) -> Path:
     """Write report.md, report.html and the plots into the folder `out`, and return the path of report.md.
 
     ConfigError if the folder cannot be written.
@@ -37,15 +40,18 @@ def write(methods: list[Method], fairness: Fairness, question: Question, command
         out.mkdir(parents=True, exist_ok=True)
         plots.curves(methods, out / "loss.png")
         front = plots.loss_against_cache(methods, question, out / "pareto.png")
-        text = markdown(methods, fairness, question, command, front)
+        text = markdown(methods, verdict, fairness, question, command, front)
         write_atomic(out / "report.md", text)
         write_atomic(out / "report.html", page(text, out))
     return out / "report.md"
 
 
-def markdown(methods: list[Method], fairness: Fairness, question: Question, command: str, front: list[str]) -> str:
+def markdown(
+    methods: list[Method], verdict: Verdict, fairness: Fairness, question: Question, command: str,
+    front: list[str],
+) -> str:  # fmt: skip
     """Return the whole report, which shows the plots from its own folder; `front`: the methods on the Pareto front."""
-    words, reasons = verdict(fairness, methods)
+    words, reasons = verdict
     blocks = [
         f"# {', '.join(method.name for method in methods)}",
         "\n".join([f"> **{words}**", *([">"] if reasons else []), *(f"> - {reason}" for reason in reasons)]),
@@ -80,12 +86,15 @@ def markdown(methods: list[Method], fairness: Fairness, question: Question, comm
 
 
 def page(text: str, folder: Path) -> str:
-    """Return the Markdown as an HTML page that has the pictures of `folder` inside."""
+    """Return the Markdown as an HTML page with the report's own plots inside, and whatever else it names as text."""
 
     def embed(match: re.Match) -> str:
-        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
+        is_own = match[1] in PLOTS and (folder / match[1]).is_file()
+        content = base64.b64encode((folder / match[1]).read_bytes()).decode() if is_own else ""
+        return f'src="data:image/png;base64,{content}"'
 
-    body = re.sub(r'src="([^"]+\.png)"', embed, MarkdownIt("commonmark").enable("table").render(text))
+    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
+    body = re.sub(r'src="([^"]*)"', embed, renderer.render(text))
     title = html.escape(text.splitlines()[0].removeprefix("# "))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'

@@ -29,10 +29,11 @@ LOGGED = {
 
 @dataclass
 class Question:
-    """What is compared: a metric, at a number of tokens (None: each run's last), with a method."""
+    """What is compared: a metric, at a number of tokens (None: there is no evaluation), with a method."""
 
     metric: str
     tokens: int | None
+    between: bool  # whether some runs were evaluated only before and after that number of tokens
     baseline: Method
     confidence: float
     target: float | None
@@ -91,9 +92,11 @@ def final(methods: list[Method], question: Question) -> Table:
             with_interval(question.of(method, "val/bits_per_byte")),
             with_interval(gap, sign="+") + (" (unpaired)" if gap and not gap.paired else ""),
         ])  # fmt: skip
-    where = "each run's last evaluation" if question.tokens is None else f"{question.tokens:,} tokens"
+    where = "no evaluation yet" if question.tokens is None else f"at {question.tokens:,} tokens"
+    if question.between:
+        where += ", which is no evaluation of all runs: on straight lines between each run's evaluations"
     notes = [
-        f"At {where}. n: runs (seeds). ±: half of the {level} t interval over seeds; none if n = 1. "
+        f"{where[0].upper()}{where[1:]}. n: runs (seeds). ±: half of the {level} t interval over seeds; none if n = 1. "
         "Train loss: the mean over the last tenth of the tokens.",
         "Δ: below zero is better; seed by seed if the seeds are the same, else Welch's (unpaired). No correction for "
         "the number of methods."

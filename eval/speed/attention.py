@@ -21,7 +21,7 @@ from pydantic import Field
 from configs.app import app, configured
 from configs.errors import ConfigError, each
 from configs.load import Command
-from eval.speed.measure import Count, Some, in_turns, milliseconds, versions
+from eval.speed.measure import Batch, Count, Length, Rounds, Some, check_memory, in_turns, milliseconds, versions
 from model.attention.base import AttentionConfig, AttentionCore, Dense
 from model.mask import AttentionMask
 from training.config import Config
@@ -40,10 +40,10 @@ class AttentionSpeedConfig(Command):
     model: str = "mha"  # whose heads: the widths of queries, keys and values
     size: str = "small"
     n_heads: Count | None = 2  # null: the model's
-    lengths: list[Count] = Field([])  # default: LENGTHS
-    batch: Count = 1
-    rounds: Count = 3  # every core is timed so many times, in turns; the median counts
-    exponent_from: int = 4096  # the length from which the exponent of growth is fitted
+    lengths: list[Length] = Field([])  # default: LENGTHS
+    batch: Batch = 1
+    rounds: Rounds = 3  # every core is timed so many times, in turns; the median counts
+    exponent_from: Count = 4096  # the length from which the exponent of growth is fitted
     device: Device = "auto"
     dtype: Dtype = "auto"
 
@@ -102,6 +102,14 @@ def high_water_mark() -> int:
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def least_memory(
+    config: AttentionSpeedConfig, by_length: list[list[Rival]], lengths: list[int], runtime: Runtime
+) -> int:
+    """Return the bytes of queries, keys, values and their gradients at the longest length: all cores hold theirs."""
+    widths = (a.n_heads * (2 * a.qk_head_dim + a.v_head_dim) for a, _ in by_length[lengths.index(max(lengths))])
+    return 2 * config.batch * max(lengths) * sum(widths) * runtime.dtype.itemsize
+
+
 def rows(config: AttentionSpeedConfig, length: int, rivals: list[Rival], runtime: Runtime) -> Iterator[dict]:
     """Yield a row for each core at a length."""
     device, tokens = runtime.device, config.batch * length
@@ -129,6 +137,8 @@ def main(config: AttentionSpeedConfig) -> int:
     runtime = find_runtime(config.device, config.dtype)
     lengths = config.lengths or LENGTHS[runtime.device.type]
     by_length = each(lambda n: each(lambda core: contestant(config, core, n, runtime), config.cores), lengths)
+    needed = least_memory(config, by_length, lengths, runtime)
+    check_memory(f"lengths={max(lengths)}, batch={config.batch}", needed, runtime.device)
     training_step(by_length[0][0], 1, lengths[0], runtime)()  # what the first use of anything costs
     long: dict[str, list[dict]] = {core: [] for core in config.cores}
     for length, rivals in zip(lengths, by_length, strict=True):

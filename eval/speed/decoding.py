@@ -22,10 +22,11 @@ from pydantic import AfterValidator, Field, model_validator
 
 from configs.app import app, configured
 from configs.errors import Mistakes, writing
+from configs.kinds import WIDEST, OptionalPath
 from configs.load import Command
 from data.files import write_atomic
 from eval.speed.contestants import Contestant, MaterializedConfig, attention_inputs, kernels, model_step
-from eval.speed.measure import Count, Some, copy_bandwidth, in_turns, timer, versions
+from eval.speed.measure import Batch, Count, Rounds, Some, copy_bandwidth, in_turns, timer, versions
 from eval.speed.plots import plot_decoding
 from model import counting
 from model.attention.tensor_product import TensorProductConfig
@@ -47,7 +48,7 @@ MOST_LAYERS = 16
 
 
 def _widths(widths: list[int]) -> list[int]:
-    if any(width < 64 or width % 64 for width in widths):
+    if any(width % 64 for width in widths):
         raise ValueError("must be multiples of 64, the head size of the paper's setting")
     return widths
 
@@ -58,18 +59,18 @@ class DecodingConfig(Command):
     models: Annotated[list[str], Some] = Field(["mha", "gqa", "mqa", "mla", "t6"])
     size: SizeConfig
     # Instead of a size, the paper's setting at these widths; its Figures 5, 7 and 8 are [1024,2048,3072].
-    d_models: Annotated[list[int], AfterValidator(_widths)] = Field([])
+    d_models: Annotated[list[Annotated[int, Field(ge=64, le=WIDEST)]], AfterValidator(_widths)] = Field([])
     lengths: list[Count] = Field([])  # tokens in the cache; default: LENGTHS
-    batches: list[Count] = Field([1])  # the paper's: [1,2,4,8,16]
+    batches: Annotated[list[Batch], Some] = Field([1])  # the paper's: [1,2,4,8,16]
     scopes: Annotated[list[Literal["attention", "model"]], Some] = Field(["attention"])
     device: Device = "auto"
     dtype: Dtype = "auto"  # of weights and cache
-    rounds: Count = 9  # every contestant of a point is timed so many times, in turns; the median counts
+    rounds: Rounds = 9  # every contestant of a point is timed so many times, in turns; the median counts
     materialized: bool = True  # next to t6 and its variants, the same model with its keys and values cached
     # Next to every model, the same one over each of these folds, such as [[128,128]]; whole steps only.
     folds: list[Annotated[list[Count], Some]] = Field([])
     overrides: list[str] = Field([])  # for every model, such as ['model.q_rank=16','model.k_rank=1']
-    out: str | None = None  # a folder for decoding.jsonl and plots, with the paper's curves if it has them
+    out: OptionalPath = None  # a folder for decoding.jsonl and plots, with the paper's curves if it has them
 
     @model_validator(mode="after")
     def _folds_fit(self):

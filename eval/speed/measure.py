@@ -11,6 +11,10 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator, Field
 
+from configs.errors import ConfigError
+from configs.kinds import LONGEST_TEXT, MOST_SEQUENCES
+from training.device import available_memory, format_bytes
+
 
 def _some(values: list) -> list:
     if not values:
@@ -18,9 +22,19 @@ def _some(values: list) -> list:
     return values
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=LONGEST_TEXT)]
+Length = Annotated[int, Field(ge=2, le=LONGEST_TEXT)]  # of a text that a model learns from
+Batch = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
+Rounds = Annotated[int, Field(ge=1, le=1000)]
 Some = AfterValidator(_some)  # of a list that must not be empty
 GPU_PACKAGES = ("triton", "flash-attn", "flash-mla")
+
+
+def check_memory(keys: str, needed: float, device: torch.device) -> None:
+    """Raise a ConfigError that names `keys` if a measurement needs more bytes than the device has."""
+    available = available_memory(device)
+    if needed > available:
+        raise ConfigError(f"{keys}: need about {format_bytes(needed)}, and {format_bytes(available)} are available")
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -13,21 +13,23 @@ import torch
 from pydantic import Field
 
 from configs.app import app
-from eval.speed.measure import versions
+from eval.speed.measure import check_memory, versions
 from model import counting
 from model.transformer import Transformer
 from training.checks import check_core
 from training.config import Config
 from training.device import device_name, dtype_name, find_runtime, memory_gb, peak_flops, synchronize
 from training.optim import build_optimizer
+from training.preflight import needed_memory
 
 WARM_UP = 2  # steps that compile, allocate and tune
+MARGIN = 1.5  # what is estimated may be so many times as large as what is there, before it is refused
 DOCUMENT_END = 0
 DOCUMENT_TOKENS = 500  # in a document, on average, with data.document_mask
 
 
 class SpeedConfig(Config):
-    steps: int = Field(10, ge=1)  # timed ones
+    steps: int = Field(10, ge=1, le=10**6)  # timed ones
 
 
 def main(config: SpeedConfig) -> int:
@@ -39,6 +41,8 @@ def main(config: SpeedConfig) -> int:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.run.seed)
     network = config.network(DOCUMENT_END)
+    keys = f"trainer.seq_len={trainer.seq_len}, trainer.micro_batch_size={trainer.micro_batch_size}"
+    check_memory(keys, sum(needed_memory(config, runtime, network).values()) / MARGIN, device)
     model = Transformer(network, runtime.autocast_dtype, recompute=trainer.activation_checkpointing).to(device)
     optimizer = build_optimizer(model, config.optim)
     compute = torch.compile(model) if trainer.compile else model

@@ -55,7 +55,7 @@ def test_the_tables_vocabulary(capsys):
     [
         ("memory=lots", "memory=lots: must be a size such as 24GiB"),
         ("match=heads", "match=heads: must be params, flops or kv_bytes"),
-        ("seq_len=0", "seq_len=0: must be at least 1"),
+        ("seq_len=0", "seq_len=0: must be at least 2"),
     ],
 )
 def test_bad_settings(override, message):

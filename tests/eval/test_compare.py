@@ -139,8 +139,8 @@ def test_a_run_that_still_trains_is_compared_at_the_tokens_that_all_have(sweep, 
 
 def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path):
     copy(sweep / "t6_0", tmp_path / "run")
-    events = [{"time": 1.0, "event": "start", "step": 0}, {"time": 2.0, "event": "rollback", "step": 4},
-              {"time": 3.0, "event": "start", "step": 4}]  # fmt: skip
+    events = [{"event": "start", "step": 0, "dtype": "float32"}, {"event": "rollback", "step": 4, "to_step": 2},
+              {"event": "start", "step": 4, "dtype": "float32"}]  # fmt: skip
     (tmp_path / "run/events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (tmp_path / "run/results").mkdir()
     results = {"arc_easy/acc_norm": 0.5126, "mmlu/acc": 0.25, "average": 0.38}
@@ -158,7 +158,7 @@ def test_events_benchmarks_and_decoding_are_shown_where_they_are(sweep, tmp_path
     text = compared(tmp_path / "run", sweep / "mha_0", f"out={tmp_path}/out")
     assert "| t6 | 132k | 51.26 ± 1.03 | - |" in text and "Only the first 200 questions of each task" in text
     assert "| published: TPA | 124M | 51.26 | 27.39 |" in text and "| mha | 131k | - | - |" in text
-    assert "## Evaluation: perplexity" in text and "148.4132" in text
+    assert "## Evaluation: perplexity" in text and "148.41" in text
     row = next(line for line in text.splitlines() if line.startswith("| run | t6 | 0 | finished"))
     assert row.split(" | ")[5:8] == ["1", "1", "0"]  # one restart, one rollback
     assert "Decoding: model, batch 1 at 9 tokens on cpu" in text and text.count("| 100 |") == 1
@@ -276,7 +276,7 @@ def test_methods_are_named_by_what_tells_them_apart():
     everyone = [plain, *(plain | changes for changes in others)]
     assert label(plain, everyone[:2]) == "t6 core.name=full"
     assert label(everyone[2], [plain, everyone[2]]) == "t6 small"
-    assert label(everyone[3], [plain, everyone[3]]) == "t6 data.name=files"
+    assert label(everyone[3], [plain, everyone[3]]) == "t6 data.files=b"
     assert label(everyone[4], everyone) == "mha"
 
 

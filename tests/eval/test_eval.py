@@ -71,7 +71,7 @@ def test_an_evaluation_has_the_tokenizer_and_the_data_of_training(finished, tmp_
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
 
     manifest = json.loads((data / "manifest.json").read_text())
-    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "other"}))
+    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "other", "checksum": ""}))
     loaded = load_run(str(run))
     with pytest.raises(ConfigError, match="was trained on other data than .*data holds now"):
         loaded.validation()

@@ -35,12 +35,12 @@ def test_benchmarks_are_logged_at_their_step_and_leave_no_trace_in_training(smal
         }
     scored = {line["step"]: line["eval/cloze/acc_norm"] for line in lines(tmp_path / "other", evaluations=True)}
     assert scored.keys() == {4, 8}
-    record = json.loads((tmp_path / "other/results/builtin_cloze.json").read_text())
+    record = json.loads((tmp_path / "other/results/builtin_cloze_limit=6_tasks=cloze.json").read_text())
     assert record["step"] == 8 and record["limit"] == 6 and record["results"]["cloze/acc_norm"] == scored[8]
     # The same suite on the checkpoint, by the command, gives the same scores.
     arguments = [f"run={tmp_path}/other", "suite=builtin_cloze", "suite.tasks=[cloze]", "limit=6"]
     assert eval_run.main(evaluation(*arguments, "step=4")) == 0
-    older = json.loads((tmp_path / "other/results/builtin_cloze_step_00000004.json").read_text())
+    older = json.loads((tmp_path / "other/results/builtin_cloze_step_00000004_limit=6_tasks=cloze.json").read_text())
     assert older["results"]["cloze/acc_norm"] == pytest.approx(scored[4])
 
 
@@ -122,7 +122,7 @@ def test_jobs_of_their_own_keep_their_checkpoints_and_are_logged_at_their_steps(
     run, original = tmp_path / "run", in_training.Benchmarks.due
 
     def due(self, step):  # between steps 6 and 7 the first job gets its turn
-        if step == 7 and not (run / "results/builtin_cloze_step_00000002.json").exists():
+        if step == 7 and not (run / "results/builtin_cloze_step_00000002_limit=6_tasks=cloze.json").exists():
             assert eval_run.main(evaluation(*submitted.read_text().splitlines()[0].split()[2:])) == 0
         return original(self, step)
 

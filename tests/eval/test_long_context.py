@@ -12,6 +12,7 @@ from torch import nn
 
 from configs.errors import ConfigError
 from eval import run as eval_run
+from eval.config import question
 from eval.loading import LoadedRun
 from eval.passkey import prompt, retrieve
 from eval.texts import read_text
@@ -138,13 +139,13 @@ def test_the_command_leaves_a_table_and_plots(trained, book, capsys):
         f"run={trained}", "suite=long_context", *lengths, "suite.trials=1", "suite.depths=[0,1]", "limit=2"
     )
     assert eval_run.main(config) == 0
-    results = trained / "results"
-    for name in ("long_context.png", "long_context_passkey.png"):
-        assert (results / name).read_bytes()[:4] == b"\x89PNG"
-    table = (results / "long_context.md").read_text()
+    name = f"long_context{question(config)}"
+    for suffix in (".png", "_passkey.png"):
+        assert (trained / f"results/{name}{suffix}").read_bytes()[:4] == b"\x89PNG"
+    table = (trained / f"results/{name}.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:] if line.startswith("|")]
     assert [row[2:4] for row in rows] == [["none", "64"], ["yarn", "64"], ["none", "256"], ["yarn", "256"]]
-    record = json.loads((results / "long_context.json").read_text())
+    record = json.loads((trained / f"results/{name}.json").read_text())
     assert [row[4] for row in rows] == [f"{record['results'][f'{row[2]}/{row[3]}/loss']:.4f}" for row in rows]
     assert "none/256/passkey" in record["results"] and "none/64/passkey" not in record["results"]
     assert record["sweep"]["points"]["yarn"]["256"]["passkey_nats"][0] < 0

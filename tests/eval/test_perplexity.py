@@ -82,11 +82,23 @@ def test_rows_that_are_no_documents_are_joined(ours, tmp_path):
     assert joined.results == whole.results
 
 
+def test_a_text_that_is_none_is_refused_and_not_left_out(ours, tmp_path):
+    """Without it the result would be that of another text."""
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 100)
+    (tmp_path / "b.jsonl").write_text('{"text": "good"}\n{"text": "half \\ud800"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "good"}\nnot JSON\n')
+    for name, reason in (("a.txt", "document 1: invalid UTF-8"), ("b.jsonl", "document 2: invalid UTF-8"),
+                         ("c.jsonl", "document 2: not JSON")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"suite.files={tmp_path}/{name}: {reason}"):
+            outcome(ours, f"suite.files=[{tmp_path}/{name}]")
+
+
 def test_the_command_leaves_json_a_plot_and_a_line(trained, book):
     assert eval_run.main(evaluation(f"run={trained}", f"suite.files=[{book}/*.txt]", "suite.name=book", "limit=3")) == 0
-    record = json.loads((trained / "results/book.json").read_text())
+    (path,) = trained.glob("results/book_*.json")
+    record = json.loads(path.read_text())
     assert record["limit"] == 3 and record["suite"] == "book" and record["stderr"]["loss"] > 0
-    assert (trained / "results/book.png").read_bytes()[:4] == b"\x89PNG"
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval/book/loss"] == record["results"]["loss"] and last["step"] == record["step"]
 
@@ -97,7 +109,7 @@ def test_bad_requests_name_the_key(ours, trained, small_data, tmp_path):
         ([f"suite.files=[{tmp_path}/*.txt]"], "suite.files: no file matches"),
         (["suite.data_dir=nowhere"], "suite.data_dir=nowhere: not prepared"),
         ([f"suite.data_dir={small_data[1].removeprefix('data.dir=')}"], "is not the tokenizer of"),
-        (["suite.seq_len=100000000"], "has no 100000000 tokens in a row, at most"),
+        (["suite.seq_len=10000000"], "has no 10000000 tokens in a row, at most"),
     ):
         with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
             outcome(ours, *overrides)

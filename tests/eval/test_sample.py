@@ -93,12 +93,17 @@ def test_a_broken_checkpoint_is_named_on_standard_error(command, finished, tmp_p
 
 
 def test_a_conversation(command, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("The class\nAnother\n"))
+    lines = io.BytesIO(b"The class\nAnother\n" + b"caf\xe9\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
     settings = ["max_new_tokens=12", "temperature=1.2"]
-    text, _ = command("interactive=true", *settings, "seed=3")
+    text, facts = command("interactive=true", *settings, "seed=3")
+    assert facts.count("is not UTF-8") == 1
     monkeypatch.undo()
     assert (
-        text == command("prompt=The class", *settings, "seed=3")[0] + command("prompt=Another", *settings, "seed=4")[0]
+        text
+        == command("prompt=The class", *settings, "seed=3")[0]
+        + command("prompt=Another", *settings, "seed=4")[0]
+        + command("prompt=caf\ufffd", *settings, "seed=5")[0]
     )
 
 

@@ -35,7 +35,7 @@ def test_the_exponent_is_that_of_a_power_law():
 def test_mistakes_are_named_before_anything_runs(capsys):
     for override, message in (
         ("cores=[]", "name at least one"),
-        ("lengths=[48,0]", "must be at least 1"),
+        ("lengths=[48,0]", "must be at least 2"),
         ("cores=['sequence_tensor core.fold=[0]']", "core.fold"),
         ("cores=['full core.kernel=factors']", "no factors"),
         ("cores=[full,'sliding_window core.windw=2']", "did you mean core.window"),

@@ -13,9 +13,10 @@ import torch
 from configs.errors import ConfigError
 from eval import cloze, published
 from eval import run as eval_run
+from eval.config import question as name_of
 from eval.harness import HarnessModel
 from eval.loading import LoadedRun
-from eval.tasks import find_tasks, load_tasks
+from eval.tasks import find_tasks, load_tasks, read_questions
 from tests.conftest import ROOT
 from tests.eval.helpers import evaluation, outcome
 
@@ -97,11 +98,12 @@ def benchmarks(tmp_path):
 def test_a_paper_suite_is_shown_next_to_the_papers_numbers(trained, benchmarks, capsys):
     arguments = ["suite=paper_zeroshot", "suite.tasks=[arc_easy,sciq]", f"suite.data_dir={benchmarks}", "limit=4"]
     assert eval_run.main(evaluation(f"run={trained}", *arguments)) == 0
-    record = json.loads((trained / "results/paper_zeroshot.json").read_text())
+    name = "results/paper_zeroshot_limit=4_tasks=arc_easy+sciq"
+    record = json.loads((trained / f"{name}.json").read_text())
     results = record["results"]
     assert results["average"] == pytest.approx((results["arc_easy/acc_norm"] + results["sciq/acc_norm"]) / 2)
     assert record["questions"] == {"arc_easy": 4, "sciq": 4} and record["stderr"].keys() >= {"sciq/acc_norm"}
-    shown, table = capsys.readouterr().out, (trained / "results/paper_zeroshot.md").read_text()
+    shown, table = capsys.readouterr().out, (trained / f"{name}.md").read_text()
     assert "paper: TPA, small" in shown and "51.26" in shown and "± standard error" in shown
     cells = [f"{100 * results[key]:.2f}" for key in ("arc_easy/acc_norm", "sciq/acc_norm")]
     assert f"| {' | '.join(cells)} |" in " ".join(table.split())
@@ -164,8 +166,30 @@ def test_missing_tasks_and_files_are_named_together(ours, benchmarks):
     with pytest.raises(ConfigError, match="run is not set"):
         evaluation("suite=paper_zeroshot")
     (benchmarks / "arc_easy_test.jsonl").write_text("no JSON")
-    with pytest.raises(ConfigError, match="arc_easy_test.jsonl: is not JSON lines"):
+    with pytest.raises(ConfigError, match="arc_easy_test.jsonl: line 1 is not JSON"):
         load_tasks(["arc_easy"], str(benchmarks), ours)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": "caf\xe9"}\n', "line 2 is not JSON in UTF-8"),
+        (b"[1]\n", "line 1 is not an object"),
+        (b"[" * 100_000, "line 1 is not JSON in UTF-8"),
+    ],
+)
+def test_questions_that_cannot_be_read_are_named_by_their_line(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"a.jsonl: {message}"):
+        read_questions(tmp_path / "a.jsonl")
+
+
+def test_separators_of_unicode_do_not_end_a_line_of_questions(tmp_path):
+    """JSON allows them inside texts, and what prefetching writes has them as they are."""
+    texts = ["a\u2028b", "c\u2029d", "e\u0085f\x1c", "\ud83d\ude00"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts[:3]] + ['{"text": "\\ud83d\\ude00"}', ""]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
+    assert [row["text"] for row in read_questions(tmp_path / "a.jsonl")] == [*texts[:3], "\U0001f600"]
 
 
 SUITES = [
@@ -190,9 +214,9 @@ torch.distributed.destroy_process_group()
 @pytest.mark.distributed
 def test_two_processes_find_what_one_finds(trained, tmp_path):
     def found() -> dict:
-        names = [suite[0].removeprefix("suite=") for suite in SUITES]
-        records = {name: json.loads((trained / f"results/{name}.json").read_text())["results"] for name in names}
-        return {(name, key): value for name in names for key, value in records[name].items()}
+        asked = [evaluation("run=x", *suite) for suite in SUITES]
+        paths = [trained / f"results/{one.suite.name}{name_of(one)}.json" for one in asked]
+        return {(path, key): value for path in paths for key, value in json.loads(path.read_text())["results"].items()}
 
     for suite in SUITES:
         assert eval_run.main(evaluation(f"run={trained}", *suite)) == 0
