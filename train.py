@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 bad configuration or input, 75 pre-empted after saving (st
 import time
 from contextlib import closing
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -29,13 +28,14 @@ from training.checks import check_before_start, check_sweep
 from training.config import Config
 from training.device import Runtime, memory_gb, peak_flops
 from training.engine import build_engine, release_memory, seed_step
+from training.health import StepClock
 from training.optim import build_optimizer, finite_or_nan, learning_rate, optimizer_step
 from training.preflight import preflight
 from training.ranks import agree, from_main
 from training.report import Report
-from training.run_folder import is_finished
 from training.saver import CheckpointSaver
 from training.session import FINISHED, Ended, Session, session
+from training.stored import is_finished
 
 
 def main(config: Config) -> int:
@@ -90,7 +90,9 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
     # The run folder, and what is written there and shown.
     counts = counting.summary(network, trainer.seq_len)
     machine_peak = peak_flops(device, runtime.dtype) * runtime.world_size
-    metrics = recovery.open_record(config, run, start_step, manifest, tokenizer, counts) if runtime.is_main else None
+    metrics = (
+        recovery.open_record(config, runtime, run, start_step, manifest, tokenizer, counts) if runtime.is_main else None
+    )
     report.introduce(config, runtime, counts, manifest, start_step, train_data.epochs(trainer.horizon))
     keep = benchmarks.keep(checkpoint.keepers(trainer.keep_checkpoints, trainer.keep_every, trainer.keep_best))
     saver = CheckpointSaver(run_dir, keep, report.say, run.watchdog.mark)
@@ -98,7 +100,7 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
 
     # The loop: a step is one optimizer update on global_batch_size sequences.
     accumulation_steps = trainer.accumulation_steps(runtime.world_size)
-    seconds: list[float] = []  # of the steps since the last logged one, without what lies between them
+    clock = StepClock(health, counts["training_flops_per_token"] * trainer.tokens_per_step, machine_peak)
     batches = train_data.batches(start_step, trainer.horizon, device, rollbacks.skipped_batches)
     run.preemption.training = True
     benchmarks.before_loop(start_step)
@@ -122,26 +124,23 @@ def train(config: Config, runtime: Runtime, run: Session, benchmarks: Benchmarks
             grad_norm = optimizer_step(engine, lr, config.optim.grad_clip)
             train_loss, is_preempted = agree(local_loss, run.preemption.requested is not None)
             trouble = health.observe(train_loss, grad_norm)
-            seconds.append(time.perf_counter() - began)
+            clock.add(time.perf_counter() - began)
 
             logged = {}
             if step % trainer.log_every == 0 or is_last:
-                rate = trainer.tokens_per_step / fmean(seconds)
-                seconds.clear()
                 logged = {
                     "train/loss": train_loss,
                     "optim/lr": lr,
                     "optim/grad_norm": grad_norm,
                     "optim/skipped_steps": health.skipped_steps,
-                    "perf/tokens_per_second": rate,
-                    "perf/mfu": counts["training_flops_per_token"] * rate / machine_peak,
                     "perf/memory_gb": memory_gb(device),
+                    **clock.speed(trainer.tokens_per_step),
                 }
             if is_due(step, trainer.eval_every) or is_last:
                 sequences = run.watchdog.watched(val_data, "validation")
                 logged |= validate(engine, sequences, device, manifest.splits["val"].bytes_per_token)
             if metrics and logged:
-                metrics.log(step, step * trainer.tokens_per_step, logged)
+                metrics.log(step, step * trainer.tokens_per_step, logged | clock.totals(step))
                 benchmarks.collect()
                 report.update(step, trainer.horizon, logged)
 

@@ -9,11 +9,9 @@ from it, and evaluation reads the weights without DeepSpeed.
                                            Written last: a checkpoint exists when its manifest does
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,25 +21,20 @@ from safetensors.torch import load_model, save_file
 from torch import Tensor
 
 from configs.errors import ConfigError
-from data.files import sha256_of, write_atomic
+from data.files import seal, sha256_of, write_atomic
 from training.config import upgrade_identity
+from training.stored import checkpoint_dir, checkpoint_dirs, problems, read_manifest
 
-NO_SOURCE = "trainer.init_from={}: is neither a checkpoint nor a run folder with a complete one"
+INIT_FROM = "trainer.init_from"
+NO_SOURCE = {
+    INIT_FROM: "{}={}: is neither a checkpoint, a run folder with a complete one, nor a Hugging Face folder",
+    "trainer.fork_from": "{}={}: is neither a checkpoint nor a run folder with a complete one",
+}
 ARCHITECTURE = ("model.", "size.", "tokenizer.")  # of a run's identity: what its weights mean
 NOT_ARCHITECTURE = (
     "model.rope_base", "model.rope_scaling", "model.rope_factor", "model.rope_original_length",
     "size.name", "size.match", "size.match_tolerance", "tokenizer.name",
 )  # fmt: skip
-
-
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
-
-
-def checkpoint_dirs(run_dir: Path) -> list[Path]:
-    """Return the folders of checkpoints, oldest first. Whatever else lies there is somebody else's."""
-    found = (Path(run_dir) / "checkpoints").glob("step_*")
-    return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
 
 
 def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -59,6 +52,21 @@ def write(run_dir: Path, manifest: dict, tensors: dict[str, dict[str, Tensor]]) 
     manifest = {**manifest, "versions": versions, "files": files}
     write_atomic(folder / "manifest.json", json.dumps(manifest | {"checksum": seal(manifest)}, indent=2))
     write_atomic(Path(run_dir) / "latest", folder.name)
+
+
+def adopt(run_dir: Path, other: Path, changes: dict) -> Path:
+    """Copy the checkpoint of another run, with `changes` of its manifest, as the most recent of this one; return it."""
+    manifest = read_manifest(other) | changes
+    folder = checkpoint_dir(run_dir, manifest["step"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in manifest["files"]:
+        shutil.copyfile(other / name, folder / name)
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    write_atomic(folder / "manifest.json", json.dumps(manifest | {"checksum": seal(manifest)}, indent=2))
+    write_atomic(Path(run_dir) / "latest", folder.name)
+    return folder
 
 
 def prune(run_dir: Path, keep: Callable[[list[dict]], set[int]], last: int) -> None:
@@ -85,42 +93,6 @@ def keepers(last: int, every: int | None, best: bool) -> Callable[[list[dict]], 
     return keep
 
 
-def seal(manifest: dict) -> str:
-    """Return the checksum of a manifest's own content."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def problems(folder: Path, checksums: bool = True) -> list[str]:
-    """Return what is wrong with a checkpoint, a line each; without `checksums` only what its files' sizes show."""
-    try:
-        return _problems(folder, checksums)
-    except OSError as error:
-        return [f"{folder}: cannot be read ({error})"]
-
-
-def _problems(folder: Path, checksums: bool) -> list[str]:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["checksum"] != seal(manifest):
-            return [f"{folder / 'manifest.json'}: does not have its own checksum"]
-        files = manifest["files"].items()
-    except FileNotFoundError:
-        return [f"{folder}: has no manifest.json, so it was never finished"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{folder / 'manifest.json'}: cannot be read ({error!r})"]
-    found = []
-    for name, facts in files:
-        path = folder / name
-        if not path.exists():
-            found.append(f"{path}: is missing")
-        elif path.stat().st_size != facts["bytes"]:
-            found.append(f"{path}: has {path.stat().st_size} bytes instead of {facts['bytes']}")
-        elif checksums and sha256_of(path) != facts["sha256"]:
-            found.append(f"{path}: does not have the checksum of its manifest")
-    return found
-
-
 def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """Return the most recent complete checkpoint of a run, if any; broken ones are reported to `warn` and skipped."""
     for folder in reversed(checkpoint_dirs(run_dir)):
@@ -132,26 +104,22 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def check_source(source: str) -> None:
-    """Raise a ConfigError unless `trainer.init_from` names a folder in which `find` may find a checkpoint."""
-    if not (any(Path(source).glob("manifest.json")) or any(Path(source).glob("checkpoints/step_*/manifest.json"))):
-        raise ConfigError(NO_SOURCE.format(source))
+def check_source(source: str, key: str = INIT_FROM) -> None:
+    """Raise a ConfigError unless `source` is a folder in which `find` may find a checkpoint."""
+    if not any((folder / "manifest.json").exists() for folder in (Path(source), *checkpoint_dirs(source))):
+        raise ConfigError(NO_SOURCE[key].format(key, source))
 
 
-def find(source: str, warn: Callable[[str], None]) -> Path:
-    """Return the checkpoint that `trainer.init_from` names, itself or its run folder. ConfigError if none is whole."""
+def find(source: str, warn: Callable[[str], None], key: str = INIT_FROM) -> Path:
+    """Return the checkpoint that `key` names, itself or its run folder. ConfigError if none is whole."""
     folder = Path(source)
     if (folder / "manifest.json").exists():
         if broken := problems(folder):
-            raise ConfigError(*(f"trainer.init_from: {line}" for line in broken))
+            raise ConfigError(*(f"{key}: {line}" for line in broken))
         return folder
     if found := newest(folder, warn):
         return found
-    raise ConfigError(NO_SOURCE.format(source))
-
-
-def read_manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
+    raise ConfigError(NO_SOURCE[key].format(key, source))
 
 
 def differing(there: dict, ours: dict) -> str:
@@ -166,6 +134,10 @@ def check_same_run(folder: Path, identity: dict, data_fingerprint: str) -> None:
     manifest = read_manifest(folder)
     if keys := differing(manifest["identity"], identity):
         raise ConfigError(f"{folder}: is a checkpoint of another run; move it away, or choose another run.name:{keys}")
+    check_same_data(folder, manifest, data_fingerprint)
+
+
+def check_same_data(folder: Path, manifest: dict, data_fingerprint: str) -> None:
     saved = manifest["data_fingerprint"]
     if saved != data_fingerprint:
         raise ConfigError(

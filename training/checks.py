@@ -1,29 +1,36 @@
 """Whether a run may start: everything that can be found wrong before anything is created."""
 
 import os
-from collections import Counter
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from configs.errors import ConfigError, each
+from pydantic import ValidationError
+
+from configs.block import to_dict
+from configs.errors import ConfigError, each, writing
+from configs.load import flatten
 from data.loader import EvalLoader, TrainLoader
 from data.prepare import ensure_prepared, prepared
 from data.shards import TokenShards
 from data.sources.base import source_of
 from model.attention.base import AttentionConfig, AttentionCore
+from training import fork, hugging_face
 from training.checkpoint import check_source, differing
 from training.config import Config
 from training.device import Runtime
 from training.run_folder import read_config
+from training.stored import checkpoint_dirs
 
 
 def check_before_start(config: Config, runtime: Runtime) -> None:
     """Raise one ConfigError with everything that would stop this run; create nothing."""
     checks = (
+        lambda: check_zero(config.deepspeed.zero),
         lambda: check_nodes(config.deepspeed.zero, runtime.world_size),
         lambda: check_core(config.core, config.model, runtime),
         lambda: check_data(config),
-        lambda: check_init_from(config),
+        lambda: check_start(config),
         lambda: check_run_folder(config),
     )
     each(lambda check: check(), checks)
@@ -31,16 +38,43 @@ def check_before_start(config: Config, runtime: Runtime) -> None:
 
 def check_sweep(configs: list[Config]) -> None:
     """Check each run of a sweep before the first of them starts."""
-    check_folders(config.run.dir for config in configs)
+    check_folders(configs)
     each(lambda config: check_before_start(config, config.runtime()), configs)
 
 
-def check_folders(folders: Iterable[str]) -> None:
+def check_folders(configs: Iterable[Config]) -> None:
     """Raise a ConfigError if runs of a sweep would share a folder."""
-    count = Counter(os.path.abspath(folder) for folder in folders)
-    if shared := sorted(folder for folder in count if count[folder] > 1):
-        remedy = "several runs of the sweep would share it; leave run.name and run.dir unset"
-        raise ConfigError(*(f"run.dir={folder}: {remedy}" for folder in shared))
+    runs: dict[str, list[Config]] = {}
+    for config in configs:
+        runs.setdefault(os.path.abspath(config.run.dir), []).append(config)
+    lines = []
+    for folder, sharing in sorted(runs.items()):
+        if len(sharing) == 1:
+            continue
+        remedy = "leave run.name and run.dir unset"
+        if all(config.identity() == sharing[0].identity() for config in sharing):  # so the default names are the same
+            trees = [flatten(to_dict(config)) for config in sharing]
+            keys = [key for key in trees[0] if any(tree.get(key) != trees[0][key] for tree in trees)]
+            what = f"{', '.join(keys) or 'nothing'}, which is no part of a run's name"
+            remedy = f"they differ in {what}: start them one by one, each with a run.name of its own"
+            if keys and not any("/" in str(tree.get(keys[0])) for tree in trees):
+                remedy = f"they differ in {what}: put it there, as in run.name='NAME-${{{keys[0]}}}'"
+        lines.append(f"run.dir={folder}: several runs of the sweep would share it; {remedy}")
+    if lines:
+        raise ConfigError(*lines)
+
+
+def check_zero(zero: dict) -> None:
+    """Raise a ConfigError for keys and values of `deepspeed.config.zero_optimization` that DeepSpeed would refuse."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # which training needs, and nothing else
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        block = "deepspeed.config.zero_optimization"
+        raise ConfigError(
+            *(f"{block}.{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}" for each in error.errors())
+        ) from None
 
 
 def check_nodes(zero: dict, world_size: int) -> None:
@@ -64,15 +98,23 @@ def check_data(config: Config) -> None:
     trainer = config.trainer
     if source_of(config.data).on_first_use and not prepared(config.data, config.tokenizer):
         return  # rank 0 prepares it
-    ensure_prepared(config.data, config.tokenizer)
+    ensure_prepared(config.data, config.tokenizer, progress=False)
     batch = (trainer.seq_len, 0, trainer.micro_batch_size, trainer.global_batch_size, 0, 1)
     TrainLoader(TokenShards(config.data.dir, "train"), *batch)
     EvalLoader(TokenShards(config.data.dir, "val"), trainer.seq_len, trainer.micro_batch_size, 0, 1, max_samples=None)
 
 
-def check_init_from(config: Config) -> None:
-    if config.trainer.init_from and not any(Path(config.run.dir).glob("checkpoints/step_*")):  # else it resumes
-        check_source(config.trainer.init_from)
+def check_start(config: Config) -> None:
+    """Raise a ConfigError if the run cannot start from what `trainer.init_from` or `trainer.fork_from` names."""
+    init_from, fork_from = config.trainer.init_from, config.trainer.fork_from
+    if checkpoint_dirs(config.run.dir):  # then it resumes
+        return
+    if fork_from:
+        fork.check(config)
+    elif init_from and hugging_face.is_export(init_from):
+        hugging_face.check(init_from, config.network())
+    elif init_from:
+        check_source(init_from)
 
 
 def check_run_folder(config: Config) -> None:
@@ -82,6 +124,8 @@ def check_run_folder(config: Config) -> None:
         raise ConfigError(f"run.dir={folder}: cannot be a folder, since {parent} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"run.dir={folder}: {parent} is not writable; choose another with run.dir=")
+    with writing("run.dir", folder, "; choose another with run.dir="):  # what a system grants, /proc may still refuse
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
     if not (folder / "config.yaml").exists():
         return
     if config.trainer.resume == "never":

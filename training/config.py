@@ -5,14 +5,27 @@ import hashlib
 import json
 import math
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from configs.app import choices
+from configs.block import Block, to_dict
 from configs.errors import ConfigError, Mistakes, did_you_mean, each
-from configs.load import Block, Command, flatten, to_dict, without
+from configs.kinds import (
+    LONGEST_PART,
+    LONGEST_TEXT,
+    MOST_SEQUENCES,
+    MOST_STEPS,
+    Name,
+    OptionalFolder,
+    OptionalPath,
+    plain_name,
+)
+from configs.load import Command, flatten, shown, without
 from data.config import DataConfig, TokenizerConfig, check_vocabulary, fill_data_dir
 from data.sources.base import source_of
 from model.attention.base import AttentionConfig, AttentionCore
@@ -20,6 +33,7 @@ from model.counting.match import decide
 from model.transformer import SizeConfig, TransformerConfig
 from training.device import Device, Dtype, Runtime, find_runtime
 from training.optim import WHOLE_MATRICES, OptimConfig, ScheduleConfig
+from training.stored import last_step
 
 # DeepSpeed's keys that would contradict a key of ours, and ours.
 REFUSED_DEEPSPEED_KEYS = {
@@ -35,14 +49,27 @@ REFUSED_DEEPSPEED_KEYS = {
     "torch_autocast": "trainer.dtype",
 }
 
-# DeepSpeed ignores a key that it does not know, so `zero_optimisation` would train at stage 0.
-DEEPSPEED_KEYS = (
-    "activation_checkpointing", "aio", "bf16", "comms_logger", "communication_data_type", "compression_training",
-    "curriculum_learning", "data_efficiency", "data_types", "dump_state", "elasticity", "flops_profiler",
-    "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sparse_gradients", "steps_per_print",
-    "tensorboard", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)  # fmt: skip
+# DeepSpeed ignores a key that it does not know, so `zero_optimisation` would train at stage 0; and what it knows it may
+# read only in the middle of a run.
+DEEPSPEED_KINDS = {
+    "a mapping": (
+        "activation_checkpointing", "aio", "bf16", "comms_logger", "compression_training", "curriculum_learning",
+        "data_efficiency", "data_types", "elasticity", "flops_profiler", "tensorboard", "zero_optimization",
+    ),
+    "true or false": (
+        "dump_state", "memory_breakdown", "prescale_gradients", "sparse_gradients", "wall_clock_breakdown",
+        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    ),
+    "a positive number": ("gradient_predivide_factor", "steps_per_print"),
+    "fp32, fp16 or bf16": ("communication_data_type",),
+}  # fmt: skip
+DEEPSPEED_KEYS = {key: kind for kind, keys in DEEPSPEED_KINDS.items() for key in keys}
+IS_OF_KIND = {
+    "a mapping": lambda value: isinstance(value, dict),
+    "true or false": lambda value: isinstance(value, bool),
+    "a positive number": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "fp32, fp16 or bf16": lambda value: value in ("fp32", "fp16", "bf16"),
+}
 
 # Of older run folders: keys that are no more, and cores, when how full attention is computed was not yet its kernel.
 REMOVED_KEYS = {"core.training", "core.scores", "trainer.background_saving"}
@@ -52,17 +79,31 @@ OLD_CORES = {
 }
 
 
+def run_name(text: str | None) -> str | None:
+    try:
+        return text if text is None else plain_name(text, LONGEST_PART)
+    except ValueError as error:
+        raise ValueError(f"{error}; run.dir takes a path") from None
+
+
 class RunConfig(Block):
-    # default: {model}_{size}_{8 hex digits of the identity}
-    name: str | None = Field(None, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]{0,199}$")
-    dir: str | None = None  # default: runs/<run.name>
+    # default: that of run.dir, or {model}_{size}_{8 hex digits of the identity}
+    name: Annotated[str | None, AfterValidator(run_name)] = None
+    dir: OptionalFolder = None  # default: runs/<run.name>
     seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("dir")
+    @classmethod
+    def _is_one_line(cls, path: str | None) -> str | None:
+        if path is not None and (not path or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", path)):
+            raise ValueError("must be a path without line breaks and other control characters")
+        return path
 
 
 class DeepSpeedConfig(Block):
     """`config` is DeepSpeed's own; any key of it can be set with `++deepspeed.config.KEY=`."""
 
-    name: str
+    name: Name
     config: dict[str, Any]
 
     @property
@@ -78,6 +119,18 @@ class DeepSpeedConfig(Block):
         """Whether DeepSpeed keeps the parameters in bf16 (next to fp32 master weights), and not only computes in it."""
         return bool((self.config.get("bf16") or {}).get("enabled"))
 
+    @field_validator("config")
+    @classmethod
+    def _are_of_their_kind(cls, config: dict[str, Any]) -> dict[str, Any]:
+        lines = [
+            f"{key}={shown(config[key])}: must be {kind}"
+            for key, kind in DEEPSPEED_KEYS.items()
+            if key in config and not IS_OF_KIND[kind](config[key])
+        ]
+        if lines:
+            raise Mistakes(*lines)
+        return config
+
     @model_validator(mode="after")
     def _check_keys(self):
         refused = [key for key in self.config if key in REFUSED_DEEPSPEED_KEYS]
@@ -85,9 +138,7 @@ class DeepSpeedConfig(Block):
         for key in sorted(self.config.keys() - {*refused, *DEEPSPEED_KEYS}):
             if near := difflib.get_close_matches(key, DEEPSPEED_KEYS, 1, 0.85):
                 lines.append(f"config.{key}: unknown key; did you mean {near[0]}?")
-        if not isinstance(self.zero, dict):
-            raise Mistakes(f"config.zero_optimization={self.zero}: must be a mapping", *lines)
-        if self.stage not in (0, 1, 2, 3):
+        if isinstance(self.stage, bool) or self.stage not in (0, 1, 2, 3):
             lines.append(f"config.zero_optimization.stage={self.stage}: must be 0, 1, 2 or 3")
         if self.bf16_engine and self.stage == 0:
             lines.append(
@@ -99,41 +150,59 @@ class DeepSpeedConfig(Block):
         return self
 
 
+def wandb_name(text: str | None) -> str | None:
+    """Return the name of a project or an entity. ValueError if W&B would refuse it."""
+    if text is not None and (not re.fullmatch(r"[^/\\#?%:]{1,128}", text) or not text.strip()):
+        raise ValueError("must have 1 to 128 characters, none of them / \\ # ? % or :, as W&B demands")
+    return text
+
+
 class WandbConfig(Block):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if somebody is logged in
-    project: str = "t6"
-    group: str | None = None  # default: the folder of the sweep
+    project: Annotated[str, AfterValidator(wandb_name)] = "t6"
+    group: str | None = Field(None, min_length=1, max_length=128)  # default: the folder of the sweep
     tags: list[str] = Field(default_factory=list)
+
+    @field_validator("tags")
+    @classmethod
+    def _are_accepted(cls, tags: list[str]) -> list[str]:
+        if not all(0 < len(tag) <= 64 for tag in tags):
+            raise ValueError("each must have 1 to 64 characters, as W&B demands")
+        return tags
 
 
 class TrainerConfig(Block):
     """Batch sizes count sequences; `*_every` count steps, and null or 0 means never (the last step always counts)."""
 
-    max_steps: int | None = Field(500, ge=1)
-    max_tokens: int | None = Field(None, ge=1)  # whichever of max_steps and max_tokens comes first ends the run
-    seq_len: int = Field(256, ge=1)
-    micro_batch_size: int = Field(4, ge=1)
-    global_batch_size: int = Field(8, ge=1)
-    eval_every: int | None = Field(50, ge=0)
-    eval_batches: int | None = Field(8, ge=1)  # global batches of validation data; null: all of it
-    checkpoint_every: int | None = Field(100, ge=0)
-    keep_checkpoints: int = Field(2, ge=1)  # the most recent ones that stay
-    keep_every: int | None = Field(None, ge=0)  # and those whose step is a multiple of this
+    max_steps: int | None = Field(500, ge=1, le=MOST_STEPS)
+    # whichever of max_steps and max_tokens comes first ends the run
+    max_tokens: int | None = Field(None, ge=1, le=10**15)
+    seq_len: int = Field(256, ge=2, le=LONGEST_TEXT)
+    micro_batch_size: int = Field(4, ge=1, le=MOST_SEQUENCES)
+    global_batch_size: int = Field(8, ge=1, le=10**7)
+    eval_every: int | None = Field(50, ge=0, le=MOST_STEPS)
+    eval_batches: int | None = Field(8, ge=1, le=MOST_STEPS)  # global batches of validation data; null: all of it
+    checkpoint_every: int | None = Field(100, ge=0, le=MOST_STEPS)
+    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS)  # the most recent ones that stay
+    keep_every: int | None = Field(None, ge=0, le=MOST_STEPS)  # and those whose step is a multiple of this
     keep_best: bool = False  # and the one with the lowest validation loss
-    log_every: int = Field(10, ge=1)
-    max_bad_steps: int = Field(10, ge=1)  # steps in a row with a non-finite loss or gradient before the run goes back
-    max_loss_spike: float | None = Field(3.0, gt=0)  # nats over the mean of the last 32 steps that send it back
-    max_rollbacks: int = Field(3, ge=0)  # times in a row that it goes back to the same checkpoint before it gives up
-    rank_timeout: float = Field(600.0, ge=5)  # seconds without a sign of life of a rank, or progress of any
+    log_every: int = Field(10, ge=1, le=MOST_STEPS)
+    # steps in a row with a non-finite loss or gradient before the run goes back
+    max_bad_steps: int = Field(10, ge=1, le=MOST_STEPS)
+    max_loss_spike: float | None = Field(3.0, gt=0, le=1e6)  # nats over the mean of the last 32 steps that send it back
+    # times in a row that it goes back to the same checkpoint before it gives up
+    max_rollbacks: int = Field(3, ge=0, le=MOST_STEPS)
+    rank_timeout: float = Field(600.0, ge=5, le=1e6)  # seconds without a sign of life of a rank, or progress of any
     resume: Literal["auto", "never"] = "auto"  # auto: resume what the run folder holds; never: refuse to
-    init_from: str | None = None  # a run folder or a checkpoint whose weights this run starts from
+    init_from: OptionalPath = None  # the weights to start from: a run folder, a checkpoint or a Hugging Face folder
+    fork_from: OptionalPath = None  # a run or checkpoint to continue, optimizer and data included, by other schedules
     compile: bool = False
     dtype: Dtype = "auto"
     activation_checkpointing: bool = False
-    samples: int = Field(3, ge=0)  # texts sampled at the end of the run
-    benchmark_every: int | None = Field(None, ge=0)  # steps between runs of each of `benchmarks`
+    samples: int = Field(3, ge=0, le=1000)  # texts sampled at the end of the run
+    benchmark_every: int | None = Field(None, ge=0, le=MOST_STEPS)  # steps between runs of each of `benchmarks`
     benchmarks: list[str] = Field(default_factory=lambda: ["builtin_cloze"])  # suites: names in configs/suite
-    benchmark_limit: int | None = Field(None, ge=1)  # questions of each task, or windows
+    benchmark_limit: int | None = Field(None, ge=1, le=MOST_STEPS)  # questions of each task, or windows
     benchmark_overrides: list[str] = Field(default_factory=list)  # of `python -m eval.run`, as suite.data_dir=...
     benchmark_job: bool = False  # as a Slurm job of its own, which reads the checkpoint; false: in the training job
     benchmark_sbatch: list[str] = Field(default_factory=list)  # options of sbatch for it, as --time=1:00:00
@@ -150,6 +219,8 @@ class TrainerConfig(Block):
     def _ends(self):
         if self.max_steps is None and self.max_tokens is None:
             raise Mistakes("max_steps=null and trainer.max_tokens=null: set one, it ends the run")
+        if self.init_from and self.fork_from:
+            raise Mistakes("fork_from: trainer.init_from is set too, and a run starts from one of them; leave one out")
         return self
 
     @property
@@ -159,8 +230,7 @@ class TrainerConfig(Block):
     @property
     def horizon(self) -> int:
         """The run's last step, and the schedule's."""
-        by_tokens = self.max_tokens and math.ceil(self.max_tokens / self.tokens_per_step)
-        return min(filter(None, (self.max_steps, by_tokens)))
+        return last_step(self.max_steps, self.max_tokens, self.tokens_per_step)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Return the micro-batches that a rank adds up for one step. ConfigError if the batch sizes do not fit."""
@@ -178,7 +248,7 @@ class TrainerConfig(Block):
 
 
 # Keys that older runs do not have, and the value that stands for how those runs were: no part of an identity with it.
-LATER_KEYS = {"schedule.first_step": 1}
+LATER_KEYS = {"schedule.first_step": 1, "data.validation": "documents", "data.separator": None}
 
 
 class Config(Command):
@@ -224,6 +294,9 @@ class Config(Command):
             )
         if lines:
             raise Mistakes(*lines)
+        if self.run.dir and not self.run.name:
+            with suppress(ValidationError):  # a folder may have a name that no run can have
+                self.run.name = RunConfig(name=Path(self.run.dir).name).name
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
         self.run.name = self.run.name or f"{self.model.name}_{self.size.name}_{digest[:8]}"
         self.run.dir = self.run.dir or str(Path("runs") / self.run.name)

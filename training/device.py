@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import psutil
 import torch
-from pydantic import AfterValidator, ByteSize, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
 from configs.errors import ConfigError
 
@@ -137,12 +137,16 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def parse_bytes(text: str) -> float:
+def parse_bytes(value: object) -> float:
     """Return a memory size such as 24GiB, 80GB or 512MiB in bytes. ValueError for anything else."""
     try:
-        size = TypeAdapter(ByteSize).validate_python(text.strip())
+        text = str(value).strip()
+        size = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
         size = 0
-    if not size or text.strip()[-1].isdigit():
+    if not size or text[-1].isdigit():
         raise ValueError("must be a size such as 24GiB or 80GB")
     return size
+
+
+Bytes = Annotated[float, Field(gt=0, le=2**60), BeforeValidator(parse_bytes)]

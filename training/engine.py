@@ -3,9 +3,10 @@
 import gc
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from configs.errors import ConfigError
+from configs.load import remedy, shown
 from training.checkpoint import read_manifest
 from training.config import Config
 from training.device import Runtime
@@ -94,13 +96,22 @@ def build_engine(config: Config, runtime: Runtime, model: torch.nn.Module, optim
             config=theirs | ours, model=model, optimizer=optimizer, dist_init_required=False
         )
     except ValidationError as error:  # pydantic's, of DeepSpeed's own keys
-        lines = [f"deepspeed.config.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(*lines) from None
+        raise ConfigError(*refused(error, config.deepspeed.config)) from None
     except deepspeed.DeepSpeedConfigError as error:
         raise ConfigError(f"deepspeed.config: {error}") from None
     if config.trainer.compile:
         engine.compile()
     return engine
+
+
+def refused(error: ValidationError, config: dict[str, Any]) -> Iterator[str]:
+    """Yield what DeepSpeed's classes find wrong, which name a key within its block and not the block."""
+    for detail in error.errors():
+        first = detail["loc"][0]
+        block = [name for name, keys in config.items() if isinstance(keys, dict) and first in keys][:1]
+        key = ".".join(map(str, ("deepspeed.config", *block, *detail["loc"])))
+        what = "unknown key" if detail["type"] == "extra_forbidden" else remedy(detail)
+        yield f"{key}={shown(detail['input'])}: {what}"
 
 
 def gather_state(engine, alive: Callable[[], None]) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:

@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from configs.load import to_dict
+from configs.block import to_dict
 from data.files import write_atomic
 from training.config import Config
 from training.jsonl import append_line, read_lines
@@ -19,15 +19,10 @@ def metrics_line(step: int, tokens: int, metrics: dict[str, float]) -> dict[str,
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove what was logged past the checkpoint from which the run resumes."""
+    """Remove what was logged past the checkpoint from which the run resumes, and what is no line of metrics."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+        kept = [line for line in read_lines(path) if isinstance(line.get("step"), int) and line["step"] <= step]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def read_events(run_dir: Path) -> list[dict]:
-    """Return what happened to a run, oldest first: starts, rollbacks, pre-emptions, checkpoints that failed."""
-    return read_lines(Path(run_dir) / "events.jsonl")
 
 
 def log_event(run_dir: Path, event: str, step: int, **facts) -> None:

@@ -1,10 +1,7 @@
 """Where a run starts, what a checkpoint says of it, and how it goes back, past the data that spoiled it, or ends."""
 
-import math
 import os
-import statistics
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,52 +9,25 @@ import torch
 from data.shards import Manifest
 from data.tokenizers import Tokenizer
 from model.transformer import Transformer
-from training import checkpoint
+from training import checkpoint, hugging_face
 from training.config import Config, TrainerConfig
+from training.device import Runtime, dtype_name
 from training.engine import restore
-from training.metrics import Metrics, log_event, read_events
+from training.fork import fork
+from training.health import Health
+from training.metrics import Metrics, log_event
 from training.ranks import from_main, world_size
 from training.report import Report
 from training.run_folder import create_run_folder
 from training.saver import CheckpointSaver
 from training.session import PREEMPTED, Ended, Session
+from training.stored import read_events
 
 LOST = (
     "{0}: has saved checkpoints, none of which can be read: training would begin again and lose what it has logged. "
     "Bring one back to {0}/checkpoints. To begin again on purpose, move {0} away, or remove {0}/latest"
 )
 GO_BACK = -1  # train() is to be called again: it resumes from the last checkpoint
-WINDOW = 32  # steps whose mean loss a spike is measured from
-
-
-@dataclass
-class Health:
-    """The state of a run's health, the same on every rank as long as every rank observes the same numbers."""
-
-    trainer: TrainerConfig
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    losses: list[float] = field(default_factory=list)  # of the last WINDOW steps
-
-    def state(self) -> dict:
-        """Return what a checkpoint keeps: everything but the settings."""
-        return {key: value for key, value in vars(self).items() if key != "trainer"}
-
-    def observe(self, loss: float, grad_norm: float) -> str | None:
-        """Take note of a step; return why the run should go back, if it should."""
-        limit, spike = self.trainer.max_bad_steps, self.trainer.max_loss_spike
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
-            steps = "1 step" if limit == 1 else f"{limit} steps in a row"
-            is_enough = self.skipped_in_a_row >= limit
-            return f"the loss or the gradient was not finite for {steps}" if is_enough else None
-        self.skipped_in_a_row = 0
-        usual = statistics.fmean(self.losses) if len(self.losses) == WINDOW else math.inf
-        if spike is not None and loss > usual + spike:
-            return f"the loss is {loss:.4f}, more than trainer.max_loss_spike={spike} over its mean of {usual:.4f}"
-        self.losses = [*self.losses, loss][-WINDOW:]
-        return None
 
 
 class Rollbacks:
@@ -82,10 +52,15 @@ def load_start(config: Config, model: Transformer, data: Manifest, report: Repor
     own = from_main(lambda: checkpoint.newest(run_dir, report.say))
     if own is None and from_main(lambda: os.path.lexists(run_dir / "latest")):  # which the first checkpoint leaves
         raise Ended(LOST.format(run_dir), 1)
+    if own is None and config.trainer.fork_from:
+        own = from_main(lambda: fork(config, data.fingerprint, report.say))
     if own:
         checkpoint.check_same_run(own, config.identity(), data.fingerprint)
         checkpoint.load_weights(model, own)
-    elif init_from := config.trainer.init_from:
+    elif (init_from := config.trainer.init_from) and hugging_face.is_export(init_from):
+        hugging_face.check_tokenizer(init_from, data.tokenizer["fingerprint"], config.tokenizer.end_of_text)
+        hugging_face.load(init_from, model)
+    elif init_from:
         other = from_main(lambda: checkpoint.find(init_from, report.say))
         checkpoint.check_same_architecture(other, config.identity(), data.tokenizer["fingerprint"])
         checkpoint.load_weights(model, other)
@@ -102,8 +77,9 @@ def restore_run(engine, folder: Path | None, trainer: TrainerConfig) -> tuple[in
 
 
 def open_record(
-    config: Config, run: Session, start_step: int, data: Manifest, tokenizer: Tokenizer, facts: dict[str, float]
-) -> Metrics:
+    config: Config, runtime: Runtime, run: Session, start_step: int, data: Manifest, tokenizer: Tokenizer,
+    facts: dict[str, float],
+) -> Metrics:  # fmt: skip
     """Make the run folder and open its record, with `facts` in W&B's summary; a start is an event, a return is not."""
     create_run_folder(config, tokenizer)
     metrics = Metrics(config, start_step)
@@ -113,7 +89,8 @@ def open_record(
         facts |= {f"data/{name}/tokens": split.tokens, f"data/{name}/documents": split.documents}
     metrics.wandb.note(facts)
     if not run.preemption.training:
-        log_event(Path(config.run.dir), "start", start_step, world_size=world_size(), deepspeed=config.deepspeed.name)
+        machine = {"world_size": world_size(), "device": runtime.device.type, "dtype": dtype_name(runtime.dtype)}
+        log_event(Path(config.run.dir), "start", start_step, deepspeed=config.deepspeed.name, **machine)
     return metrics
 
 

@@ -12,6 +12,7 @@ from training.config import Config
 from training.device import Runtime, dtype_name
 from training.jsonl import read_lines
 from training.metrics import Metrics
+from training.optim import describe
 from training.plots import plot_loss
 
 SHOWN = {  # of the metrics of a step
@@ -47,9 +48,11 @@ class Report:
             "run": config.run.dir + (f", resumed from step {start_step}" if start_step else ""),
             "model": f"{model.name} {size.name}, {counts['params'] / 1e6:.1f}M parameters, {model.n_heads} heads, "
             f"KV cache {counts['kv_bytes_per_token']:,} bytes a token",
+            "pattern": config.core.described(trainer.seq_len),
             "budget": budget(counts, size.match, size.match_tolerance),
             "data": f"{manifest.name}, {tokens:,} tokens, unigram entropy {entropy:.3f}",
             "steps": f"{trainer.horizon} of {trainer.tokens_per_step:,} tokens, {epochs:.2f} epochs",
+            "learning rate": describe(config.optim.lr, config.schedule, trainer.horizon),
             "machine": f"{runtime.world_size} x {runtime.device.type}, {dtype}, {config.deepspeed.name}",
         }
         self.table("T6", rows)

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
-import yaml
-
 from configs.app import as_yaml
+from configs.block import to_dict
 from configs.errors import ConfigError, writing
-from configs.load import load, to_dict
-from data.files import write_atomic
+from configs.load import load
+from data.files import make_folder, remove_empty, write_atomic
 from data.tokenizers import Tokenizer
 from training.config import Config, upgrade
+from training.stored import read_tree
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers: nobody has them
 PACKAGES_VARIABLE = "T6_PACKAGES"  # names packages of the user's, separated by commas
@@ -29,18 +29,7 @@ PACKAGES_VARIABLE = "T6_PACKAGES"  # names packages of the user's, separated by 
 
 def read_config(run_dir: str | Path) -> Config:
     """Return the configuration that a run folder was made with. ConfigError if it has none or names code."""
-    path = Path(run_dir) / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir}: is not a run folder (it has no config.yaml)")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise yaml.YAMLError("it has aliases, by which a short file can become a huge tree")
-        tree = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of configuration keys")
+    tree, path = read_tree(run_dir), Path(run_dir) / "config.yaml"
     for target in targets(tree):
         module = str(target).rpartition(".")[0]
         package = module.partition(".")[0]
@@ -62,11 +51,6 @@ def targets(tree: Mapping) -> Iterator[str]:
             yield from targets(value)
 
 
-def is_finished(run_dir: str | Path) -> bool:
-    """Return whether the run folder holds a run that is done; its horizon is part of a run's identity."""
-    return (Path(run_dir) / "summary.json").exists()
-
-
 def create_run_folder(config: Config, tokenizer: Tokenizer) -> None:
     """Make the folder, its config.yaml and its copy of the tokenizer. ConfigError if it cannot be written."""
     folder = Path(config.run.dir)
@@ -86,6 +70,7 @@ class RunLock:
     def __init__(self, run_dir: Path):
         self.path = Path(run_dir) / ".lock"
         self.file: TextIO | None = None
+        self.made: list[Path] = []  # folders that were not there
 
     def acquire(self, patience: float, say: Callable[[str], None]) -> str | None:
         """Wait at most `patience` seconds; return None, or who has the lock. ConfigError if nobody can write there."""
@@ -103,7 +88,7 @@ class RunLock:
         return None
 
     def _locked(self) -> bool:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.made = make_folder(self.path.parent) or self.made
         try:
             file = open(self.path, "a", encoding="utf-8")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,10 +107,9 @@ class RunLock:
         return "another process"
 
     def release(self) -> None:
-        """Release the lock and remove its file, and the run folder too if nothing else is in it."""
+        """Release the lock and remove its file, the run folder if nothing else is in it, and folders made for it."""
         if self.file:
             self.path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.path.parent.rmdir()
+            remove_empty(dict.fromkeys([self.path.parent, *self.made]))
             self.file.close()
             self.file = None

@@ -10,7 +10,8 @@ from training.config import Config
 from training.device import Runtime
 from training.engine import init_distributed, shut_down
 from training.ranks import from_main
-from training.run_folder import RunLock, is_finished
+from training.run_folder import RunLock
+from training.stored import is_finished
 from training.streams import make_streams_lenient
 from training.watchdog import Watchdog
 

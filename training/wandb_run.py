@@ -1,12 +1,12 @@
 """A run in W&B: a view of its folder, which may fail at any time without harm.
 
-A run folder has one W&B run, whose id is a function of the folder, however often it is requeued and evaluated.
-wandb/rows.jsonl lists the rows of its history, each before it is sent, in the order of W&B's own numbers (`_step`), and
-wandb/facts.json has its summary. What metrics.jsonl has and the list lacks is added; a listed row stays, so steps that
-are trained a second time keep the values of the first. Online, what W&B does not have of the list is sent; offline, or
-if W&B has more than the list, all of it. An offline file therefore has the whole run: it replaces the older ones, which
-a killed process may have left torn, and can be synced at any time and repeatedly. One process writes to the W&B run:
-that which trains, and afterwards the evaluations, one at a time.
+A run folder has one W&B run, whose id is made once and kept in wandb/id, however often it is requeued, evaluated or
+moved. wandb/rows.jsonl lists the rows of its history, each before it is sent, in the order of W&B's own numbers
+(`_step`), and wandb/facts.json has its summary. What metrics.jsonl has and the list lacks is added; a listed row stays,
+so steps that are trained a second time keep the values of the first. Online, what W&B does not have of the list is
+sent; offline, or if W&B has more than the list, all of it. An offline file therefore has the whole run: it replaces the
+older ones, which a killed process may have left torn, and can be synced at any time and repeatedly. One process writes
+to the W&B run: that which trains, and afterwards the evaluations, one at a time.
 """
 
 import functools
@@ -14,6 +14,8 @@ import hashlib
 import html
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +41,16 @@ Row = dict[str, float | str | list[str] | None]  # numbers; paths of pictures in
 
 
 def run_id(run_dir: str | Path) -> str:
-    """Return the W&B id of a run folder."""
-    return hashlib.sha256(str(Path(run_dir).resolve()).encode()).hexdigest()[:16]
+    """Return the W&B id of a run folder, made at the first call: a sweep agent's, or one that nobody else has."""
+    path = Path(run_dir) / "wandb" / "id"
+    if path.exists() and re.fullmatch(r"[\w-]{1,64}", found := path.read_text(encoding="utf-8").strip()):
+        return found
+    made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+    if (path.parent / "rows.jsonl").exists():  # older folders: the id was a function of the path
+        made = hashlib.sha256(str(Path(run_dir).resolve()).encode()).hexdigest()[:16]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, made)
+    return made
 
 
 def wandb_mode(mode: str) -> str:
@@ -68,9 +78,10 @@ def open_run(run_dir: Path, settings: WandbConfig, tree: dict[str, Any], resume:
         "tags": [tree["model"]["name"], tree["size"]["name"], *settings.tags],
         "dir": str(run_dir),
         "reinit": "finish_previous",  # a run of this process whose dashboard failed is not to be joined
-        "settings": wandb.Settings(silent=True, save_code=True, **waits),
+        "settings": wandb.Settings(silent=True, save_code=True, **waits),  # the script, and the diff of tracked files
     }
     if wandb_mode(settings.mode) == "online":
+        print(f"W&B: connecting, for at most {PATIENCE:.0f} s")
         try:
             return wandb.init(mode="online", resume=resume, **options)
         except Exception as error:

@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
+PAUSE = 5.0  # seconds that this thread can only have slept through if the process was suspended
 DONE = "done"
 ENDING = "The job ends: {}. The same command resumes from the last checkpoint."
 
@@ -153,8 +154,19 @@ class Watchdog:
         client = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self.timeout), wait_for_workers=False)
         return PrefixStore(f"watchdog/{attempt}", client)
 
+    def forgive(self, seconds: float) -> None:
+        """Count as if the last `seconds` had not been: this process was suspended, and heard of nobody."""
+        self.contact += seconds
+        for peer in (self.me, *self.others):
+            peer.heard += seconds
+            peer.moved += seconds
+
     def _judge(self) -> None:
+        woke = time.monotonic()
         while not self.stopped.wait(BEAT_SECONDS / 2):
+            asleep, woke = time.monotonic() - woke, time.monotonic()
+            if asleep > PAUSE:
+                self.forgive(asleep)
             verdict = self.judge()
             if verdict and not self.stopped.is_set():
                 print(ENDING.format(verdict), file=sys.stderr, flush=True)

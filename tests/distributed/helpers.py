@@ -15,7 +15,7 @@ from configs.app import configured
 from tests.conftest import ROOT
 from training.config import Config
 from training.jsonl import read_lines
-from training.metrics import read_events
+from training.stored import read_events
 
 TRAIN, LAUNCH, SEVERAL = (
     ROOT / "train.py",

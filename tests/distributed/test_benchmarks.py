@@ -38,7 +38,7 @@ def test_a_sharded_models_scores_are_those_of_its_checkpoint(benchmarked, precis
 
 def take_scores(folder: Path) -> dict[str, list[float]]:
     """Return the log-likelihoods of each question's answers, and delete the file that has them."""
-    path = folder / "results/builtin_cloze_samples.jsonl"
+    (path,) = folder.glob("results/builtin_cloze_*_samples.jsonl")
     found = [json.loads(line) for line in path.read_text().splitlines()]
     path.unlink()
     return {str(line["doc_id"]): [pair[0] for pair in line["filtered_resps"]] for line in found}

@@ -4,7 +4,9 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
+import psutil
 import pytest
 
 from tests.distributed.helpers import (
@@ -15,6 +17,7 @@ from tests.distributed.helpers import (
     python,
     run,
     start,
+    start_in,
     torchrun,
     wait_for,
     worker,
@@ -43,6 +46,39 @@ def test_a_hung_rank_ends_the_job_and_is_named(pair, tmp_path):
     assert checkpoint.newest(tmp_path / "run", print)
     # The preflight of several ranks
     assert "2 ranks agree" in output and "x the median time of a matrix product" in output
+
+
+WATCHED = """
+import os, pathlib, sys, time
+import torch
+from training.watchdog import Watchdog
+torch.distributed.init_process_group("gloo")
+with Watchdog(torch.distributed.get_rank(), 2, timeout=6) as watchdog:
+    folder = pathlib.Path(sys.argv[1])
+    (folder / f"{os.getpid()}.pid").touch()
+    while not (folder / "end").exists():
+        watchdog.mark("waiting")
+        time.sleep(0.2)
+"""
+
+
+def test_a_job_that_was_suspended_goes_on(tmp_path):
+    """As `scontrol suspend` does, for longer than a rank may be silent; and ranks wake up one after the other."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    process = start_in(tmp_path, [*torchrun(2), str(tmp_path / "watched.py"), str(tmp_path)])
+    wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2, process)
+    time.sleep(2)
+    ranks = [psutil.Process(int(path.stem)) for path in tmp_path.glob("*.pid")]
+    for rank in ranks:
+        rank.suspend()
+    time.sleep(9)
+    for rank in ranks:
+        rank.resume()
+        time.sleep(2)
+    time.sleep(3)
+    (tmp_path / "end").touch()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "The job ends" not in output, output
 
 
 def test_a_rank_that_stops_moving_is_named(pair, tmp_path):

@@ -279,3 +279,13 @@ def test_loaded_weights_are_those_saved_and_the_head_stays_tied(finished):
     assert model.head.weight is model.embedding.weight
     with pytest.raises(ConfigError, match=r"trainer.init_from=.*nowhere"):
         checkpoint.find("nowhere", print)
+
+
+def test_a_copy_next_to_the_checkpoints_is_none_to_start_from(tmp_path):
+    for name in ("step_backup", "step_1"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is neither a checkpoint, a run folder"):
+        checkpoint.check_source(str(tmp_path))
+    (tmp_path / "checkpoints/step_backup").rename(tmp_path / "checkpoints/step_00000001")
+    checkpoint.check_source(str(tmp_path))

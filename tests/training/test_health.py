@@ -8,8 +8,9 @@ import torch
 
 import train
 from configs.app import configured
-from training import recovery
+from training import health
 from training.config import Config
+from training.health import Health
 from training.jsonl import read_lines
 
 
@@ -105,7 +106,7 @@ def test_a_rollback_is_remembered_by_the_next_start(small_run, tmp_path, poison,
 
 
 def test_a_spike_goes_back_too(small_run, tmp_path, poison, monkeypatch):
-    monkeypatch.setattr(recovery, "WINDOW", 3)
+    monkeypatch.setattr(health, "WINDOW", 3)
     read = poison({6}, lambda loss: loss * 3)
     assert run(small_run) == 0
     rollback = events(tmp_path / "run")[1]
@@ -129,9 +130,9 @@ def test_it_gives_up_where_going_back_does_not_help(small_run, tmp_path, poison,
 
 def test_the_window_of_losses_is_restored_from_a_checkpoint():
     config = configured(Config, []).trainer
-    watched = recovery.Health(config)
-    for _ in range(recovery.WINDOW):
+    watched = Health(config)
+    for _ in range(health.WINDOW):
         assert watched.observe(2.0, 1.0) is None
-    resumed = recovery.Health(config, **json.loads(json.dumps(watched.state())))
+    resumed = Health(config, **json.loads(json.dumps(watched.state())))
     assert resumed.observe(4.9, 1.0) is None
     assert "the loss is 5.2" in resumed.observe(5.2, 1.0)

@@ -48,6 +48,13 @@ def test_a_holder_that_takes_its_folder_with_it_is_waited_for(tmp_path):
     second.release()
 
 
+def test_folders_that_were_made_for_a_lock_alone_are_gone_with_it(tmp_path):
+    lock = RunLock(tmp_path / "runs/deep/a")
+    assert lock.acquire(1, print) is None and (tmp_path / "runs/deep/a/.lock").exists()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run.dir=.*/file/run: cannot write .* \(Not a directory\)"):

@@ -15,7 +15,13 @@ from tests.model.helpers import small_network
 from training.config import Config
 from training.device import peak_flops
 from training.jsonl import read_lines
-from training.optim import OptimConfig, ScheduleConfig, build_optimizer, learning_rate
+from training.optim import OptimConfig, ScheduleConfig, build_optimizer, describe, learning_rate
+
+
+def test_a_configuration_draws_no_random_number():
+    before = torch.random.get_rng_state()
+    configured(Config, ["optim=sgd", "++optim.args.momentum=0.9"])
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_cosine_rises_falls_and_ends_at_its_minimum():
@@ -46,6 +52,26 @@ def test_a_schedule_that_counts_from_zero_is_one_step_behind(name, warmup_steps)
     rates = [learning_rate(step, 1.0, schedule, 100) for step in range(1, 101)]
     behind = [learning_rate(step, 1.0, schedule.replace(first_step=0), 101) for step in range(1, 102)]
     assert behind[1:] == rates and behind[0] == (0.0 if warmup_steps else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "horizon", "said"),
+    [
+        ({"name": "cosine", "warmup_steps": 10}, 100, "cosine, 10 steps of warm-up to 0.002, ends at 0.0002"),
+        (
+            {"name": "cosine", "warmup_steps": 20_000},
+            1_600,
+            "the warm-up is longer than the run, which only reaches 8%",
+        ),
+        ({"name": "wsd", "warmup_steps": 10, "decay_fraction": 0.001}, 100, "it falls by 90% of optim.lr in one step"),
+        ({"name": "cosine", "warmup_steps": 99}, 100, "it falls by 90% of optim.lr in one step"),
+        ({"name": "wsd", "warmup_steps": 90, "decay_fraction": 1.0}, 100, "it falls by 82% of optim.lr in one step"),
+        ({"name": "cosine", "warmup_steps": 0}, 1, "ends at 0.0002"),
+    ],
+)
+def test_what_is_unusual_in_a_schedule_is_said(schedule, horizon, said):
+    words = describe(2e-3, ScheduleConfig(**schedule), horizon)
+    assert said in words and (":" in words) == ("one step" in said or "longer" in said)
 
 
 @pytest.mark.parametrize(("decay_all", "undecayed"), [(False, 4), (True, 0)])

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from configs.app import as_yaml, configured
+from configs.block import to_dict
 from configs.errors import ConfigError
-from configs.load import to_dict
 from tests.conftest import SMALL_RUN
 from training.config import Config
 from training.run_folder import read_config

@@ -1,5 +1,6 @@
 """What W&B has of a run: with the real client and a small server, after deaths at every moment, each step just once."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import wandb
 
 import train
 from configs.app import configured
-from configs.load import flatten, to_dict
+from configs.block import to_dict
+from configs.load import flatten
 from data.tokenizers import load_tokenizer
 from eval import run as eval_run
 from eval.config import EvalConfig
@@ -164,6 +166,23 @@ def test_axes_and_summaries_are_defined(finished):
     assert run["summary"]["perf/tokens_per_second"].keys() == {"mean", "max", "last"}
 
 
+def test_of_the_code_the_script_and_the_difference_of_tracked_files_leave(finished):
+    _, folder, _ = finished
+    for files in folder.glob("wandb/wandb/offline-run-*/files"):
+        names = {path.relative_to(files) for path in files.rglob("*") if path.is_file()}
+        code = {name for name in names if name.parts[0] == "code"}
+        assert len(code) <= 1 and {name.suffix for name in code} <= {".py"}
+        known = {
+            "requirements.txt",
+            "diff.patch",
+            "config.yaml",
+            "wandb-metadata.json",
+            "wandb-summary.json",
+            "output.log",
+        }
+        assert {name.parts[0] for name in names} <= known | {"code", "media"}
+
+
 def test_samples_and_plots_are_kept(finished):
     _, folder, server = finished
     shown = {key for row in server[run_id(folder)]["history"] for key, value in row.items() if isinstance(value, dict)}
@@ -299,6 +318,19 @@ def test_a_requeued_run_is_one_run_without_a_gap(requeued):
         history = values(server[run_id(folder)]["history"])
         assert history.keys() == lines.keys() and all(len(found) == 1 for found in history.values())
         assert losses(server, folder) == {step: found for (step, key), found in lines.items() if key == "train/loss"}
+
+
+def test_an_id_is_made_once_and_moves_with_its_folder(tmp_path, monkeypatch):
+    first = run_id(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run_id(tmp_path / "moved") == first != run_id(tmp_path / "run")
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")  # of a sweep
+    assert run_id(tmp_path / "third") == "agents" and run_id(tmp_path / "moved") == first
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert run_id(tmp_path / "third") == "agents"  # as an evaluation later finds it
+    (tmp_path / "older/wandb").mkdir(parents=True)
+    (tmp_path / "older/wandb/rows.jsonl").touch()  # from before ids were kept: they followed from the path
+    assert run_id(tmp_path / "older") == hashlib.sha256(str((tmp_path / "older").resolve()).encode()).hexdigest()[:16]
 
 
 def test_the_training_process_passes_on_what_an_evaluation_adds(small_run):
