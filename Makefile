@@ -49,10 +49,10 @@ lint: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
-.venv/.installed-dev: requirements-dev.txt .venv/.installed
+.venv/.installed-dev: requirements-dev.txt requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
-	@touch $@
+	@touch .venv/.installed $@
 
 clean:
 	rm -rf .venv

@@ -54,6 +54,11 @@ class Part:
     def tensors(self) -> list[Tensor]:
         return [self.values] if self.scales is None else [self.values, self.scales]
 
+    def select(self, rows: Tensor) -> None:
+        """Make row i what row `rows[i]` is."""
+        self.values = self.values[rows]
+        self.scales = None if self.scales is None else self.scales[rows]
+
     def grow(self, capacity: int) -> None:
         added = capacity - self.values.size(1)
         self.values = pad_tokens(self.values, added)
@@ -92,6 +97,11 @@ class LayerCache:
     def places(self) -> Tensor:
         """Return the positions [1, S] of the tokens that `append` returns."""
         return torch.arange(self.owner.n_keys or self.owner.capacity, device=self.owner.lengths.device)[None]
+
+    def select(self, rows: Tensor) -> None:
+        """Make row i what row `rows[i]` is."""
+        for part in self.parts.values():
+            part.select(rows)
 
     def fix_shapes(self) -> None:
         """Prepare for steps that never change a shape. ValueError if this layer cannot."""
@@ -142,6 +152,15 @@ class KVCache:
             raise ValueError(f"lengths {ends}: must be {self.batch} numbers of at most {self.capacity} tokens")
         self._ends = ends
         self.lengths.copy_(torch.tensor(ends))
+
+    def select(self, rows: Tensor) -> None:
+        """Make row i what row `rows[i]` is, as in a beam search; there may be more or fewer rows than before."""
+        rows = rows.to(self.lengths.device)
+        for layer in self.layers:
+            layer.select(rows)
+        self.batch, self.lengths = rows.numel(), self.lengths[rows]
+        self.documents = None if self.documents is None else self.documents[rows]
+        self._ends = [self._ends[row] for row in rows.tolist()]
 
     def reserve(self, n_tokens: int) -> None:
         """Make room for `n_tokens` more in every row, by whole blocks and at least an eighth of the capacity."""

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.load import Block as ConfigBlock
+from configs.block import Block as ConfigBlock
+from configs.kinds import WIDEST, Name
 from model.attention.base import Attention, AttentionConfig, AttentionCore
 from model.cache import KVCache, LayerCache
 from model.generation import stream
@@ -23,14 +24,14 @@ LOSS_CHUNK = 4096  # tokens whose logits are formed at a time while none are kep
 class SizeConfig(ConfigBlock):
     """The transformer around the attention: `n_layers` blocks of width `d_model`, feed-forward width `d_ff`."""
 
-    name: str
-    n_layers: int = Field(ge=1)
-    d_model: int = Field(ge=1)
-    head_dim: int = Field(64, ge=1)
-    d_ff: int | None = Field(None, ge=1)  # null: floor(8/3 d_model), as the TPA paper has it
+    name: Name
+    n_layers: int = Field(ge=1, le=10_000)
+    d_model: int = Field(ge=1, le=WIDEST)
+    head_dim: int = Field(64, ge=1, le=WIDEST)
+    d_ff: int | None = Field(None, ge=1, le=8 * WIDEST)  # null: floor(8/3 d_model), as the TPA paper has it
     norm_eps: float = Field(1e-6, ge=0, lt=1)
     match: Literal["params", "flops", "kv_bytes"] = "params"  # what an open head count or rank makes equal to MHA's
-    match_tolerance: float = Field(0.05, ge=0)  # beyond it a run reports that it is not matched
+    match_tolerance: float = Field(0.05, ge=0, le=100)  # beyond it a run reports that it is not matched
 
     @model_validator(mode="after")
     def _fill(self):

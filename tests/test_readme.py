@@ -12,7 +12,7 @@ the fence is tested: one line for all commands of the fence, or a line for each 
 - `with WORDS`: it is run with WORDS: `KEY=VALUE` (or `--OPTION=VALUE`) replaces the command's value of that key; all
   others are added at the end. `make` gets `with -n`, `slurm.submit` gets `with --dry-run ...`. Some words are sets:
   SMALL is a model of two layers and 8 steps on a CPU, DATA a small corpus that is prepared already, MLA the ranks that
-  fit SMALL.
+  fit SMALL. The project's own commands then run in the test's process, which has imported what takes longest.
 - `compose`: its configuration is printed with `--cfg job`, of `sbatch` that of the script's command. This is for what
   needs a GPU, a network or a cluster.
 
@@ -161,21 +161,24 @@ def run(folder: Path, line: str) -> None:
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def print_configuration(folder: Path, words: list[str]) -> None:
-    """Run `python [-m] PROGRAM ... --cfg job` in this process, which has imported what takes longest."""
+def run_here(folder: Path, words: list[str]) -> None:
+    """Run `python [-m] PROGRAM ...` in this process."""
     is_module = words[1] == "-m"
     program, *arguments = words[1 + is_module :]
     with contextlib.chdir(folder), patch.object(sys, "argv", [program, *arguments]):
-        if is_module:
-            runpy.run_module(program, run_name="__main__")
-        else:
-            runpy.run_path(program, run_name="__main__")
+        try:
+            if is_module:
+                runpy.run_module(program, run_name="__main__")
+            else:
+                runpy.run_path(program, run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, shlex.join(words)
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.line)
 def test_training_commands_compose_as_they_stand(command):
     overrides, processes = training(command.words)
-    for combination in combinations(overrides) if "-m" in command.words else [overrides]:
+    for combination in combinations(overrides, Config) if "-m" in command.words else [overrides]:
         configured(Config, combination, world_size=processes)
 
 
@@ -183,10 +186,12 @@ def test_training_commands_compose_as_they_stand(command):
 def test_commands_run(fence, checkout, sets):
     for command in fence.commands:
         how, *changes = command.how.split()
-        if how == "with":
+        if how == "compose":
+            run_here(checkout, composing(command.words))
+        elif how == "with" and re.match(r"python (train.py|-m (data|eval|slurm)\.)", command.line):
+            run_here(checkout, shrunk(command.words, changes, sets))
+        elif how == "with":
             run(checkout, shlex.join(shrunk(command.words, changes, sets)))
-        elif how == "compose":
-            print_configuration(checkout, composing(command.words))
         else:
             run(checkout, command.line)
 

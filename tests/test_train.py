@@ -19,8 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 from configs.app import app, configured
+from configs.block import Block, to_dict
 from configs.errors import ConfigError
-from configs.load import Block, load, to_dict
+from configs.load import load
 from tests.conftest import ROOT, SMALL_MLA
 from training.checks import check_sweep
 from training.config import Config
@@ -66,7 +67,7 @@ def test_a_run_leaves_the_folder_of_the_contract(small_run, tmp_path):
     assert [line["tokens"] for line in lines] == [512 * step for step in range(1, 9)]
     assert set(lines[3]) >= {
         "train/loss", "val/loss", "val/perplexity", "val/bits_per_byte", "optim/lr", "optim/grad_norm",
-        "perf/tokens_per_second", "perf/mfu", "perf/memory_gb",
+        "perf/tokens_per_second", "perf/mfu", "perf/memory_gb", "perf/training_hours", "perf/training_flops",
     }  # fmt: skip
     assert 0 < lines[-1]["perf/mfu"] < 1
     summary = json.loads((folder / "summary.json").read_text())
@@ -181,6 +182,10 @@ def test_every_run_of_a_sweep_is_checked_before_the_first(small_run, tmp_path, m
     assert said("optim.lr=1e-3,2e-3")[0].startswith(
         f"  run.dir={tmp_path}/run: several runs of the sweep would share it"
     )
+    assert "leave run.name and run.dir unset" in said("optim.lr=1e-3,2e-3")[0]
+    same = said("trainer.dtype=fp32,bf16")[0]  # which no default name has
+    assert "they differ in trainer.dtype" in same and "run.name='NAME-${trainer.dtype}'" in same
+    assert "each with a run.name of its own" in said("trainer.init_from=runs/a,runs/b")[0]
     (line,) = said(swept, "model=mha,t6", "core.kernel=factors")
     assert line.startswith("  core=full: core.kernel=factors") and "model=mha" in line
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +204,7 @@ def test_schedules_and_precisions(small_run, tmp_path, schedule, precision):
 def test_compile_trains_the_same(small_run, tmp_path):
     plain, compiled = [f"run.dir={tmp_path}/plain"], [f"run.dir={tmp_path}/compiled", "trainer.compile=true"]
     for extra in (plain, compiled):
-        assert run([*small_run, "trainer.max_steps=3", "trainer.samples=0", *extra]) == 0
+        assert run([*small_run, "size.n_layers=1", "trainer.max_steps=3", "trainer.samples=0", *extra]) == 0
     a, b = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
     assert all(abs(a[step] - b[step]) < 1e-4 for step in a)
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from configs.errors import Mistakes
-from configs.load import Choice
+from configs.block import Choice
+from configs.errors import Mistakes, did_you_mean
+from configs.kinds import LONGEST_TEXT, WIDEST, Name
 from model.cache import LayerCache, Shapes, bytes_per_token
 from model.mask import AttentionMask
 from model.rope import RopeScaling, Scaling, apply_rope, rope_tables
@@ -53,7 +54,7 @@ class Dense(QKV):
 class AttentionCore(Choice):
     """What is attended to: a pattern of queries and keys. `kernel` is how that is computed."""
 
-    name: str
+    name: Name
     kernel: Literal["auto"] = "auto"  # no part of a run's identity: it may change between starts
 
     masks_documents: ClassVar[bool] = False  # whether it honours AttentionMask.documents; others are refused with them
@@ -68,6 +69,10 @@ class AttentionCore(Choice):
     def resolved(self, seq_len: int) -> "AttentionCore":
         """Return the core with what follows from the training length filled in, as a run's configuration keeps it."""
         return self
+
+    def described(self, seq_len: int) -> str:
+        """Return the pattern in words, with what is unusual in it at this training length."""
+        return self.name
 
     def for_layer(self, layer: int) -> "AttentionCore":
         """Return what layer number `layer`, counted from 0, attends with."""
@@ -101,14 +106,14 @@ class AttentionCore(Choice):
 class AttentionConfig(Choice):
     """The keys of every mechanism. A null `n_heads` is matched to MHA's budget, other null keys are `by_size`'s."""
 
-    name: str
-    head_dim: int | None = Field(None, ge=1)  # null: size.head_dim
-    n_heads: int | None = Field(None, ge=1)
-    rope_base: float = Field(10000.0, gt=1)
+    name: Name
+    head_dim: int | None = Field(None, ge=1, le=WIDEST)  # null: size.head_dim
+    n_heads: int | None = Field(None, ge=1, le=WIDEST)
+    rope_base: float = Field(10000.0, gt=1, le=1e12)
     rope_fraction: float = Field(1.0, ge=0, le=1)  # the share of the features that RoPE turns; 0: no position at all
     rope_scaling: Scaling = "none"  # for sequences `rope_factor` times as long
-    rope_factor: float = Field(1.0, ge=1)
-    rope_original_length: int | None = Field(None, ge=1)  # null: trainer.seq_len / rope_factor
+    rope_factor: float = Field(1.0, ge=1, le=1e6)
+    rope_original_length: int | None = Field(None, ge=1, le=LONGEST_TEXT)  # null: trainer.seq_len / rope_factor
     qk_norm: bool = False  # RMS-normalise each query and key head, without a learned weight
     output_gate: bool = False  # multiply the attended values by sigmoid(W x), arXiv 2505.06708
     by_size: dict[str, dict[str, Any]] = Field(default_factory=dict)  # size name, or `default` -> values of null keys
@@ -177,6 +182,9 @@ class AttentionConfig(Choice):
 
     def mistakes(self) -> Iterator[str]:
         """Yield what is wrong between the keys, a line each. Keys in `needed` may still be null."""
+        for size, values in self.by_size.items():
+            for key in sorted(values.keys() - type(self).model_fields.keys()):
+                yield f"by_size.{size}.{key}: unknown key; {did_you_mean(key, type(self).model_fields)}"
         if (self.rope_scaling == "none") != (self.rope_factor == 1):
             yield "rope_scaling and model.rope_factor go together, as in rope_scaling=yarn, rope_factor=4"
         if all(getattr(self, key) for key in self.needed) and self.rope_dim % 2:
@@ -198,8 +206,9 @@ class AttentionConfig(Choice):
 class Attention(nn.Module, ABC):
     """One layer's attention: project, rotate, attend through the core, project back.
 
-    A mechanism defines `project` and `rotate`, and also `keep` and `recall` if it caches something else than rotated
-    keys and values. `out_proj` starts at zero, as in the TPA authors' code: every block starts as the identity.
+    A mechanism defines `project` and `rotate`, also `keep` and `recall` if it caches something else than rotated keys
+    and values, and `after_core` if it does something with the heads before they are projected. `out_proj` starts at
+    zero, as in the TPA authors' code: every block starts as the identity.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int, core: AttentionCore):
@@ -228,10 +237,15 @@ class Attention(nn.Module, ABC):
             views = [self.rotate(qkv, places) for places in self.core.hops(positions)]
             scale = self.config.scale
             attended = cache.attend(views, positions, scale) if cache else self.core.attend(views, mask, scale)
+        return self.out_proj(self.after_core(attended, x))
+
+    def after_core(self, attended: Tensor, x: Tensor) -> Tensor:
+        """Return what the output projection reads [B, T, F]; `attended` are values [B, T, H, E], `x` the layer's input.
+
+        A mechanism that normalises, mixes or subtracts heads does so here.
+        """
         attended = attended.flatten(-2)
-        if self.gate_proj is not None:
-            attended = attended * torch.sigmoid(self.gate_proj(x))
-        return self.out_proj(attended)
+        return attended if self.gate_proj is None else attended * torch.sigmoid(self.gate_proj(x))
 
     def attend_cached(self, x: Tensor, positions: Tensor, mask: AttentionMask, cache: LayerCache) -> Tensor:
         """Return the attended values [B, T, H, E] of x, whose tokens join the cache at `positions`."""

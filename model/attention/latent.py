@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from configs.kinds import WIDEST
 from model.attention.base import QKV, Attention, AttentionConfig, AttentionCore, Dense, split_heads, unit_rms
 from model.cache import LayerCache, Shapes
 from model.mask import AttentionMask
@@ -52,9 +53,9 @@ class Absorbed(QKV):
 class LatentConfig(AttentionConfig):
     """`head_dim` is DeepSeek's qk_nope_head_dim and v_head_dim."""
 
-    q_lora_rank: int | None = Field(None, ge=1)
-    kv_lora_rank: int | None = Field(None, ge=1)
-    qk_rope_head_dim: int | None = Field(None, ge=1)
+    q_lora_rank: int | None = Field(None, ge=1, le=WIDEST)
+    kv_lora_rank: int | None = Field(None, ge=1, le=WIDEST)
+    qk_rope_head_dim: int | None = Field(None, ge=1, le=WIDEST)
 
     needed: ClassVar[tuple[str, ...]] = ("head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim")
     rope_key: ClassVar[str] = "qk_rope_head_dim"

@@ -6,12 +6,13 @@ Vaswani et al., arXiv 1706.03762; Ainslie et al., arXiv 2305.13245; Shazeer, arX
 from pydantic import Field
 from torch import Tensor, nn
 
+from configs.kinds import WIDEST
 from model.attention.base import Attention, AttentionConfig, AttentionCore, Dense, split_heads, unit_rms
 from model.cache import Shapes
 
 
 class MultiHeadConfig(AttentionConfig):
-    n_kv_heads: int | None = Field(None, ge=1)  # null: one for every query head (MHA); 1: MQA; between: GQA
+    n_kv_heads: int | None = Field(None, ge=1, le=WIDEST)  # null: one for every query head (MHA); 1: MQA; between: GQA
 
     @property
     def kv_heads(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from configs.kinds import WIDEST
 from model.attention.base import QKV, Attention, AttentionConfig, AttentionCore, Dense, unit_rms
 from model.cache import Shapes
 
@@ -81,15 +82,15 @@ class Factored(QKV):
 
 
 class TensorProductConfig(AttentionConfig):
-    q_rank: int = Field(6, ge=1)
-    k_rank: int = Field(2, ge=1)
-    v_rank: int = Field(2, ge=1)
+    q_rank: int = Field(6, ge=1, le=WIDEST)
+    k_rank: int = Field(2, ge=1, le=WIDEST)
+    v_rank: int = Field(2, ge=1, le=WIDEST)
     dense_q: bool = False  # queries by a full projection M -> H D (TPA-KVonly)
     contextual_a: bool = True  # false: the head factors are learned constants
     contextual_b: bool = True  # false: the token factors are; RoPE still turns those of q and k
     shared_b: bool = False  # values use the keys' token factor, before it is turned
     a_activation: Literal["none", "sigmoid", "softmax"] = "none"  # of the head factors; softmax is over heads
-    c_dim: int | None = Field(None, ge=1)  # third order: the width D_c of c; b has head_dim / c_dim features
+    c_dim: int | None = Field(None, ge=1, le=WIDEST)  # third order: the width D_c of c; b has head_dim / c_dim features
     init: Literal["reference", "xavier"] = "reference"  # the authors' code's; `xavier` is the paper's text
 
     cache_knobs: ClassVar[tuple[str, ...]] = ("k_rank", "v_rank")

@@ -103,6 +103,10 @@ class FoldedCache(LayerCache):
         self.last = len(fold) - 1
         self.ends = [0] * batch
 
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.batch, self.ends = rows.numel(), [self.ends[row] for row in rows.tolist()]
+
     def fix_shapes(self) -> None:
         self.core.check_decoding(self.dtype, compiled=True)
 

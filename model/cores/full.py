@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from configs.kinds import Name
 from model.attention.base import QKV, AttentionConfig, AttentionCore
 from model.attention.tensor_product import Factored, TensorProductConfig
 from model.cores.kernels import factors, load_triton, sdpa
@@ -15,7 +16,7 @@ from model.mask import AttentionMask, mean_causal_keys
 class Full(AttentionCore):
     """`factors` attends straight from TPA's factors when no gradient is needed: in decoding and evaluation."""
 
-    name: str = "full"
+    name: Name = "full"
     kernel: Literal["auto", "sdpa", "factors"] = "auto"  # auto: sdpa, PyTorch's scaled_dot_product_attention
 
     why_no_documents: ClassVar[str] = "since core.kernel=factors has no mask for them (core.kernel=sdpa has)"
@@ -52,7 +53,7 @@ class Full(AttentionCore):
 class PartialCore(AttentionCore):
     """A core that does not let every query meet every key, which `full_every` mixes with full attention."""
 
-    full_every: int | None = Field(None, ge=1)  # 4: every fourth layer attends in full
+    full_every: int | None = Field(None, ge=1, le=10_000)  # 4: every fourth layer attends in full
 
     def for_layer(self, layer: int) -> AttentionCore:
         return Full() if self.full_every and (layer + 1) % self.full_every == 0 else self

@@ -21,6 +21,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from configs.kinds import LONGEST_TEXT, Name
 from model.attention.base import QKV, AttentionConfig, Dense
 from model.cache import Shapes, pad_tokens
 from model.cores.folding import Axis, FoldedCache, auto_fold, mix, open_hop
@@ -30,11 +31,13 @@ from model.cores.kernels.sdpa import share_heads
 from model.cores.kernels.two_tracks import two_tracks
 from model.mask import AttentionMask
 
+MOST_AXES = 32
+
 
 class SequenceTensor(PartialCore):
     """`triton` computes both tracks in one pass on a GPU; `auto` is `sdpa`, flash attention track by track."""
 
-    name: str = "sequence_tensor"
+    name: Name = "sequence_tensor"
     kernel: Literal["auto", "sdpa", "triton"] = "auto"
     # [n_1, ..., n_m], axis 1 inside a block; auto: two near-equal axes for trainer.seq_len. The inner axes never change
     # afterwards (another fold is another function); the last one grows with the input.
@@ -51,8 +54,11 @@ class SequenceTensor(PartialCore):
     def _sizes(cls, fold: Any) -> Any:
         if fold == "auto":
             return fold
-        if not (isinstance(fold, list | tuple) and fold and all(type(size) is int and size >= 1 for size in fold)):
-            raise ValueError("must be auto or a list of sizes of at least 1, [n_1, ..., n_m]")
+        is_list = isinstance(fold, list | tuple) and 1 <= len(fold) <= MOST_AXES
+        if not (is_list and all(type(size) is int and 1 <= size <= LONGEST_TEXT for size in fold)):
+            raise ValueError(
+                f"must be auto or a list of at most {MOST_AXES} sizes from 1 to {LONGEST_TEXT}, [n_1, ..., n_m]"
+            )
         return list(fold)
 
     @property
@@ -64,6 +70,9 @@ class SequenceTensor(PartialCore):
 
     def resolved(self, seq_len: int) -> "SequenceTensor":
         return self.replace(fold=auto_fold(seq_len)) if self.fold == "auto" else self
+
+    def described(self, seq_len: int) -> str:
+        return f"{self.name} {' x '.join(map(str, self.axes))}"
 
     def sizes(self, seq_len: int) -> list[int]:
         """Return the axes of a sequence of `seq_len`: those that it does not fill are cut, the last one grows."""

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from configs.kinds import LONGEST_TEXT, Name
 from model.attention.base import QKV, AttentionConfig, Dense
 from model.cache import pad_tokens
 from model.cores.full import PartialCore
@@ -15,11 +16,15 @@ from model.mask import AttentionMask, mean_causal_keys
 
 
 class SlidingWindow(PartialCore):
-    name: str = "sliding_window"
+    name: Name = "sliding_window"
     kernel: Literal["auto", "sdpa"] = "auto"
-    window: int = Field(128, ge=1)  # how many tokens a query sees, its own included
+    window: int = Field(128, ge=1, le=LONGEST_TEXT)  # how many tokens a query sees, its own included
 
     masks_documents: ClassVar[bool] = True
+
+    def described(self, seq_len: int) -> str:
+        unusual = f": at least the {seq_len} tokens of training, so this is full attention"
+        return f"{self.name} of {self.window} tokens" + (unusual if self.window >= seq_len else "")
 
     def attend(self, views: list[QKV], mask: AttentionMask, scale: float) -> Tensor:
         dense = views[0].materialize()

@@ -118,20 +118,25 @@ def longest_context(config: TransformerConfig, memory_bytes: float, dtype: torch
     return max(0, int(left // kv_bytes_per_token(config, dtype)))
 
 
-def over_mha(attention: AttentionConfig, core: AttentionCore, d_model: int, seq_len: int) -> dict[str, float]:
-    """Return one layer's parameters, operations and cache relative to MHA's at this width: how well they match."""
-    mha = mha_of(d_model, attention.head_dim)
-    flops, mha_flops = (attention_flops_per_token(a, core, d_model, seq_len) for a in (attention, mha))
+def over_mha(config: TransformerConfig, seq_len: int) -> dict[str, float]:
+    """Return the attention's parameters and operations relative to MHA's of this width under the same patterns, and the
+    bytes that it keeps relative to those that MHA keeps in full attention."""
+    mha = mha_of(config.d_model, config.attention.head_dim)
+
+    def flops(attention: AttentionConfig) -> float:
+        return sum(attention_flops_per_token(attention, core, config.d_model, seq_len) for core in config.cores)
+
+    kept_by_mha = config.n_layers * kv_numbers_per_token(mha) * torch.bfloat16.itemsize
     return {
-        "params": attention.num_params(d_model) / (4 * d_model**2),
-        "flops": flops / mha_flops,
-        "kv_bytes": kv_numbers_per_token(attention) / kv_numbers_per_token(mha),
+        "params": config.attention.num_params(config.d_model) / (4 * config.d_model**2),
+        "flops": flops(config.attention) / flops(mha),
+        "kv_bytes": kv_bytes_per_token(config) / kept_by_mha,
     }
 
 
 def summary(config: TransformerConfig, seq_len: int) -> dict[str, int | float]:
     """Return the counts that belong next to a run's results."""
-    ratios = over_mha(config.attention, config.core, config.d_model, seq_len)
+    ratios = over_mha(config, seq_len)
     return {
         "params": num_params(config),
         "n_heads": config.attention.n_heads,

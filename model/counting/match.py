@@ -6,6 +6,7 @@ kv_bytes   the mechanism's `cache_knobs` (TPA's key and value ranks, GQA's group
            MHA's, with n_heads matched by parameters at each candidate: equal in both
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 from configs.errors import ConfigError, Mistakes
@@ -59,12 +60,16 @@ def match_params(attention: AttentionConfig, d_model: int) -> AttentionConfig:
 
 def match_heads(attention: AttentionConfig, target: float, cost: Callable[[AttentionConfig], float]) -> AttentionConfig:
     """Return `attention` with the head count whose cost, which grows with it, comes closest to the target."""
-    candidate = best = attention.replace(n_heads=attention.head_multiple)
-    while cost(candidate) <= target:
-        candidate = attention.replace(n_heads=candidate.n_heads + attention.head_multiple)
-        if abs(cost(candidate) - target) <= abs(cost(best) - target):
-            best = candidate
-    return best
+
+    def with_heads(multiples: int) -> AttentionConfig:
+        return attention.replace(n_heads=multiples * attention.head_multiple)
+
+    most = 1
+    while cost(with_heads(most)) <= target:
+        most *= 2
+    within = bisect_right(range(1, most), target, key=lambda multiples: cost(with_heads(multiples)))
+    candidates = [with_heads(multiples) for multiples in (within + 1, within) if multiples]
+    return min(candidates, key=lambda candidate: abs(cost(candidate) - target))
 
 
 def match_cache(attention: AttentionConfig, d_model: int) -> AttentionConfig:

@@ -1,23 +1,18 @@
 """Small models of every mechanism, for the tests that hold for all of them."""
 
-import os
-from pathlib import Path
-
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from configs.app import choices, configured
+from configs.app import CONFIGS, configured, own_folders
 from model.attention.base import AttentionConfig
 from model.attention.multi_head import MultiHeadAttention
 from model.attention.tensor_product import TensorProductAttention, TensorProductConfig
 from model.transformer import Transformer, TransformerConfig
 from training.config import Config
 
-PACKAGED = choices("model")
-# A mechanism kept outside this repository is tested with T6_EXTRA_CONFIGS=FOLDER, which holds model/NAME.yaml.
-EXTRA = os.environ.get("T6_EXTRA_CONFIGS")
-MODELS = [path.stem for path in sorted(Path(EXTRA, "model").glob("*.yaml"))] if EXTRA else PACKAGED
-SEARCH = [f"hydra.searchpath=[file://{EXTRA}]"] if EXTRA else []
+PACKAGED = sorted(path.stem for path in CONFIGS.glob("model/*.yaml"))
+# Mechanisms kept outside this repository are tested alone, with T6_CONFIGS=FOLDER, which holds model/NAME.yaml.
+MODELS = [path.stem for own in own_folders() for path in sorted(own.glob("model/*.yaml"))] or PACKAGED
 FACTORED = [model for model in PACKAGED if model.startswith("t6")]
 # Small but generic: an odd d_ff, two layers, more heads than key-value heads.
 SMALL = ["size=tiny", "size.n_layers=2", "size.d_model=48", "size.head_dim=16", "tokenizer.vocab_size=300"]
@@ -25,7 +20,7 @@ SMALL_BY_MODEL = {"mla": ["model.q_lora_rank=20", "model.kv_lora_rank=12", "mode
 
 
 def config_of(model: str, *overrides: str) -> Config:
-    return configured(Config, [*SEARCH, f"model={model}", *overrides])
+    return configured(Config, [f"model={model}", *overrides])
 
 
 def small_config(model: str, *overrides: str) -> Config:

@@ -19,7 +19,7 @@ def environment(tmp_path):
     (tmp_path / "configs/model").mkdir(parents=True)
     (tmp_path / "tied_kv.py").write_text(BLOCKS["python"])
     (tmp_path / "configs/model/tied_kv.yaml").write_text(BLOCKS["yaml"])
-    return os.environ | {"PYTHONPATH": str(tmp_path), "T6_EXTRA_CONFIGS": f"{tmp_path}/configs"}
+    return os.environ | {"PYTHONPATH": str(tmp_path), "T6_CONFIGS": f"{tmp_path}/configs"}
 
 
 def run(environment, *args: str) -> str:
@@ -46,7 +46,7 @@ def test_the_generic_tests_run_on_it(environment):
 
 
 def test_it_trains(environment, small_run, tmp_path):
-    run(environment, "train.py", f"hydra.searchpath=[file://{tmp_path}/configs]", "model=tied_kv", *small_run)
+    run(environment, "train.py", "model=tied_kv", *small_run)
     assert "tied_kv" in (tmp_path / "run/config.yaml").read_text()
     run(environment | {"T6_PACKAGES": "tied_kv"}, "-m", "eval.run", f"run={tmp_path}/run", "limit=2")
-    assert (tmp_path / "run/results/perplexity.json").exists()
+    assert (tmp_path / "run/results/perplexity_limit=2.json").exists()

@@ -1,5 +1,7 @@
 """The numbers of arXiv 2501.06425 come out of the formulas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -116,17 +118,28 @@ def test_matching_by_flops_is_the_closest_head_count(model):
     costs = {}
     for step in (-1, 0, 1):
         a = net.attention.replace(n_heads=net.attention.n_heads + step * net.attention.head_multiple)
-        costs[step] = abs(counting.over_mha(a, net.core, 1024, 4096)["flops"] - 1)
+        costs[step] = abs(counting.over_mha(replace(net, attention=a), 4096)["flops"] - 1)
     assert costs[0] == min(costs.values()) < 0.05
 
 
 @pytest.mark.parametrize("model", ["t6", "t6_kvonly", "gqa", "mla", "t6_shared_b", "t6_noncontextual_a"])
 def test_matching_by_cache_turns_the_ranks_and_keeps_the_parameters(model):
     net = network(f"model={model}", "size=medium", "size.match=kv_bytes")
-    ratios = counting.over_mha(net.attention, net.core, 1024, 1024)
+    ratios = counting.over_mha(net, 1024)
     assert ratios["kv_bytes"] == pytest.approx(1, abs=0.08) and ratios["params"] == pytest.approx(1, abs=0.05)
     if model == "t6":
         assert net.attention.k_rank == net.attention.v_rank > 2
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["core=sequence_tensor"], ["core=sequence_tensor", "core.full_every=2"], ["core=sliding_window"]]
+)
+def test_the_ratio_of_caches_is_that_of_what_is_kept(overrides):
+    """A folded T6 keeps more than its factors."""
+    kept, by_mha = (network(f"model={model}", "size=medium", *more) for model, more in (("t6", overrides), ("mha", [])))
+    ratio = counting.summary(kept, 1024)["attention_kv_bytes_over_mha"]
+    assert ratio == counting.kv_bytes_per_token(kept) / counting.kv_bytes_per_token(by_mha)
+    assert ratio > 0.8 if "core=sequence_tensor" in overrides else ratio < 0.3
 
 
 def test_what_is_missing_or_wrong_once_the_size_has_decided():

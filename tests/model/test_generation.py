@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.generation import stream
+from model.generation import prefill, stream
 from model.sampling import Sampling
 from model.transformer import Transformer
 from tests.model.helpers import small_network, wake_up
@@ -74,3 +74,24 @@ def test_a_prompt_has_a_token(net):
     with pytest.raises(ValueError, match="at least one token"):
         net.generate([[3], []], 5)
     assert net.generate(PROMPTS, 0) == [[]] * 4
+
+
+FOLDED = ["core=sequence_tensor", "core.fold=[3,4]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [(["t6"], None), (["mla"], None), (["t6", *FOLDED], None), (["t6"], torch.int8), (["mla"], torch.int8)],
+    ids=str,
+)
+@torch.no_grad()
+def test_rows_of_a_cache_change_places(overrides, dtype):
+    """As in a beam search: the next logits are those of the rows in their new order, of which some are copies."""
+    torch.manual_seed(0)
+    net, rows, token = wake_up(Transformer(small_network(*overrides))).eval(), [2, 0, 0, 1, 3], torch.tensor([[11]] * 5)
+    cache, wanted = (net.new_cache(len(prompts), dtype=dtype) for prompts in (PROMPTS, rows))
+    prefill(net, PROMPTS, cache, 512)
+    prefill(net, [PROMPTS[row] for row in rows], wanted, 512)
+    cache.select(torch.tensor(rows))
+    for _ in range(4):
+        torch.testing.assert_close(net.decode(token, cache), net.decode(token, wanted), atol=1e-5, rtol=0)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from configs.block import to_dict
 from configs.errors import ConfigError
-from configs.load import load, to_dict
+from configs.load import load
 from model import counting
 from model.cores.full import Full
 from model.cores.sequence_tensor import SequenceTensor
