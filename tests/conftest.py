@@ -61,6 +61,17 @@ SLOW = (
     "tests/training/test_wandb_run.py::test_a_run_goes_from_offline_to_online",
     "tests/training/test_wandb_run.py::test_a_requeued_run_is_one_run_without_a_gap",
     "tests/torture/test_folders.py::test_damaged_and_hostile_folders_are_held",
+    # Every mechanism and pattern out to Hugging Face and in again, and forks
+    "tests/eval/test_export.py",
+    "tests/eval/test_export_command.py",
+    "tests/training/test_hugging_face.py",
+    "tests/training/test_fork.py",
+    # What takes longest of the other tests
+    "tests/test_train.py::test_a_run_leaves_the_folder_of_the_contract",
+    "tests/test_train.py::test_a_signal_saves_and_exits_with_75",
+    "tests/eval/test_budgets.py::test_the_table_has_every_mechanism_and_size",
+    "tests/eval/test_in_training.py::test_a_run_that_is_ended_before_its_benchmarks_has_its_checkpoint_and_makes_up_for_them",
+    "tests/data/test_prepare.py::test_two_at_once_prepare_once",
     # Whole corpora, whole commands, and other tests that take many seconds
     "tests/data/test_builtin.py::test_full_corpus",
     "tests/data/test_resume.py::test_killed_at_random_moments",
