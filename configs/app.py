@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
-from typing import get_args
 
 import hydra
 import yaml
@@ -24,7 +23,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.block import Block, Choice, to_dict
+from configs.block import Block, Choice, to_dict, types_of
 from configs.errors import ConfigError, did_you_mean, each
 from configs.help import help_text
 from configs.load import RENAMED, Command, load
@@ -283,7 +282,7 @@ def kind_of(key: str, schema: type[Block]) -> type | None:
         schema = field.annotation if inspect.isclass(field.annotation) else Block
         if field.annotation == list[str]:
             return list
-        if {*(get_args(field.annotation) or [field.annotation])} <= {str, NoneType}:
+        if types_of(field.annotation) <= {str, NoneType}:
             return str
         if not issubclass(schema, Block):
             return None

@@ -52,6 +52,6 @@ def help_text(usage: str, tree: DictConfig, schema: type[Block], groups: Mapping
     """Return what `--help` prints; `groups` has the choices of each group."""
     chosen = [f"  {group}={'|'.join(names)}" for group, names in groups.items()]
     keys = [f"  {pair:<{WIDTH}}{'  ' + comment if comment else ''}" for pair, comment in keys_of(tree, schema)]
-    blocks = [f"{usage.strip()}\n", "Groups, each of which chooses values of its keys:", *chosen, "", "Keys:", *keys]
     footer = "--cfg job prints the configuration that would run; -m runs every combination of comma-separated values."
-    return "\n".join([*(blocks if chosen else [blocks[0], *blocks[-len(keys) - 1 :]]), "", footer])
+    groups = ["Groups, each of which chooses values of its keys:", *chosen, ""] if chosen else []
+    return "\n".join([usage.strip(), "", *groups, "Keys:", *keys, "", footer])

@@ -1,6 +1,7 @@
 """Kinds of values that keys of several blocks have, with the limits beyond which nobody can mean them."""
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,11 @@ WIDEST = 2**17  # features
 # Bytes. A system takes 255 and 4095, some files are written under a longer name first, and a run's name has two others.
 LONGEST_PART, LONGEST_PATH, LONGEST_NAME = 200, 4000, 80
 NAME = re.compile(r"[^./\\\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]*")
+
+
+def has_controls(text: str) -> bool:
+    """Return whether a text has line breaks or other control characters, or bytes that are not UTF-8."""
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 def usable_path(text: str | None) -> str | None:

@@ -127,7 +127,7 @@ def ensure_prepared(data: DataConfig, tokenizer: TokenizerConfig, progress: bool
     That the documents have changed since is reported: the shards are what they were.
     """
     if found := prepared(data, tokenizer):
-        if source_of(data).has_changed(found.source):
+        if progress and source_of(data).has_changed(found.source):
             report(f"{data.dir}: {CHANGED} since they were prepared; the shards are those of before", progress)
         return found
     if not source_of(data).on_first_use:

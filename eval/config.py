@@ -79,5 +79,6 @@ def question(options: EvalConfig) -> str:
     usual = {"limit": None} | flatten(to_dict(plain))
     keys = [key for key in asked if key not in options.suite.how and asked[key] != usual.get(key)]
     words = [f"_{key}={shown(asked[key]).strip('[]').replace(',', '+')}" for key in keys]
-    name = re.sub(r"[^\w.=+-]", "-", "".join(words))
-    return name if len(name) <= LONGEST_NAME else "_" + hashlib.sha256("".join(words).encode()).hexdigest()[:8]
+    name = "".join(words)
+    is_plain = len(name) <= LONGEST_NAME and re.fullmatch(r"[\w.=+-]*", name)
+    return name if is_plain else "_" + hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs.app import verbatim
 from configs.errors import ConfigError
+from configs.kinds import has_controls
 from data.files import write_atomic
 from slurm import scheduler, shell
 from slurm.estimate import Estimate
@@ -126,7 +127,7 @@ def check_names(jobs: list[Job], runs: list[Run]) -> None:
     """Raise a ConfigError for folders that Slurm cannot write a log to."""
     lines = []
     for folder in dict.fromkeys([*(Path(run.dir).absolute() for run in runs), *(job.folder for job in jobs)]):
-        if shell.has_controls(str(folder)):
+        if has_controls(str(folder)):
             lines.append(f"run.dir={str(folder)!r}: has a line break or another character that cannot be shown")
         elif "\\" in str(folder):
             lines.append(f"run.dir={folder}: has a backslash, which Slurm drops from the name of a log")

@@ -1,15 +1,10 @@
 """Words that leave for bash or for a script's `#SBATCH` lines: quoted here and nowhere else."""
 
 import shlex
-import unicodedata
 from collections.abc import Iterable
 
 from configs.errors import ConfigError
-
-
-def has_controls(text: str) -> bool:
-    """Return whether a text has line breaks or other control characters, or bytes that are not UTF-8."""
-    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+from configs.kinds import has_controls
 
 
 def quote(word: str) -> str:

@@ -20,15 +20,15 @@ from rich.text import Text
 
 from configs.app import command
 from configs.errors import ConfigError, each
-from configs.kinds import usable_path
+from configs.kinds import has_controls, usable_path
 from configs.load import flatten
 from slurm import scheduler
 from slurm.job_files import Log, Submission, log_paths, read_jobs, read_logs, read_submission
-from slurm.shell import has_controls
 from training.jsonl import read_lines
 from training.stored import (
     checkpoint_dirs,
     checkpoint_step,
+    is_count,
     is_finished,
     last_step,
     problems,
@@ -161,10 +161,6 @@ def last_numbers(folder: Path) -> dict[str, float]:
                 raise ConfigError(f"metrics.jsonl: has a line with {key}={value!r}, which is no number")
             found |= {key: value} if is_number(value) and value is not None else {}
     return found
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:

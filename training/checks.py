@@ -19,6 +19,7 @@ from training import fork, hugging_face
 from training.checkpoint import check_source, differing
 from training.config import Config
 from training.device import Runtime
+from training.engine import refused
 from training.run_folder import read_config
 from training.stored import checkpoint_dirs
 
@@ -71,10 +72,7 @@ def check_zero(zero: dict) -> None:
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        block = "deepspeed.config.zero_optimization"
-        raise ConfigError(
-            *(f"{block}.{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}" for each in error.errors())
-        ) from None
+        raise ConfigError(*refused(error, {"zero_optimization": zero})) from None
 
 
 def check_nodes(zero: dict, world_size: int) -> None:

@@ -23,6 +23,7 @@ from configs.kinds import (
     Name,
     OptionalFolder,
     OptionalPath,
+    has_controls,
     plain_name,
 )
 from configs.load import Command, flatten, shown, without
@@ -95,7 +96,7 @@ class RunConfig(Block):
     @field_validator("dir")
     @classmethod
     def _is_one_line(cls, path: str | None) -> str | None:
-        if path is not None and (not path or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", path)):
+        if path is not None and has_controls(path):
             raise ValueError("must be a path without line breaks and other control characters")
         return path
 

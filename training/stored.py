@@ -54,6 +54,11 @@ def is_finished(run_dir: str | Path) -> bool:
     return (Path(run_dir) / "summary.json").exists()
 
 
+def is_count(value: Any) -> bool:
+    """Return whether a value is a number of steps or tokens as a line of metrics has it."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 def read_events(run_dir: str | Path) -> list[dict]:
     """Return what happened to a run, oldest first: starts, rollbacks, pre-emptions, checkpoints that failed.
 

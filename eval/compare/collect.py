@@ -19,7 +19,7 @@ from model import counting
 from training.config import Config
 from training.jsonl import read_lines
 from training.run_folder import read_config
-from training.stored import checkpoint_dirs, is_finished, read_events, telling_keys
+from training.stored import checkpoint_dirs, is_count, is_finished, read_events, telling_keys
 
 POINT = {  # what is read of a point of the decoding benchmark
     "model": str, "scope": str, "device": str, "length": int, "batch": int, "tokens_per_second": int | float
@@ -210,10 +210,6 @@ def cleaned(record: dict[str, Any]) -> dict[str, Any]:
         blocks["metrics"] = {task: metric for task, metric in blocks["metrics"].items() if isinstance(metric, str)}
     plain = {key: record[key] for key in ("step", "limit") if isinstance(record.get(key), int)}
     return blocks | plain | ({"suite": record["suite"]} if isinstance(record.get("suite"), str) else {})
-
-
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
 
 
 def only_numbers(line: dict[str, Any]) -> dict[str, float | None]:

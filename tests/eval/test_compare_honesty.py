@@ -133,6 +133,10 @@ def test_every_question_has_a_file_of_its_own():
         assert question(evaluation("run=x", *overrides)) == name
     long = question(evaluation("run=x", "suite=harness", f"suite.tasks=[{','.join(f'task_{n}' for n in range(40))}]"))
     assert re.fullmatch("_[0-9a-f]{8}", long)
+    paths = [
+        question(evaluation("run=x", "suite=perplexity", f"suite.files=[{path}]")) for path in ("a/b", "a-b", "a b")
+    ]
+    assert len(set(paths)) == 3 and paths[1] == "_files=a-b"
     suite = HarnessSuite(name="mine", tasks=["piqa"])  # of no YAML
     assert question(evaluation("run=x", "suite=perplexity").replace(suite=suite)) == "_tasks=piqa"
 
